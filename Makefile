@@ -1,0 +1,37 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test lint format clean setup
+
+demo: $(READY)  ## train STEM-Net, single-task and shared-bottom models on made data, and compare
+	$(BIN)/stem-fast synth --out runs/demo/data --overwrite
+	for model in stem single shared_bottom; do \
+	  $(BIN)/stem-fast fit --config bench/demo.yaml --model $$model --out runs/demo/$$model --overwrite || exit 1; \
+	done
+	$(BIN)/stem-fast compare runs/demo/stem runs/demo/single runs/demo/shared_bottom
+
+test: $(READY)  ## all tests
+	$(BIN)/python -m pytest
+
+lint: $(READY)  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+setup: $(READY)
+
+# torch first: the C++ library is built against the torch that it will run with.
+$(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch 'setuptools>=77' wheel
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build runs *.egg-info stem_fast/_cpp.*

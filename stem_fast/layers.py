@@ -1,0 +1,325 @@
+"""The parts of the network: the embedding arena and groups of MLPs that run side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stem_fast import ops, reference
+
+ACTIVATIONS = {
+    "relu": nn.ReLU,
+    "sigmoid": nn.Sigmoid,
+    "tanh": nn.Tanh,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "elu": nn.ELU,
+    "selu": nn.SELU,
+    "leakyrelu": nn.LeakyReLU,
+    "softplus": nn.Softplus,
+    "identity": nn.Identity,
+}
+
+
+class EmbeddingArena(nn.Module):
+    """The embeddings of every feature in every space, in one table.
+
+    Args:
+        vocab_sizes: rows of each categorical field (0 = padding, last = unknown).
+        numeric: names of numeric fields; each owns one vector, scaled by the value (FuxiCTR).
+        sequences: sequence field -> its own vocabulary size, or the categorical field whose
+            rows it shares.
+        pooling: sequence field -> "mean" or "sum".
+        spaces: G.
+        dim: D.
+
+    ``weight`` is [R, G*D], R the sum of all vocabularies: a row holds the G embeddings of one
+    value side by side. ``numeric_weight`` is [N, G*D], None without numeric fields. Both are drawn from N(0, 1e-4^2) and
+    xavier_normal as in the official code; padding rows are zero.
+    """
+
+    offsets: Tensor
+    sizes: Tensor
+
+    def __init__(
+        self,
+        vocab_sizes: Mapping[str, int],
+        numeric: Sequence[str],
+        sequences: Mapping[str, int | str],
+        pooling: Mapping[str, str],
+        spaces: int,
+        dim: int,
+    ) -> None:
+        super().__init__()
+        self.categorical = tuple(vocab_sizes)
+        self.numeric = tuple(numeric)
+        self.sequences = dict(sequences)
+        self.pooling = dict(pooling)
+        self.spaces = spaces
+        own = {name: size for name, size in sequences.items() if isinstance(size, int)}
+        self.tables: dict[str, slice] = {}
+        rows = 0
+        for name, size in {**vocab_sizes, **own}.items():
+            if size < 1:
+                raise ValueError(f"field {name!r}: a vocabulary of {size} rows")
+            self.tables[name] = slice(rows, rows + size)
+            rows += size
+        for name, shared in sequences.items():
+            if isinstance(shared, str):
+                if shared not in vocab_sizes:
+                    raise ValueError(
+                        f"sequence {name!r} shares {shared!r}, which is no categorical field"
+                    )
+                self.tables[name] = self.tables[shared]
+        self.weight = nn.Parameter(torch.empty(rows, spaces * dim))
+        self.numeric_weight = (
+            nn.Parameter(torch.empty(len(self.numeric), spaces * dim)) if self.numeric else None
+        )
+        starts = [self.tables[name].start for name in self.categorical]
+        self.register_buffer("offsets", torch.tensor(starts, dtype=torch.int64), persistent=False)
+        sizes = torch.tensor(list(vocab_sizes.values()), dtype=torch.int64)
+        self.register_buffer("sizes", sizes, persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=1e-4)
+        with torch.no_grad():
+            self.weight[[table.start for table in self.tables.values()]] = 0
+        if self.numeric_weight is not None:
+            for row in self.numeric_weight.detach():
+                nn.init.xavier_normal_(row[:, None])
+
+    def forward(
+        self,
+        ids: Tensor,
+        numeric: Tensor | None = None,
+        sequences: Mapping[str, Tensor | tuple[Tensor, Tensor]] | None = None,
+    ) -> Tensor:
+        """ids [B, F], numeric [B, N], sequences -> [G, B, fields, D], in the order categorical,
+        numeric, sequence. Raises IndexError for an id outside its vocabulary."""
+        self._check_ids(ids)
+        batch = len(ids)
+        parts = []
+        if self.categorical:
+            x = ops.lookup(self.weight, ids, self.offsets, self.spaces)
+            parts.append(x.unflatten(2, (len(self.categorical), -1)))
+        if self.numeric_weight is not None:
+            values = self._check_numeric(numeric, batch).to(self.numeric_weight.dtype)
+            scaled = values[:, :, None] * self.numeric_weight
+            parts.append(scaled.unflatten(2, (self.spaces, -1)).permute(2, 0, 1, 3))
+        elif numeric is not None:
+            raise ValueError("numeric values were given, but the model has no numeric field")
+        given = dict(sequences or {})
+        if given.keys() != self.sequences.keys():
+            raise ValueError(f"sequences {sorted(given)} given, {sorted(self.sequences)} expected")
+        for name in self.sequences:
+            values, offsets = self._jagged(name, given[name], batch)
+            first, pooling = self.tables[name].start, self.pooling[name]
+            pooled = reference.bag(self.weight, values, offsets, first, self.spaces, pooling)
+            parts.append(pooled[:, :, None])
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+    def _check_ids(self, ids: Tensor) -> None:
+        if ids.dim() != 2 or ids.shape[1] != len(self.categorical):
+            expected = f"[B, {len(self.categorical)}] ({', '.join(self.categorical)})"
+            raise ValueError(f"ids have shape {list(ids.shape)}, expected {expected}")
+        if ids.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"ids are {ids.dtype}, expected int32 or int64")
+        if torch.compiler.is_compiling():
+            return  # a data-dependent raise would break the graph; the kernels keep memory safe
+        bad = (ids < 0) | (ids >= self.sizes)
+        if bad.any():
+            row, field = bad.nonzero()[0].tolist()
+            raise self._outside(self.categorical[field], ids[row, field], row)
+
+    def _outside(self, name: str, value: Tensor, row: int) -> IndexError:
+        table = self.tables[name]
+        size = table.stop - table.start
+        return IndexError(
+            f"field {name!r}: id {value.item()} at row {row} is outside its vocabulary of {size} "
+            f"(0 is padding, {size - 1} is unknown)"
+        )
+
+    def _check_numeric(self, numeric: Tensor | None, batch: int) -> Tensor:
+        expected = [batch, len(self.numeric)]
+        if numeric is None or list(numeric.shape) != expected:
+            got = None if numeric is None else list(numeric.shape)
+            names = ", ".join(self.numeric)
+            raise ValueError(f"numeric has shape {got}, expected {expected} ({names})")
+        return numeric
+
+    def _jagged(
+        self, name: str, given: Tensor | tuple[Tensor, Tensor], batch: int
+    ) -> tuple[Tensor, Tensor]:
+        """A padded [B, L] or jagged (values [n], offsets [B+1]) sequence, checked, as jagged."""
+        if isinstance(given, Tensor):
+            if given.dim() != 2 or len(given) != batch:
+                shape = list(given.shape)
+                raise ValueError(f"sequence {name!r} has shape {shape}, expected [{batch}, L]")
+            length = given.shape[1]
+            given = (
+                given.reshape(-1),
+                torch.arange(batch + 1, device=given.device) * length,
+            )
+        values, offsets = given
+        if len(offsets) != batch + 1 or int(offsets[0]) != 0 or int(offsets[-1]) != len(values):
+            raise ValueError(
+                f"sequence {name!r}: offsets must be [{batch + 1}], from 0 to {len(values)}"
+            )
+        if (offsets.diff() < 0).any():
+            raise ValueError(f"sequence {name!r}: offsets decrease")
+        bad = (values < 0) | (values >= self.tables[name].stop - self.tables[name].start)
+        if bad.any():
+            position = int(bad.nonzero()[0])
+            row = int(torch.searchsorted(offsets, position, right=True)) - 1
+            raise self._outside(name, values[position], row)
+        return values, offsets
+
+
+class GroupedLinear(nn.Module):
+    """Linear layers of E networks: ``weight`` [E, O, I] xavier_normal each, ``bias`` [E, O] zero."""
+
+    def __init__(self, groups: int, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(groups, outputs, inputs))
+        self.bias = nn.Parameter(torch.zeros(groups, outputs))
+        for one in self.weight.detach():
+            nn.init.xavier_normal_(one)
+
+    def forward(self, x: Tensor, reads: Sequence[int]) -> Tensor:
+        return reference.grouped_linear(x, reads, self.weight, self.bias)
+
+
+class GroupedBatchNorm(nn.Module):
+    """``nn.BatchNorm1d`` for each of E networks: [n, B, H] -> [n, B, H], n <= E the first ones."""
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(
+        self,
+        groups: int,
+        units: int,
+        *,
+        affine: bool = True,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.eps, self.momentum = eps, momentum
+        self.weight = nn.Parameter(torch.ones(groups, units)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(groups, units)) if affine else None
+        self.register_buffer("running_mean", torch.zeros(groups, units))
+        self.register_buffer("running_var", torch.ones(groups, units))
+        self.register_buffer("num_batches_tracked", torch.zeros(groups, dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        groups, batch, units = x.shape
+        if self.training:
+            self.num_batches_tracked[:groups] += 1
+        normed = F.batch_norm(
+            x.transpose(0, 1).reshape(batch, groups * units),
+            self.running_mean[:groups].view(-1),
+            self.running_var[:groups].view(-1),
+            None if self.weight is None else self.weight[:groups].flatten(),
+            None if self.bias is None else self.bias[:groups].flatten(),
+            self.training,
+            self.momentum,
+            self.eps,
+        )
+        return normed.view(batch, groups, units).transpose(0, 1)
+
+
+class GroupedPReLU(nn.Module):
+    """``nn.PReLU(units, init=0.1)`` for each of E networks."""
+
+    def __init__(self, groups: int, units: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((groups, units), 0.1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.where(x > 0, x, self.weight[: len(x), None] * x)
+
+
+class GroupedDice(nn.Module):
+    """DIN's Dice activation (Zhou et al., KDD 2018; FuxiCTR's form) for each of E networks."""
+
+    def __init__(self, groups: int, units: int) -> None:
+        super().__init__()
+        self.bn = GroupedBatchNorm(groups, units, affine=False, eps=1e-9, momentum=0.01)
+        self.alpha = nn.Parameter(torch.zeros(groups, units))
+
+    def forward(self, x: Tensor) -> Tensor:
+        p = torch.sigmoid(self.bn(x))
+        return p * x + self.alpha[: len(x), None] * (1 - p) * x
+
+
+def activation(name: str, groups: int, units: int) -> nn.Module:
+    """An activation by name, whatever its case. Raises ValueError for an unknown one."""
+    grouped = {"prelu": GroupedPReLU, "dice": GroupedDice}
+    key = name.lower()
+    if key in grouped:
+        return grouped[key](groups, units)
+    if key not in ACTIVATIONS:
+        known = ", ".join(sorted([*ACTIVATIONS, *grouped]))
+        raise ValueError(f"unknown activation {name!r}; known: {known}")
+    return ACTIVATIONS[key]()
+
+
+class GroupedMLP(nn.Module):
+    """E MLPs of one shape side by side (FuxiCTR's MLP_Block, E times).
+
+    Each hidden layer is linear, batch norm if asked, activation, dropout if above 0; ``outputs``
+    adds a last linear layer with nothing after it.
+
+    ``blocks`` is kept in the order of MLP_Block's ``nn.Sequential``, so that a block's index is the
+    number in the official checkpoint's key.
+    """
+
+    def __init__(
+        self,
+        groups: int,
+        inputs: int,
+        hidden: Sequence[int],
+        *,
+        outputs: int | None = None,
+        hidden_activations: str = "relu",
+        dropout: float = 0.0,
+        batch_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        self.groups = groups
+        blocks: list[nn.Module] = []
+        for units in hidden:
+            blocks.append(GroupedLinear(groups, inputs, units))
+            if batch_norm:
+                blocks.append(GroupedBatchNorm(groups, units))
+            blocks.append(activation(hidden_activations, groups, units))
+            if dropout > 0:
+                blocks.append(nn.Dropout(dropout))
+            inputs = units
+        if outputs is not None:
+            blocks.append(GroupedLinear(groups, inputs, outputs))
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor, reads: Sequence[int] | None = None) -> Tensor:
+        """x [N, B, I] -> [n, B, O]; network e reads ``x[reads[e]]`` (default: its own, ``x[e]``).
+
+        With fewer reads than networks only the first ones run.
+        """
+        for block in self.blocks:
+            if isinstance(block, GroupedLinear):
+                x = block(x, range(len(x)) if reads is None else reads)
+                reads = None
+            else:
+                x = block(x)
+        return x
+
+    def official(self, group: int) -> Iterator[tuple[str, Tensor]]:
+        """(key within MLP_Block, view of network ``group``'s tensor) of every parameter, buffer."""
+        for name, tensor in [*self.named_parameters(), *self.named_buffers()]:
+            yield name.replace("blocks.", "mlp.", 1), tensor.detach()[group]

@@ -1,0 +1,479 @@
+"""STEM-Net and its family: one network, and a table of who reads, sees and teaches whom."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stem_fast import ops, reference
+from stem_fast.layers import EmbeddingArena, GroupedMLP
+
+Sequences = Mapping[str, Tensor | tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """All that tells one model of the family from another.
+
+    Experts are numbered task-major with the shared ones last, gates likewise. A mask is an int
+    whose bit e stands for expert e.
+    """
+
+    spaces: tuple[int, ...]  # input of the first layer -> embedding space it is
+    reads: tuple[int, ...]  # expert -> input it reads
+    gates: tuple[tuple[int, ...], ...]  # gate -> inputs whose sum it reads; () = nothing to weigh
+    see: tuple[int, ...]  # mixture -> experts in it (forward); one each where there are no gates
+    learn: tuple[int, ...]  # mixture -> experts it teaches (backward)
+    towers: tuple[int, ...]  # task -> mixture its tower reads
+
+
+class STEMNet(nn.Module):
+    """STEM-Net (Su et al., AAAI 2024): shared and task-specific embeddings, AFTB gating.
+
+    Every feature value owns one embedding per task and a shared one. Each task's experts read the
+    task's embeddings, shared experts the shared ones; every task's gate mixes *all* experts in the
+    forward pass, and its loss teaches only its own and the shared ones.
+
+    Args:
+        vocab_sizes: categorical field -> rows of its vocabulary (0 = padding, last = unknown), in
+            the order of the columns of ``ids``.
+        tasks: label names, in the order of the outputs.
+        embedding_dim: D, of each space.
+        num_layers: stacked STEM layers, each of experts and gates.
+        num_shared_experts: S.
+        num_specific_experts: P, for each task.
+        expert_hidden_units, gate_hidden_units, tower_hidden_units: widths.
+        hidden_activations: name of an activation, see :data:`stem_fast.layers.ACTIVATIONS`;
+            also "prelu" and "dice".
+        net_dropout: dropout after every hidden layer.
+        batch_norm: batch norm in every hidden layer.
+        numeric: numeric fields, the columns of ``numeric``.
+        sequences: sequence field -> vocabulary size, or the categorical field it shares rows with.
+        pooling: "mean" or "sum", for all sequences or by name.
+        kinds: task -> "binary" (default) or "regression".
+        fields: order of all fields in the network's input; default categorical, numeric, sequence.
+
+    Raises:
+        ValueError: for sizes, names or orders that don't fit together.
+
+    The keyword names and defaults are the official code's (``models/STEM.py``,
+    ``config/model_config.yaml``).
+    """
+
+    def __init__(
+        self,
+        vocab_sizes: Mapping[str, int],
+        tasks: Sequence[str],
+        *,
+        embedding_dim: int = 16,
+        num_layers: int = 1,
+        num_shared_experts: int = 8,
+        num_specific_experts: int = 1,
+        expert_hidden_units: Sequence[int] = (512, 512, 512),
+        gate_hidden_units: Sequence[int] = (128, 64),
+        tower_hidden_units: Sequence[int] = (128, 64),
+        hidden_activations: str = "relu",
+        net_dropout: float = 0.0,
+        batch_norm: bool = False,
+        numeric: Sequence[str] = (),
+        sequences: Mapping[str, int | str] | None = None,
+        pooling: str | Mapping[str, str] = "mean",
+        kinds: Mapping[str, str] | None = None,
+        fields: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__()
+        sequences = dict(sequences or {})
+        if isinstance(pooling, str):
+            pooling = dict.fromkeys(sequences, pooling)
+        kinds = {task: (kinds or {}).get(task, "binary") for task in tasks} | dict(kinds or {})
+        default_order = [*vocab_sizes, *numeric, *sequences]
+        fields = list(default_order if fields is None else fields)
+        self.config: dict[str, Any] = {
+            "vocab_sizes": dict(vocab_sizes),
+            "tasks": list(tasks),
+            "embedding_dim": embedding_dim,
+            "num_layers": num_layers,
+            "num_shared_experts": num_shared_experts,
+            "num_specific_experts": num_specific_experts,
+            "expert_hidden_units": list(expert_hidden_units),
+            "gate_hidden_units": list(gate_hidden_units),
+            "tower_hidden_units": list(tower_hidden_units),
+            "hidden_activations": hidden_activations,
+            "net_dropout": net_dropout,
+            "batch_norm": batch_norm,
+            "numeric": list(numeric),
+            "sequences": sequences,
+            "pooling": dict(pooling),
+            "kinds": kinds,
+            "fields": fields,
+        }
+        self._check_config(default_order)
+        self.tasks = tuple(tasks)
+        self.order = [default_order.index(name) for name in fields]
+        self.wiring = self.wire(len(tasks), num_specific_experts, num_shared_experts)
+        wiring, num_experts = self.wiring, len(self.wiring.reads)
+        if not num_experts:
+            raise ValueError("the model has no expert")
+        if num_experts > 63:
+            raise ValueError(f"{num_experts} experts; a mask holds at most 63")
+        if num_layers > 1 and len(wiring.see) != len(wiring.spaces):
+            raise ValueError(f"{type(self).__name__} has one layer, num_layers is {num_layers}")
+
+        self.embedding = EmbeddingArena(
+            vocab_sizes, numeric, sequences, pooling, max(wiring.spaces) + 1, embedding_dim
+        )
+        mlp: dict[str, Any] = {
+            "hidden_activations": hidden_activations,
+            "dropout": net_dropout,
+            "batch_norm": batch_norm,
+        }
+        self.experts = nn.ModuleList()
+        self.gate_mlps = nn.ModuleList()
+        width = embedding_dim * len(fields)
+        for _ in range(num_layers):
+            self.experts.append(GroupedMLP(num_experts, width, expert_hidden_units, **mlp))
+            if wiring.gates:
+                self.gate_mlps.append(
+                    GroupedMLP(
+                        len(wiring.gates), width, gate_hidden_units, outputs=num_experts, **mlp
+                    )
+                )
+            width = expert_hidden_units[-1]
+        self.towers = GroupedMLP(len(tasks), width, tower_hidden_units, outputs=1, **mlp)
+
+    @staticmethod
+    def wire(tasks: int, specific: int, shared: int) -> Wiring:
+        """STEM: a space per task and a shared one; see all, teach one's own and the shared."""
+        everything, own, common = expert_masks(tasks, specific, shared)
+        return Wiring(
+            spaces=tuple(range(tasks + 1)),
+            reads=expert_inputs(tasks, specific, shared),
+            gates=(*((t, tasks) for t in range(tasks)), (tasks,)),
+            see=(everything,) * (tasks + 1),
+            learn=(*(mask | common for mask in own), everything),
+            towers=tuple(range(tasks)),
+        )
+
+    def _check_config(self, default_order: Sequence[str]) -> None:
+        config = self.config
+        for name in ("embedding_dim", "num_layers"):
+            if config[name] < 1:
+                raise ValueError(f"{name} is {config[name]}, must be at least 1")
+        for name in ("num_shared_experts", "num_specific_experts"):
+            if config[name] < 0:
+                raise ValueError(f"{name} is {config[name]}, must not be negative")
+        for name in ("expert_hidden_units", "gate_hidden_units", "tower_hidden_units"):
+            units = config[name]
+            if not all(isinstance(u, int) and u >= 1 for u in units):
+                raise ValueError(f"{name} is {units}, must be positive integers")
+        if not config["expert_hidden_units"]:
+            raise ValueError("expert_hidden_units is empty; an expert has at least one layer")
+        if not 0 <= config["net_dropout"] < 1:
+            raise ValueError(f"net_dropout is {config['net_dropout']}, must be in [0, 1)")
+        tasks = config["tasks"]
+        if not tasks or len(set(tasks)) != len(tasks):
+            raise ValueError(f"tasks {tasks} must be one or more different names")
+        if len(set(default_order)) != len(default_order):
+            raise ValueError(f"a field is named twice in {list(default_order)}")
+        if not default_order:
+            raise ValueError("the model has no field")
+        if sorted(config["fields"]) != sorted(default_order):
+            raise ValueError(f"fields {config['fields']} must name each of {list(default_order)}")
+        if config["pooling"].keys() != config["sequences"].keys():
+            raise ValueError(f"pooling {config['pooling']} must name each sequence once")
+        for name, pooling in config["pooling"].items():
+            if pooling not in ("mean", "sum"):
+                raise ValueError(f"sequence {name!r}: pooling {pooling!r} is not mean or sum")
+        for task, kind in config["kinds"].items():
+            if task not in tasks:
+                raise ValueError(f"kinds names {task!r}, which is no task of {tasks}")
+            if kind not in ("binary", "regression"):
+                raise ValueError(f"task {task!r}: kind {kind!r} is not binary or regression")
+
+    def forward(
+        self, ids: Tensor, numeric: Tensor | None = None, sequences: Sequences | None = None
+    ) -> Tensor:
+        """Logits (for regression tasks: values) [B, T].
+
+        Args:
+            ids: int32 or int64 [B, F], columns in the order of ``vocab_sizes``.
+            numeric: float [B, N], columns in the order of ``numeric``.
+            sequences: name -> padded ids [B, L] (0 = padding), or jagged (values [n],
+                offsets [B+1]).
+
+        Raises:
+            IndexError: an id outside its field's vocabulary (names the field, id, row and size).
+            ValueError, TypeError: inputs of another shape, type or set of names.
+        """
+        return self._run(ids, numeric, sequences)[0]
+
+    def _run(
+        self, ids: Tensor, numeric: Tensor | None, sequences: Sequences | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Logits [B, T], and each layer's gate logits [K, B, E] (empty for models without)."""
+        wiring = self.wiring
+        x = self.embedding(ids, numeric, sequences)  # [G, B, fields, D]
+        if self.order != list(range(len(self.order))):
+            x = x[:, :, self.order]
+        x = x.flatten(2)[list(wiring.spaces)]  # [N, B, fields*D]
+        gate_logits = []
+        for layer, experts in enumerate(self.experts):
+            last = layer + 1 == len(self.experts)
+            # Nobody reads the last layer's shared output: its gate, after the tasks', is not run.
+            live = max(wiring.towers) + 1 if last else len(wiring.see)
+            y = experts(x, wiring.reads)  # [E, B, H]
+            if not wiring.gates:
+                x = y[[mask.bit_length() - 1 for mask in wiring.see[:live]]]
+                continue
+            inputs = reference.gate_inputs(x, wiring.gates[:live])
+            gate_logits.append(self.gate_mlps[layer](inputs, range(live)))  # [K, B, E]
+            x = ops.mixture(y, gate_logits[-1], wiring.see[:live], wiring.learn[:live])
+        return self.towers(x, wiring.towers)[:, :, 0].T, gate_logits
+
+    def predict(
+        self, ids: Tensor, numeric: Tensor | None = None, sequences: Sequences | None = None
+    ) -> Tensor:
+        """Probabilities (for regression tasks: values) [B, T]; arguments as for the call.
+
+        Runs in evaluation mode and without autograd, whatever mode the model is in.
+        """
+        output = self._evaluate(ids, numeric, sequences)[0]
+        binary = [self.config["kinds"][task] == "binary" for task in self.tasks]
+        return torch.where(torch.tensor(binary, device=output.device), output.sigmoid(), output)
+
+    def gates(
+        self, ids: Tensor, numeric: Tensor | None = None, sequences: Sequences | None = None
+    ) -> list[Tensor]:
+        """Mean weight of each gate on each expert, a [K, E] tensor a layer.
+
+        Rows follow :attr:`gate_names` (the last layer has no shared gate), columns
+        :attr:`expert_names`.
+        """
+        logits = self._evaluate(ids, numeric, sequences)[1]
+        return [reference.gate_weights(x, self.wiring.see[: len(x)]).mean(1) for x in logits]
+
+    @property
+    def gate_names(self) -> list[str]:
+        """Tasks in order, then "shared"; [] for models without gates."""
+        return [*self.tasks, "shared"][: len(self.wiring.gates)]
+
+    @property
+    def expert_names(self) -> list[str]:
+        """"task.0", "task.1", ... of each task, then "shared.0", ..."""
+        counts = [(task, self.config["num_specific_experts"]) for task in self.tasks]
+        counts.append(("shared", self.config["num_shared_experts"]))
+        return [f"{name}.{i}" for name, count in counts for i in range(count)]
+
+    @torch.no_grad()
+    def _evaluate(
+        self, ids: Tensor, numeric: Tensor | None, sequences: Sequences | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        training = self.training
+        self.eval()
+        try:
+            return self._run(ids, numeric, sequences)
+        finally:
+            self.train(training)
+
+    def loss(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        *,
+        task_weights: Tensor | None = None,
+        sample_weights: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Sum over the tasks of the mean loss over the rows that have the task's label.
+
+        Binary cross entropy for binary tasks, squared error for regression ones (official code:
+        every weight 1, every label there).
+
+        Args:
+            logits: [B, T], the model's output.
+            labels: [B, T]; NaN is a missing label, which trains the row's other tasks only.
+            task_weights: [T], a factor on each task's loss.
+            sample_weights: [B], a factor on each row's loss; the mean still divides by the number
+                of labels, so that a row's weight does not depend on its batch.
+            mask: bool [B, T], False for labels to leave out beside the missing ones.
+
+        Returns:
+            A scalar; a task without any label adds 0.
+        """
+        if labels.shape != logits.shape:
+            raise ValueError(
+                f"labels have shape {list(labels.shape)}, logits {list(logits.shape)}"
+            )
+        present = ~labels.isnan()
+        if mask is not None:
+            present = present & mask
+        labels = torch.where(present, labels, 0).to(logits.dtype)
+        losses = torch.stack(
+            [
+                F.binary_cross_entropy_with_logits(logits[:, t], labels[:, t], reduction="none")
+                if self.config["kinds"][task] == "binary"
+                else (logits[:, t] - labels[:, t]).square()
+                for t, task in enumerate(self.tasks)
+            ],
+            dim=1,
+        )
+        if sample_weights is not None:
+            losses = losses * sample_weights[:, None]
+        means = torch.where(present, losses, 0).sum(0) / present.sum(0).clamp(min=1)
+        if task_weights is not None:
+            means = means * task_weights
+        return means.sum()
+
+    def regularization(self, embedding: float = 0.0, net: float = 0.0) -> Tensor:
+        """``(lambda / 2) * ||W||^2`` over the embedding tables and over all other weights.
+
+        As in the official code, "all other" are the weights and biases of linear layers (numeric
+        fields included), batch norm and PReLU.
+        """
+        total = self.embedding.weight.new_zeros(())
+        if embedding:
+            total = total + embedding / 2 * self.embedding.weight.square().sum()
+        if net:
+            for name, parameter in self.named_parameters():
+                if name != "embedding.weight" and not name.endswith("alpha"):
+                    total = total + net / 2 * parameter.square().sum()
+        return total
+
+    @classmethod
+    def from_official(
+        cls,
+        state_dict: Mapping[str, Tensor],
+        *,
+        tasks: Sequence[str],
+        fields: Sequence[str] | None = None,
+        **options: Any,
+    ) -> STEMNet:
+        """A STEM-Net from a checkpoint of the official code; every size is read off its tensors.
+
+        Args:
+            state_dict: as ``torch.load(path, weights_only=True)`` returns it.
+            tasks: label names in the official order.
+            fields: features in the official order; default: the order of the checkpoint.
+            options: what a checkpoint does not tell (sequences, pooling, kinds, activation and
+                dropout), see :func:`stem_fast.fuxictr.from_official`.
+        """
+        from stem_fast import fuxictr
+
+        return fuxictr.from_official(cls, state_dict, tasks=tasks, fields=fields, **options)
+
+    def to_official(self) -> dict[str, Tensor]:
+        """The state dict that the official code's STEM loads; see :mod:`stem_fast.fuxictr`."""
+        from stem_fast import fuxictr
+
+        return fuxictr.to_official(self)
+
+
+def expert_inputs(tasks: int, specific: int, shared: int) -> tuple[int, ...]:
+    """Each task's experts read the task's input, shared ones the last."""
+    return (*(t for t in range(tasks) for _ in range(specific)), *(tasks,) * shared)
+
+
+def expert_masks(tasks: int, specific: int, shared: int) -> tuple[int, list[int], int]:
+    """Masks of all experts, of each task's own, and of the shared ones."""
+    own = [((1 << specific) - 1) << t * specific for t in range(tasks)]
+    common = ((1 << shared) - 1) << tasks * specific
+    return sum(own) | common, own, common
+
+
+class PLE(STEMNet):
+    """Progressive Layered Extraction (Tang et al., RecSys 2020): one embedding space; a task's
+    gate sees its own and the shared experts; the shared gate sees the shared ones (as in the
+    official code here; the paper's sees all)."""
+
+    @staticmethod
+    def wire(tasks: int, specific: int, shared: int) -> Wiring:
+        if not shared:
+            raise ValueError("PLE's shared gate sees the shared experts: there is none")
+        _, own, common = expert_masks(tasks, specific, shared)
+        see = (*(mask | common for mask in own), common)
+        return Wiring(
+            spaces=(0,) * (tasks + 1),
+            reads=expert_inputs(tasks, specific, shared),
+            gates=tuple((g,) for g in range(tasks + 1)),
+            see=see,
+            learn=see,
+            towers=tuple(range(tasks)),
+        )
+
+
+class MMoE(STEMNet):
+    """Multi-gate Mixture of Experts (Ma et al., KDD 2018): all experts are shared."""
+
+    def __init__(self, *args: Any, num_specific_experts: int = 0, **options: Any) -> None:
+        super().__init__(*args, num_specific_experts=num_specific_experts, **options)
+
+    @staticmethod
+    def wire(tasks: int, specific: int, shared: int) -> Wiring:
+        if specific:
+            raise ValueError(f"MMoE has no specific experts; num_specific_experts is {specific}")
+        everything = (1 << shared) - 1
+        return Wiring(
+            spaces=(0,),
+            reads=(0,) * shared,
+            gates=((0,),) * tasks,
+            see=(everything,) * tasks,
+            learn=(everything,) * tasks,
+            towers=tuple(range(tasks)),
+        )
+
+
+class SharedBottom(STEMNet):
+    """One network for all tasks (Caruana, 1997) and a tower for each."""
+
+    def __init__(
+        self,
+        *args: Any,
+        num_shared_experts: int = 1,
+        num_specific_experts: int = 0,
+        **options: Any,
+    ) -> None:
+        experts = (num_shared_experts, num_specific_experts)
+        if experts != (1, 0):
+            raise ValueError("SharedBottom has one shared expert and no specific ones")
+        super().__init__(*args, num_shared_experts=1, num_specific_experts=0, **options)
+
+    @staticmethod
+    def wire(tasks: int, specific: int, shared: int) -> Wiring:
+        return Wiring(
+            spaces=(0,), reads=(0,), gates=(), see=(1,), learn=(1,), towers=(0,) * tasks
+        )
+
+
+class SingleTask(STEMNet):
+    """A network of its own for every task, embeddings included: nothing is shared."""
+
+    def __init__(self, *args: Any, num_shared_experts: int = 0, **options: Any) -> None:
+        super().__init__(*args, num_shared_experts=num_shared_experts, **options)
+
+    @staticmethod
+    def wire(tasks: int, specific: int, shared: int) -> Wiring:
+        if shared or not specific:
+            raise ValueError("SingleTask has specific experts only, at least one a task")
+        _, own, _ = expert_masks(tasks, specific, shared)
+        return Wiring(
+            spaces=tuple(range(tasks)),
+            reads=expert_inputs(tasks, specific, shared),
+            gates=tuple((t,) for t in range(tasks)) if specific > 1 else (),
+            see=tuple(own),
+            learn=tuple(own),
+            towers=tuple(range(tasks)),
+        )
+
+
+MODELS: dict[str, type[STEMNet]] = {
+    "stem": STEMNet,
+    "single": SingleTask,
+    "shared_bottom": SharedBottom,
+    "mmoe": MMoE,
+    "ple": PLE,
+}

@@ -1,0 +1,209 @@
+"""Grouped networks against the plain PyTorch networks they stand for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from stem_fast.layers import ACTIVATIONS, EmbeddingArena, GroupedBatchNorm, GroupedMLP, activation
+
+
+def arena(**changes: object) -> EmbeddingArena:
+    options = {
+        "vocab_sizes": {"user": 5, "item": 4},
+        "numeric": ["price"],
+        "sequences": {"history": "item", "tags": 3},
+        "pooling": {"history": "mean", "tags": "sum"},
+        "spaces": 2,
+        "dim": 3,
+    }
+    return EmbeddingArena(**{**options, **changes})
+
+
+IDS = torch.tensor([[1, 2], [4, 0]])
+PRICE = torch.tensor([[0.5], [-2.0]])
+SEQUENCES = {"history": torch.tensor([[3, 3, 0], [0, 0, 0]]), "tags": torch.tensor([[1], [2]])}
+
+
+def test_fields_stand_in_order_and_spaces_apart() -> None:
+    layer = arena()
+    nn.init.normal_(layer.weight)
+    x = layer(IDS, PRICE, SEQUENCES)
+    assert x.shape == (2, 2, 5, 3)
+    w, item, tags = layer.weight, 5, 9
+    for space, columns in enumerate((slice(0, 3), slice(3, 6))):
+        torch.testing.assert_close(x[space, 0, 0], w[1, columns])
+        torch.testing.assert_close(x[space, 0, 1], w[item + 2, columns])
+        torch.testing.assert_close(x[space, 1, 2], -2 * layer.numeric_weight[0, columns])
+        torch.testing.assert_close(x[space, 0, 3], w[item + 3, columns])
+        torch.testing.assert_close(x[space, 1, 3], torch.zeros(3))
+        torch.testing.assert_close(x[space, 1, 4], w[tags + 2, columns])
+
+
+def test_padded_and_jagged_sequences_agree() -> None:
+    layer = arena()
+    jagged = {
+        "history": (torch.tensor([3, 3], dtype=torch.int32), torch.tensor([0, 2, 2])),
+        "tags": (torch.tensor([1, 2]), torch.tensor([0, 1, 2])),
+    }
+    torch.testing.assert_close(layer(IDS, PRICE, SEQUENCES), layer(IDS, PRICE, jagged))
+
+
+def test_tables_start_small_with_padding_at_zero() -> None:
+    torch.manual_seed(0)
+    layer = arena(vocab_sizes={"user": 500, "item": 700})
+    assert not layer.weight[[0, 500, 1200]].any()
+    assert layer.weight.std().item() == pytest.approx(1e-4, rel=0.05)
+    assert layer.numeric_weight.std() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([[1, 2], [5, 0]], "field 'user': id 5 at row 1 is outside its vocabulary of 5"),
+        ([[1, -1], [1, 0]], "field 'item': id -1 at row 0 is outside its vocabulary of 4"),
+    ],
+)
+def test_ids_outside_the_vocabulary(ids: list[list[int]], message: str) -> None:
+    with pytest.raises(IndexError, match=message):
+        arena()(torch.tensor(ids), PRICE, SEQUENCES)
+
+
+@pytest.mark.parametrize(
+    ("sequence", "message"),
+    [
+        (torch.tensor([[1, 2], [3, 4]]), "field 'history': id 4 at row 1 is outside its voc.* of 4"),
+        ((torch.tensor([1, 9]), torch.tensor([0, 0, 2])), "id 9 at row 1 is outside"),
+        (torch.tensor([[1, 2]]), r"sequence 'history' has shape \[1, 2\], expected \[2, L\]"),
+        ((torch.tensor([1, 2]), torch.tensor([0, 2])), r"offsets must be \[3\], from 0 to 2"),
+        ((torch.tensor([1, 2]), torch.tensor([0, 3, 2])), "offsets decrease"),
+    ],
+)
+def test_bad_sequences(sequence: object, message: str) -> None:
+    with pytest.raises((IndexError, ValueError), match=message):
+        arena()(IDS, PRICE, {**SEQUENCES, "history": sequence})
+
+
+@pytest.mark.parametrize(
+    ("inputs", "error", "message"),
+    [
+        ((IDS[:, :1], PRICE, SEQUENCES), ValueError, r"expected \[B, 2\] \(user, item\)"),
+        ((IDS.float(), PRICE, SEQUENCES), TypeError, "ids are torch.float32"),
+        ((IDS, None, SEQUENCES), ValueError, r"numeric has shape None, expected \[2, 1\] \(price\)"),
+        ((IDS, PRICE[:1], SEQUENCES), ValueError, r"numeric has shape \[1, 1\]"),
+        ((IDS, PRICE, {}), ValueError, r"sequences \[\] given, \['history', 'tags'\] expected"),
+    ],
+)
+def test_bad_inputs(inputs: tuple[object, ...], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        arena()(*inputs)
+
+
+def test_numeric_values_for_a_model_without() -> None:
+    layer = arena(numeric=[], sequences={}, pooling={})
+    with pytest.raises(ValueError, match="the model has no numeric field"):
+        layer(IDS, PRICE)
+
+
+def test_bad_tables() -> None:
+    with pytest.raises(ValueError, match="field 'user': a vocabulary of 0 rows"):
+        arena(vocab_sizes={"user": 0})
+    with pytest.raises(ValueError, match="sequence 'history' shares 'itm', which is no categ"):
+        arena(sequences={"history": "itm"})
+
+
+ALONE = {
+    "prelu": lambda units: nn.PReLU(units, init=0.1),
+    **{name: lambda units, act=act: act() for name, act in ACTIVATIONS.items()},
+}
+
+
+@pytest.mark.parametrize("name", [*ALONE, "ReLU", "dice"])
+def test_group_is_its_networks_side_by_side(name: str) -> None:
+    """Forward and every gradient, in training mode with batch norm."""
+    torch.manual_seed(1)
+    group = GroupedMLP(
+        3, 5, (6, 4), outputs=2, hidden_activations=name, batch_norm=True
+    ).double()
+    x = torch.randn(2, 9, 5, dtype=torch.float64, requires_grad=True)
+    reads = [1, 0, 1]
+    y = group(x, reads)
+    grad = torch.randn_like(y)
+    (dx,) = torch.autograd.grad(y, x, grad, retain_graph=True)
+    parameters = dict(group.named_parameters())
+    gradients = dict(
+        zip(parameters, torch.autograd.grad(y, list(parameters.values()), grad), strict=True)
+    )
+    expected_dx = torch.zeros_like(dx)
+    for e, n in enumerate(reads):
+        blocks: list[nn.Module] = []
+        for inputs, units in ((5, 6), (6, 4)):
+            blocks += [nn.Linear(inputs, units), nn.BatchNorm1d(units), alone(name, units)]
+        network = nn.Sequential(*blocks, nn.Linear(4, 2)).double()
+        network.load_state_dict({key.removeprefix("mlp."): t for key, t in group.official(e)})
+        torch.testing.assert_close(network(x[n]), y[e])
+        ours = {name.replace("blocks.", ""): g[e] for name, g in gradients.items()}
+        inputs_and_parameters = [x, *network.parameters()]
+        dx_e, *theirs = torch.autograd.grad(network(x[n]), inputs_and_parameters, grad[e])
+        expected_dx += dx_e
+        for (key, _), right in zip(network.named_parameters(), theirs, strict=True):
+            torch.testing.assert_close(ours[key], right)
+    torch.testing.assert_close(dx, expected_dx)
+
+
+class Dice(nn.Module):
+    def __init__(self, units: int) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm1d(units, affine=False, eps=1e-9, momentum=0.01)
+        self.alpha = nn.Parameter(torch.zeros(units))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        p = self.bn(x).sigmoid()
+        return x * (p + self.alpha * (1 - p))
+
+
+def alone(name: str, units: int) -> nn.Module:
+    return Dice(units) if name == "dice" else ALONE[name.lower()](units)
+
+
+def test_batch_norm_keeps_each_networks_statistics() -> None:
+    group = GroupedBatchNorm(3, 4)
+    alone = [nn.BatchNorm1d(4) for _ in range(3)]
+    for _ in range(3):
+        x = torch.randn(2, 8, 4) * 3 + 1  # the third network never runs
+        group(x)
+        for one, part in zip(alone, x, strict=False):
+            one(part)
+    for e, one in enumerate(alone):
+        torch.testing.assert_close(group.running_mean[e], one.running_mean)
+        torch.testing.assert_close(group.running_var[e], one.running_var)
+        assert group.num_batches_tracked[e] == one.num_batches_tracked
+    group.eval()
+    x = torch.randn(3, 8, 4)
+    expected = torch.stack([one.eval()(part) for one, part in zip(alone, x, strict=True)])
+    torch.testing.assert_close(group(x), expected)
+
+
+def test_dropout_stands_after_every_hidden_layer_only() -> None:
+    group = GroupedMLP(2, 3, (4, 5), outputs=1, dropout=0.5)
+    assert [type(b).__name__ for b in group.blocks] == [
+        "GroupedLinear", "ReLU", "Dropout", "GroupedLinear", "ReLU", "Dropout", "GroupedLinear"
+    ]  # fmt: skip
+    x = torch.randn(2, 50, 3)
+    assert not torch.equal(group(x), group(x))
+    group.eval()
+    assert torch.equal(group(x), group(x))
+
+
+def test_linear_layers_start_xavier_normal() -> None:
+    torch.manual_seed(0)
+    block = GroupedMLP(4, 300, (200,)).blocks[0]
+    for one in block.weight:
+        assert one.std().item() == pytest.approx((2 / 500) ** 0.5, rel=0.03)
+    assert not block.bias.any()
+
+
+def test_unknown_activation() -> None:
+    with pytest.raises(ValueError, match="unknown activation 'rellu'; known: dice, elu, gelu"):
+        activation("rellu", 1, 1)

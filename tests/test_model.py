@@ -1,0 +1,376 @@
+"""STEM-Net and its family: shapes, who teaches whom, losses, refusals."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from stem_fast import MODELS, PLE, MMoE, SharedBottom, SingleTask, STEMNet, reference
+
+VOCAB = {"user": 6, "item": 9}
+TASKS = ["click", "like", "follow"]
+SMALL: dict[str, Any] = {
+    "embedding_dim": 3,
+    "expert_hidden_units": (7, 5),
+    "gate_hidden_units": (4,),
+    "tower_hidden_units": (4,),
+}
+
+
+def ids(batch: int = 11) -> Tensor:
+    draw = torch.Generator().manual_seed(batch)
+    columns = [torch.randint(1, size, (batch,), generator=draw) for size in VOCAB.values()]
+    return torch.stack(columns, dim=1)
+
+
+def alive(model: STEMNet) -> STEMNet:
+    """In float64, with weights large enough for every gradient to show."""
+    model.double()
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "weight" in name or "bias" in name:
+                parameter.normal_(0, 0.5)
+        padding = [table.start for table in model.embedding.tables.values()]
+        model.embedding.weight[padding] = 0
+    return model
+
+
+def small(name: str = "stem", **options: Any) -> STEMNet:
+    torch.manual_seed(0)
+    shared = {"num_shared_experts": 2} if name in ("stem", "ple", "mmoe") else {}
+    return alive(MODELS[name](VOCAB, TASKS, **{**SMALL, **shared, **options}))
+
+
+def test_the_signature_is_the_official_one() -> None:
+    parameters = inspect.signature(STEMNet).parameters
+    assert {name: p.default for name, p in list(parameters.items())[2:12]} == {
+        "embedding_dim": 16,
+        "num_layers": 1,
+        "num_shared_experts": 8,
+        "num_specific_experts": 1,
+        "expert_hidden_units": (512, 512, 512),
+        "gate_hidden_units": (128, 64),
+        "tower_hidden_units": (128, 64),
+        "hidden_activations": "relu",
+        "net_dropout": 0.0,
+        "batch_norm": False,
+    }
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("batch", [0, 1, 11])
+def test_logits_and_probabilities(name: str, batch: int) -> None:
+    model = small(name)
+    logits = model(ids(batch))
+    assert logits.shape == (batch, 3)
+    assert logits.requires_grad
+    probabilities = model.predict(ids(batch))
+    assert not probabilities.requires_grad
+    torch.testing.assert_close(probabilities, logits.detach().sigmoid())
+    assert torch.equal(model(ids(batch).int()), logits)
+
+
+def test_stem_is_the_papers_network() -> None:
+    """The forward pass written from the paper's equations, two layers."""
+    model = small(num_layers=2, num_specific_experts=2)
+    rows = model.embedding.weight.view(-1, 4, 3)  # [R, G, D]
+    user, item = rows[ids()[:, 0]], rows[VOCAB["user"] + ids()[:, 1]]
+    x = torch.cat([user, item], dim=2).transpose(0, 1)  # [G, B, F*D]
+
+    def mlp(networks: Any, e: int, h: Tensor, hidden: int) -> Tensor:
+        linear = [b for b in networks.blocks if hasattr(b, "weight")]
+        for i, block in enumerate(linear):
+            h = F.linear(h, block.weight[e], block.bias[e])
+            h = h.relu() if i < hidden else h
+        return h
+
+    for experts, gates in zip(model.experts, model.gate_mlps, strict=True):
+        y = [mlp(experts, e, x[min(e // 2, 3)], 2) for e in range(8)]
+        outputs = []
+        for k in range(4):
+            inputs = x[k] + x[3] if k < 3 else x[3]
+            p = mlp(gates, k, inputs, 1).softmax(-1)
+            outputs.append(sum(p[:, e, None] * y[e] for e in range(8)))
+        x = torch.stack(outputs)
+    expected = torch.cat([mlp(model.towers, t, x[t], 1) for t in range(3)], dim=1)
+    torch.testing.assert_close(model(ids()), expected)
+
+
+def gradients(model: STEMNet, task: int) -> dict[str, Tensor]:
+    model.zero_grad()
+    model(ids())[:, task].sum().backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def test_a_task_teaches_its_own_and_the_shared_parts_of_one_layer() -> None:
+    model = small()
+    for task in range(3):
+        grads = gradients(model, task)
+        spaces = grads["embedding.weight"].view(-1, 4, 3).abs().sum((0, 2))
+        assert [g for g in range(4) if spaces[g]] == [task, 3]
+        experts = grads["experts.0.blocks.0.weight"].abs().sum((1, 2))
+        assert [e for e in range(5) if experts[e]] == [task, 3, 4]
+        gates = grads["gate_mlps.0.blocks.0.weight"].abs().sum((1, 2))
+        assert [k for k in range(4) if gates[k]] == [task]
+
+
+def test_every_task_sees_every_expert() -> None:
+    model = small()
+    before = model(ids())
+    with torch.no_grad():
+        model.experts[0].blocks[0].weight[1] += 1  # an expert of the second task
+    assert ((model(ids()) - before).abs().amax(0) > 1e-6).all()
+
+
+def test_two_layers_let_other_tasks_embeddings_learn_through_the_shared_gate() -> None:
+    """A fact of the official code: layer 0's shared output is not detached."""
+    grads = gradients(small(num_layers=2), 0)
+    spaces = grads["embedding.weight"].view(-1, 4, 3).abs().sum((0, 2))
+    assert spaces.all()
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_the_last_shared_gate_is_never_run(layers: int) -> None:
+    model = small(num_layers=layers)
+    grads = gradients(model, 0)
+    for name, grad in grads.items():
+        if name.startswith(f"gate_mlps.{layers - 1}"):
+            assert not grad[3].any()
+    with torch.no_grad():
+        for block in model.gate_mlps[-1].blocks:
+            if hasattr(block, "weight"):
+                block.weight[3] = float("nan")
+    assert model(ids()).isfinite().all()
+
+
+def test_single_task_shares_nothing() -> None:
+    model = small("single", num_specific_experts=2)
+    for task in range(3):
+        grads = gradients(model, task)
+        spaces = grads["embedding.weight"].view(-1, 3, 3).abs().sum((0, 2))
+        assert [g for g in range(3) if spaces[g]] == [task]
+        experts = grads["experts.0.blocks.0.weight"].abs().sum((1, 2))
+        assert [e for e in range(6) if experts[e]] == [2 * task, 2 * task + 1]
+
+
+def test_shared_bottom_is_one_network_with_towers() -> None:
+    model = small("shared_bottom")
+    h = model.embedding.weight[ids() + model.embedding.offsets].flatten(1)
+    for block in model.experts[0].blocks[::2]:
+        h = F.linear(h, block.weight[0], block.bias[0]).relu()
+    first, _, last = model.towers.blocks
+    for t in range(3):
+        hidden = F.linear(h, first.weight[t], first.bias[t]).relu()
+        expected = F.linear(hidden, last.weight[t], last.bias[t])[:, 0]
+        torch.testing.assert_close(model(ids())[:, t], expected)
+
+
+def test_ple_and_mmoe_gates_see_what_they_should() -> None:
+    ple = small("ple")
+    (weights,) = ple.gates(ids())
+    assert (weights > 0).tolist() == [[e == t or e >= 3 for e in range(5)] for t in range(3)]
+    (weights,) = small("mmoe").gates(ids())
+    assert (weights > 0).all()
+    assert small("ple").embedding.weight.shape[1] == SMALL["embedding_dim"]
+
+
+def test_gates_are_mean_weights_with_names() -> None:
+    model = small(num_layers=2)
+    first, last = model.gates(ids())
+    assert first.shape == (4, 5)
+    assert last.shape == (3, 5)
+    torch.testing.assert_close(first.sum(1), torch.ones(4, dtype=torch.float64))
+    assert model.gate_names == [*TASKS, "shared"]
+    assert model.expert_names == ["click.0", "like.0", "follow.0", "shared.0", "shared.1"]
+    assert small("shared_bottom").gates(ids()) == []
+    assert small("shared_bottom").gate_names == []
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_config_rebuilds_the_model(name: str) -> None:
+    model = small(
+        name,
+        numeric=["price"],
+        sequences={"history": "item"},
+        pooling="sum",
+        kinds={"follow": "regression"},
+        fields=["item", "price", "history", "user"],
+    )
+    again = type(model)(**model.config).double()
+    again.load_state_dict(model.state_dict())
+    inputs = ids(4), torch.randn(4, 1), {"history": torch.randint(0, 9, (4, 3))}
+    assert torch.equal(again(*inputs), model(*inputs))
+
+
+def test_fields_order_the_networks_input() -> None:
+    plain, turned = small(), small(fields=["item", "user"])
+    with torch.no_grad():
+        for a, b in zip(plain.parameters(), turned.parameters(), strict=True):
+            b.copy_(a)
+        for networks in (turned.experts[0], turned.gate_mlps[0]):
+            networks.blocks[0].weight.copy_(networks.blocks[0].weight.roll(3, dims=2))
+    torch.testing.assert_close(turned(ids()), plain(ids()))
+
+
+def test_predict_and_gates_leave_the_mode_alone() -> None:
+    model = small(net_dropout=0.5, batch_norm=True)
+    model.train()
+    assert torch.equal(model.predict(ids()), model.predict(ids()))
+    model.gates(ids())
+    assert model.training
+    assert not torch.equal(model(ids()), model(ids()))
+
+
+def test_loss_is_the_sum_of_mean_cross_entropies() -> None:
+    model, logits = small(), torch.randn(4, 3)
+    labels = torch.randint(0, 2, (4, 3)).float()
+    expected = F.binary_cross_entropy(logits.sigmoid(), labels, reduction="none").mean(0).sum()
+    torch.testing.assert_close(model.loss(logits, labels), expected)
+
+
+def test_regression_tasks_have_squared_error_and_no_sigmoid() -> None:
+    model = small(kinds={"like": "regression"})
+    logits, labels = torch.randn(4, 3), torch.rand(4, 3)
+    only = torch.tensor([0.0, 1.0, 0.0])
+    loss = model.loss(logits, labels, task_weights=only)
+    torch.testing.assert_close(loss, F.mse_loss(logits[:, 1], labels[:, 1]))
+    raw, out = model(ids()).detach(), model.predict(ids())
+    torch.testing.assert_close(out[:, 1], raw[:, 1])
+    torch.testing.assert_close(out[:, 0], raw[:, 0].sigmoid())
+
+
+def test_missing_labels_and_masks_leave_other_tasks_alone() -> None:
+    model = small()
+    logits = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, 2, (4, 3)).double()
+    missing = labels.clone()
+    missing[1, 0] = math.nan
+    mask = torch.ones(4, 3, dtype=torch.bool)
+    mask[1, 0] = False
+    rest = F.binary_cross_entropy_with_logits
+    expected = rest(logits[[0, 2, 3], 0], labels[[0, 2, 3], 0]) + sum(
+        rest(logits[:, t], labels[:, t]) for t in (1, 2)
+    )
+    for loss in (model.loss(logits, missing), model.loss(logits, labels, mask=mask)):
+        torch.testing.assert_close(loss, expected)
+        (grad,) = torch.autograd.grad(loss, logits)
+        assert grad[1, 0] == 0
+        assert grad.isfinite().all()
+
+
+def test_a_task_without_labels_adds_nothing() -> None:
+    logits = torch.randn(4, 3, requires_grad=True)
+    loss = small().loss(logits, torch.full((4, 3), math.nan))
+    loss.backward()
+    assert loss == 0
+    assert not logits.grad.any()
+
+
+def test_weights_of_tasks_and_samples() -> None:
+    model, logits = small(), torch.randn(4, 3)
+    labels = torch.randint(0, 2, (4, 3)).float()
+    each = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+    tasks, samples = torch.tensor([1.0, 0.0, 2.5]), torch.tensor([1.0, 0.5, 0.0, 3.0])
+    loss = model.loss(logits, labels, task_weights=tasks, sample_weights=samples)
+    torch.testing.assert_close(loss, ((each * samples[:, None]).mean(0) * tasks).sum())
+
+
+def test_loss_refuses_other_shapes() -> None:
+    with pytest.raises(ValueError, match=r"labels have shape \[4\], logits \[4, 3\]"):
+        small().loss(torch.zeros(4, 3), torch.zeros(4))
+
+
+def test_regularization_covers_tables_and_networks_apart() -> None:
+    model = small(hidden_activations="dice", numeric=["price"])
+    table = model.embedding.weight.square().sum()
+    rest = sum(
+        p.square().sum()
+        for name, p in model.named_parameters()
+        if name != "embedding.weight" and "alpha" not in name
+    )
+    torch.testing.assert_close(model.regularization(0.5, 0.0), 0.25 * table)
+    torch.testing.assert_close(model.regularization(0.5, 0.1), 0.25 * table + 0.05 * rest)
+    assert model.regularization() == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"embedding_dim": 0}, "embedding_dim is 0, must be at least 1"),
+        ({"num_layers": 0}, "num_layers is 0, must be at least 1"),
+        ({"num_shared_experts": -1}, "num_shared_experts is -1, must not be negative"),
+        ({"num_shared_experts": 0, "num_specific_experts": 0}, "the model has no expert"),
+        ({"num_shared_experts": 61}, "64 experts; a mask holds at most 63"),
+        ({"expert_hidden_units": ()}, "expert_hidden_units is empty"),
+        ({"gate_hidden_units": (4, 0)}, r"gate_hidden_units is \[4, 0\], must be positive"),
+        ({"net_dropout": 1.0}, r"net_dropout is 1.0, must be in \[0, 1\)"),
+        ({"tasks": []}, r"tasks \[\] must be one or more different names"),
+        ({"tasks": ["a", "a"]}, "must be one or more different names"),
+        ({"vocab_sizes": {}}, "the model has no field"),
+        ({"numeric": ["user"]}, "a field is named twice"),
+        ({"fields": ["user"]}, r"fields \['user'\] must name each of \['user', 'item'\]"),
+        ({"pooling": {"history": "mean"}}, "must name each sequence once"),
+        ({"sequences": {"h": 3}, "pooling": "max"}, "pooling 'max' is not mean or sum"),
+        ({"kinds": {"clik": "binary"}}, "kinds names 'clik', which is no task"),
+        ({"kinds": {"click": "ranking"}}, "kind 'ranking' is not binary or regression"),
+        ({"hidden_activations": "rellu"}, "unknown activation 'rellu'"),
+    ],
+)
+def test_bad_configurations(options: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {"vocab_sizes": VOCAB, "tasks": TASKS, **SMALL, **options}
+    with pytest.raises(ValueError, match=message):
+        STEMNet(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        (SharedBottom, {"num_shared_experts": 2}, "one shared expert and no specific ones"),
+        (MMoE, {"num_specific_experts": 1}, "MMoE has no specific experts"),
+        (MMoE, {"num_layers": 2}, "MMoE has one layer, num_layers is 2"),
+        (SingleTask, {"num_shared_experts": 1}, "SingleTask has specific experts only"),
+        (PLE, {"num_shared_experts": 0}, "PLE's shared gate sees the shared experts: there is none"),
+    ],
+)
+def test_options_that_a_model_has_no_use_for(
+    model: type[STEMNet], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        model(VOCAB, TASKS, **SMALL, **options)
+
+
+def test_ids_outside_the_vocabulary_name_the_field() -> None:
+    bad = ids()
+    bad[2, 1] = 9
+    with pytest.raises(IndexError, match="field 'item': id 9 at row 2 is outside its voc.* of 9"):
+        small()(bad)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_compiles_to_one_graph(name: str) -> None:
+    model = small(name).float()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    out = compiled(ids())
+    torch.testing.assert_close(out, model(ids()))
+    grads = torch.autograd.grad(out.sum(), model.embedding.weight)
+    expected = torch.autograd.grad(model(ids()).sum(), model.embedding.weight)
+    torch.testing.assert_close(grads, expected)
+
+
+def test_the_model_agrees_with_the_reference_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small(num_layers=2)
+    model(ids()).sin().sum().backward()
+    fast = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    monkeypatch.setattr("stem_fast.ops.lookup", reference.lookup)
+    monkeypatch.setattr("stem_fast.ops.mixture", reference.mixture)
+    model(ids()).sin().sum().backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(fast[name], p.grad)
