@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stem_fast.layers import GroupedMLP
 from stem_fast.model import STEMNet
@@ -132,7 +132,9 @@ def _sizes(state_dict: Mapping[str, Tensor], tasks: int) -> dict[str, Any]:
     specific = count(r"stem_layers\.0\.specific_experts\.0\.(\d+)\.")
     common = count(r"stem_layers\.0\.shared_experts\.(\d+)\.")
     first = "stem_layers.0." + ("specific_experts.0.0" if specific else "shared_experts.0")
-    linears = {name: _linears(state_dict, name) for name in (first, "stem_layers.0.gate.0", "tower.0")}
+    linears = {
+        name: _linears(state_dict, name) for name in (first, "stem_layers.0.gate.0", "tower.0")
+    }
     if not all(linears.values()):
         raise ValueError("not a checkpoint of the official STEM: no experts, gates or towers")
     keys = [re.sub(r".*\.mlp\.\d+\.", "", key) for key in state_dict if ".mlp." in key]
@@ -181,12 +183,13 @@ def _views(model: STEMNet) -> Iterator[tuple[str, Tensor]]:
     for name in config["fields"]:
         if name in arena.tables:
             yield _TABLE.format(name), arena.weight.detach()[arena.tables[name]]
-        else:
+        elif arena.numeric_weight is not None:
             row = arena.numeric.index(name)
             yield _TABLE.format(name), arena.numeric_weight.detach()[row, :, None]
     tasks, specific = len(model.tasks), config["num_specific_experts"]
 
-    def mlp(prefix: str, group: int, networks: GroupedMLP) -> Iterator[tuple[str, Tensor]]:
+    def mlp(prefix: str, group: int, networks: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        assert isinstance(networks, GroupedMLP)
         for key, view in networks.official(group):
             yield f"{prefix}.{key}", view
 

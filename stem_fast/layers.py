@@ -37,8 +37,8 @@ class EmbeddingArena(nn.Module):
         dim: D.
 
     ``weight`` is [R, G*D], R the sum of all vocabularies: a row holds the G embeddings of one
-    value side by side. ``numeric_weight`` is [N, G*D], None without numeric fields. Both are drawn from N(0, 1e-4^2) and
-    xavier_normal as in the official code; padding rows are zero.
+    value side by side. ``numeric_weight`` is [N, G*D], None without numeric fields. They are drawn
+    from N(0, 1e-4^2) and xavier_normal as in the official code; padding rows are zero.
     """
 
     offsets: Tensor
@@ -180,7 +180,7 @@ class EmbeddingArena(nn.Module):
 
 
 class GroupedLinear(nn.Module):
-    """Linear layers of E networks: ``weight`` [E, O, I] xavier_normal each, ``bias`` [E, O] zero."""
+    """Linear layers of E networks: ``weight`` [E, O, I], xavier_normal each, ``bias`` [E, O], 0."""
 
     def __init__(self, groups: int, inputs: int, outputs: int) -> None:
         super().__init__()

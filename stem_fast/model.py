@@ -220,7 +220,9 @@ class STEMNet(nn.Module):
         x = self.embedding(ids, numeric, sequences)  # [G, B, fields, D]
         if self.order != list(range(len(self.order))):
             x = x[:, :, self.order]
-        x = x.flatten(2)[list(wiring.spaces)]  # [N, B, fields*D]
+        x = x.flatten(2)  # [G, B, fields*D]
+        if wiring.spaces != tuple(range(len(x))):
+            x = x[list(wiring.spaces)]  # [N, B, fields*D]
         gate_logits = []
         for layer, experts in enumerate(self.experts):
             last = layer + 1 == len(self.experts)
@@ -264,7 +266,7 @@ class STEMNet(nn.Module):
 
     @property
     def expert_names(self) -> list[str]:
-        """"task.0", "task.1", ... of each task, then "shared.0", ..."""
+        """ "task.0", "task.1", ... of each task, then "shared.0", ..."""
         counts = [(task, self.config["num_specific_experts"]) for task in self.tasks]
         counts.append(("shared", self.config["num_shared_experts"]))
         return [f"{name}.{i}" for name, count in counts for i in range(count)]
@@ -306,9 +308,7 @@ class STEMNet(nn.Module):
             A scalar; a task without any label adds 0.
         """
         if labels.shape != logits.shape:
-            raise ValueError(
-                f"labels have shape {list(labels.shape)}, logits {list(logits.shape)}"
-            )
+            raise ValueError(f"labels have shape {list(labels.shape)}, logits {list(logits.shape)}")
         present = ~labels.isnan()
         if mask is not None:
             present = present & mask
@@ -444,9 +444,7 @@ class SharedBottom(STEMNet):
 
     @staticmethod
     def wire(tasks: int, specific: int, shared: int) -> Wiring:
-        return Wiring(
-            spaces=(0,), reads=(0,), gates=(), see=(1,), learn=(1,), towers=(0,) * tasks
-        )
+        return Wiring(spaces=(0,), reads=(0,), gates=(), see=(1,), learn=(1,), towers=(0,) * tasks)
 
 
 class SingleTask(STEMNet):

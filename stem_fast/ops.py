@@ -84,9 +84,7 @@ def _mixture_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _mixture_grad(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-    dy, dlogits = torch.ops.stem_fast.mixture_backward(
-        grad, *ctx.saved_tensors, ctx.see, ctx.learn
-    )
+    dy, dlogits = torch.ops.stem_fast.mixture_backward(grad, *ctx.saved_tensors, ctx.see, ctx.learn)
     return dy, dlogits, None, None
 
 

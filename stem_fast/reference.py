@@ -90,19 +90,24 @@ def grouped_linear(x: Tensor, reads: Sequence[int], weight: Tensor, bias: Tensor
 
     Args:
         x: [N, B, I], the inputs there are.
-        reads: E indices into them: network e reads ``x[reads[e]]``.
+        reads: indices into them: network e reads ``x[reads[e]]``; with fewer than E of them, only
+            the first networks run.
         weight: [E, O, I].
         bias: [E, O].
 
     Returns:
         [E, B, O].
     """
-    return torch.stack([F.linear(x[n], weight[e], bias[e]) for e, n in enumerate(reads)])
+    # unbind and not indexing: the backward of x[n] fills a whole x with zeros each time.
+    inputs = x.unbind()
+    networks = zip(reads, weight.unbind(), bias.unbind(), strict=False)
+    return torch.stack([F.linear(inputs[n], w, b) for n, w, b in networks])
 
 
 def gate_inputs(x: Tensor, reads: Sequence[Sequence[int]]) -> Tensor:
     """What the gates read: the sum of the inputs that each names. [N, B, I] -> [K, B, I]."""
-    return torch.stack([torch.stack([x[n] for n in names]).sum(0) for names in reads])
+    inputs = x.unbind()
+    return torch.stack([torch.stack([inputs[n] for n in names]).sum(0) for names in reads])
 
 
 def gate_weights(logits: Tensor, see: Sequence[int]) -> Tensor:
@@ -136,7 +141,7 @@ def mixture(y: Tensor, logits: Tensor, see: Sequence[int], learn: Sequence[int])
     outputs = []
     for k, mask in enumerate(learn):
         experts = [y[e] if mask >> e & 1 else y[e].detach() for e in range(len(y))]
-        outputs.append(sum(p[k, :, e, None] * experts[e] for e in range(len(y))))
+        outputs.append(torch.stack([p[k, :, e, None] * experts[e] for e in range(len(y))]).sum(0))
     return torch.stack(outputs)
 
 

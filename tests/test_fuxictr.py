@@ -37,7 +37,10 @@ class Case:
         return torch.stack([self.tensors[f"{prefix}.{t}"] for t in self.info["tasks"]], dim=1)
 
     def model(self, prefix: str = "state", dtype: torch.dtype = torch.float64) -> STEMNet:
-        state = {key: t.to(dtype) if t.is_floating_point() else t for key, t in self.group(prefix).items()}
+        state = {
+            key: t.to(dtype) if t.is_floating_point() else t
+            for key, t in self.group(prefix).items()
+        }
         sequences = self.info.get("sequences", {})
         return STEMNet.from_official(
             state,

@@ -73,7 +73,10 @@ def test_ids_outside_the_vocabulary(ids: list[list[int]], message: str) -> None:
 @pytest.mark.parametrize(
     ("sequence", "message"),
     [
-        (torch.tensor([[1, 2], [3, 4]]), "field 'history': id 4 at row 1 is outside its voc.* of 4"),
+        (
+            torch.tensor([[1, 2], [3, 4]]),
+            "field 'history': id 4 at row 1 is outside its voc.* of 4",
+        ),
         ((torch.tensor([1, 9]), torch.tensor([0, 0, 2])), "id 9 at row 1 is outside"),
         (torch.tensor([[1, 2]]), r"sequence 'history' has shape \[1, 2\], expected \[2, L\]"),
         ((torch.tensor([1, 2]), torch.tensor([0, 2])), r"offsets must be \[3\], from 0 to 2"),
@@ -90,7 +93,11 @@ def test_bad_sequences(sequence: object, message: str) -> None:
     [
         ((IDS[:, :1], PRICE, SEQUENCES), ValueError, r"expected \[B, 2\] \(user, item\)"),
         ((IDS.float(), PRICE, SEQUENCES), TypeError, "ids are torch.float32"),
-        ((IDS, None, SEQUENCES), ValueError, r"numeric has shape None, expected \[2, 1\] \(price\)"),
+        (
+            (IDS, None, SEQUENCES),
+            ValueError,
+            r"numeric has shape None, expected \[2, 1\] \(price\)",
+        ),
         ((IDS, PRICE[:1], SEQUENCES), ValueError, r"numeric has shape \[1, 1\]"),
         ((IDS, PRICE, {}), ValueError, r"sequences \[\] given, \['history', 'tags'\] expected"),
     ],
@@ -123,9 +130,7 @@ ALONE = {
 def test_group_is_its_networks_side_by_side(name: str) -> None:
     """Forward and every gradient, in training mode with batch norm."""
     torch.manual_seed(1)
-    group = GroupedMLP(
-        3, 5, (6, 4), outputs=2, hidden_activations=name, batch_norm=True
-    ).double()
+    group = GroupedMLP(3, 5, (6, 4), outputs=2, hidden_activations=name, batch_norm=True).double()
     x = torch.randn(2, 9, 5, dtype=torch.float64, requires_grad=True)
     reads = [1, 0, 1]
     y = group(x, reads)

