@@ -102,7 +102,9 @@ def test_mixture_backward_is_its_gradient(case: MixtureCase) -> None:
     y.requires_grad_(), logits.requires_grad_()
     out = reference.mixture(y, logits, see, learn)
     grad = torch.randn(out.shape, dtype=out.dtype)
-    expected = torch.autograd.grad(out, (y, logits), grad, allow_unused=True, materialize_grads=True)
+    expected = torch.autograd.grad(
+        out, (y, logits), grad, allow_unused=True, materialize_grads=True
+    )
     actual = reference.mixture_backward(grad, y.detach(), logits.detach(), see, learn)
     torch.testing.assert_close(actual, expected)
 

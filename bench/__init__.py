@@ -1,0 +1,1 @@
+"""Measurements and comparisons, not installed: run `python -m bench.NAME` in the root folder."""

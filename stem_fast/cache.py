@@ -1,0 +1,107 @@
+"""Folders of .npy arrays that are written whole or not at all, and memory-mapped when read."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from stem_fast.schema import DataError
+
+META = "meta.json"
+DAY = 24 * 3600.0
+
+
+def cache_root(cache: str | Path | None = None) -> Path:
+    """The folder of all entries: ``cache``, else $STEM_FAST_CACHE, else $XDG_CACHE_HOME/stem_fast,
+    else ~/.cache/stem_fast."""
+    if cache or (cache := os.environ.get("STEM_FAST_CACHE")):
+        return Path(cache)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stem_fast"
+
+
+def read_entry(entry: Path) -> dict[str, np.ndarray] | None:
+    """Map the arrays of an entry; None when there is none or it is damaged."""
+    arrays: dict[str, np.ndarray] = {}
+    try:
+        for name, size in json.loads((entry / META).read_text()).items():
+            file = entry / f"{name}.npy"
+            if file.stat().st_size != size:
+                return None
+            # Mode "c" gives private pages: torch warns about memory that it may not write.
+            arrays[name] = np.load(file, mmap_mode="c", allow_pickle=False)
+    except (OSError, ValueError, AttributeError):
+        return None
+    return arrays
+
+
+@contextlib.contextmanager
+def write_entry(entry: Path) -> Iterator[Writer]:
+    """A writer whose arrays become the entry, in one rename, when the block ends well.
+
+    Otherwise nothing is left. A damaged entry is replaced; where another process has made the
+    entry meanwhile, that one stays: entries of one name have the same content.
+    Raises DataError where the folder cannot be written.
+    """
+    prefix = f".{entry.name}."
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        # What a killed process left is never read; a day later it is surely nobody's work.
+        for left in entry.parent.glob(f"{prefix}*"):
+            if time.time() - left.stat().st_mtime > DAY:
+                shutil.rmtree(left, ignore_errors=True)
+        temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=entry.parent))
+        try:
+            with Writer(temporary) as writer:
+                yield writer
+            sizes = {file.stem: file.stat().st_size for file in temporary.glob("*.npy")}
+            (temporary / META).write_text(json.dumps(sizes))
+            if read_entry(entry) is None:
+                shutil.rmtree(entry, ignore_errors=True)
+                os.rename(temporary, entry)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        if read_entry(entry) is None:  # else the race to the name was lost between check and rename
+            raise DataError(
+                f"{entry.parent}: cannot write the cache ({error.strerror}): set STEM_FAST_CACHE "
+                "to another folder."
+            ) from error
+
+
+class Writer:
+    """Appends rows to .npy files whose length is known only at the end."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files: dict[str, BinaryIO] = {}
+        self.heads: dict[str, dict[str, Any]] = {}
+
+    def append(self, name: str, rows: np.ndarray) -> None:
+        """Add rows to the array ``name``; the first call settles its dtype and other sizes."""
+        if name not in self.files:
+            self.files[name] = (self.folder / f"{name}.npy").open("wb")
+            shape = (0, *rows.shape[1:])
+            self.heads[name] = {"descr": rows.dtype.str, "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(self.files[name], self.heads[name])
+        length, *sizes = self.heads[name]["shape"]
+        self.heads[name]["shape"] = (length + len(rows), *sizes)
+        self.files[name].write(np.ascontiguousarray(rows).data)
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name, file in self.files.items():
+            with file:
+                # numpy pads headers so that the first size can grow: the length stays the same.
+                file.seek(0)
+                np.lib.format.write_array_header_1_0(file, self.heads[name])

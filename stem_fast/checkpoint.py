@@ -1,0 +1,219 @@
+"""The run folder: what ``fit`` leaves behind and everything that reads it.
+
+    RUN/model.safetensors   weights of the best epoch
+        schema.json         the encoding: columns, vocabularies, scaling
+        config.json         model, its sizes, and how it was trained
+        history.json        one entry an epoch
+        metrics.json        validation metrics of the best weights, written when ``fit`` has ended
+
+Every change is one rename, so a process killed at any moment leaves no RUN or one that loads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from stem_fast.config import TrainingConfig
+from stem_fast.model import MODELS
+from stem_fast.schema import DataError, Encoding, nearest
+
+VERSION = 1
+WEIGHTS, SCHEMA, CONFIG = "model.safetensors", "schema.json", "config.json"
+HISTORY, METRICS = "history.json", "metrics.json"
+_FILES = (WEIGHTS, SCHEMA, CONFIG, HISTORY, METRICS)
+
+
+def create_run(
+    path: str | Path,
+    model: nn.Module,
+    encoding: Encoding,
+    training: TrainingConfig,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Write a complete run folder in one step, with an empty history and no metrics yet.
+
+    With ``overwrite`` an earlier run is replaced as a whole. Raises DataError if PATH holds files
+    and ``overwrite`` is off, or if it holds anything that is not a run's.
+    """
+    path = Path(path).absolute()
+    refuse_existing(path, overwrite=overwrite)
+    _refuse_mismatch(path, model, encoding)
+    config = {
+        "version": VERSION,
+        "model": next(name for name, kind in MODELS.items() if kind is type(model)),
+        "config": model.config,
+        "training": dataclasses.asdict(training),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    new, old = work / "new", work / "old"
+    try:
+        new.mkdir()
+        save_weights(new, model)
+        save_json(new / SCHEMA, encoding.to_dict())
+        save_json(new / CONFIG, config)
+        save_json(new / HISTORY, [])
+        if path.exists():
+            os.rename(path, old)
+        os.rename(new, path)
+    finally:
+        if old.exists() and not path.exists():
+            os.rename(old, path)
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def save_weights(path: str | Path, model: nn.Module) -> None:
+    """Replace the weights of the run folder PATH in one step."""
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+    with replacing(Path(path) / WEIGHTS) as partial:
+        save_file(tensors, partial)
+
+
+def save_json(path: str | Path, value: Any) -> None:
+    """Write VALUE to the file PATH in one step; dictionaries keep their order, NaN is refused."""
+    # Field order is part of a model, so keys are never sorted.
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary name beside PATH to write to; it becomes PATH when the block ends well."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())  # else a power cut may leave the new name on an empty file
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def refuse_existing(path: str | Path, *, overwrite: bool) -> None:
+    """Raise DataError if a new run cannot take the name PATH."""
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise DataError(f"{path} is a file: --out names the folder of the new run.")
+    held = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
+    ours = {*_FILES, *(f".{name}.partial" for name in _FILES)}
+    foreign = [name for name in held if name not in ours]
+    if foreign:
+        raise DataError(f"{path} holds {foreign[0]}, which no run has: choose another folder.")
+    if held and not overwrite:
+        raise DataError(f"{path} already holds a run: choose another folder or add --overwrite.")
+
+
+def load_run(
+    path: str | Path, device: str | torch.device = "cpu"
+) -> tuple[nn.Module, Encoding, TrainingConfig]:
+    """The model (best weights, in evaluation mode, on ``device``), its encoding and its training.
+
+    Raises DataError for a folder that is no complete run, another version's, or one whose files
+    contradict each other (tensors missing, left over or of another shape).
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise DataError(f"no run folder {path}: name the folder that `stem-fast fit --out` made.")
+    missing = [name for name in (WEIGHTS, SCHEMA, CONFIG) if not (path / name).is_file()]
+    if missing:
+        raise DataError(f"{path} is not a complete run: it lacks {', '.join(missing)}.")
+    config = read_config(path)
+    try:
+        model = MODELS[config["model"]](**config["config"])
+        training = TrainingConfig(**config["training"])
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{path / CONFIG} describes no {config['model']!r} run: {error}") from error
+    encoding = Encoding.from_dict(read_json(path / SCHEMA))
+    _refuse_mismatch(path, model, encoding)
+    model.load_state_dict(_read_weights(path / WEIGHTS, model))
+    return model.to(device).eval(), encoding, training
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The checked config.json of the run folder PATH."""
+    config = read_json(path / CONFIG)
+    keys = ("version", "model", "config", "training")
+    for key in keys:
+        if not isinstance(config, dict) or key not in config:
+            raise DataError(f"{path / CONFIG} has no {key!r}: it is not a run's configuration.")
+    if config["version"] != VERSION:
+        raise DataError(
+            f"{path / CONFIG} has version {config['version']!r}, this stem_fast reads version "
+            f"{VERSION}: use the release that made the run, or fit again."
+        )
+    name = config["model"]
+    if name not in MODELS:
+        raise DataError(f"{path / CONFIG}: unknown model {name!r}.{nearest(str(name), MODELS)}")
+    return config
+
+
+def read_json(path: Path) -> Any:
+    """The content of one of a run's JSON files; DataError if it is absent or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(
+            f"{path.parent} has no {path.name}: name the folder of a run whose fit has ended."
+        ) from None
+    except ValueError as error:
+        raise DataError(f"{path} is not valid JSON: {error}.") from error
+
+
+def _read_weights(path: Path, model: nn.Module) -> dict[str, torch.Tensor]:
+    """The file's tensors, after their names and shapes have been held against the model's."""
+    wanted = model.state_dict()
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = set(file.keys())
+            missing, extra = [n for n in wanted if n not in found], sorted(found - wanted.keys())
+            if missing or extra:
+                lists = {"lacks": missing, "has, beyond the model's,": extra}
+                said = "; ".join(f"{verb} {_some(names)}" for verb, names in lists.items() if names)
+                raise DataError(f"{path} does not fit its config.json: it {said}.")
+            for name, tensor in wanted.items():
+                shape = file.get_slice(name).get_shape()
+                if shape != list(tensor.shape):
+                    raise DataError(
+                        f"{path}: tensor {name} has shape {shape}, config.json asks for "
+                        f"{list(tensor.shape)}."
+                    )
+            return {name: file.get_tensor(name) for name in wanted}
+    except SafetensorError as error:
+        raise DataError(f"{path} is not a readable safetensors file: {error}.") from error
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+def _refuse_mismatch(path: Path, model: nn.Module, encoding: Encoding) -> None:
+    """Ids mean nothing to a model made for other vocabularies, so both sides must agree."""
+    config: Mapping[str, Any] = model.config  # type: ignore[assignment]
+    pairs = {
+        "tasks": (list(config["tasks"]), list(encoding.schema.tasks)),
+        "vocab_sizes": (list(config["vocab_sizes"].items()), list(encoding.vocab_sizes.items())),
+        "numeric": (list(config["numeric"]), list(encoding.schema.numeric)),
+        "sequences": (dict(config["sequences"]), encoding.sequence_tables),
+    }
+    for key, (ours, theirs) in pairs.items():
+        if ours != theirs:
+            raise DataError(f"{path}: the model's {key} {ours} are not the schema's {theirs}.")

@@ -1,0 +1,342 @@
+"""The ``stem-fast`` command."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+import torch
+import typer
+from torch import nn
+from typer.core import TyperGroup
+
+from stem_fast import checkpoint, data, ops, report, synth
+from stem_fast import train as training
+from stem_fast.config import FitSettings, TrainingConfig, fit_settings, parse_join
+from stem_fast.model import MODELS
+from stem_fast.schema import DataError, Encoding
+
+
+class _Commands(TyperGroup):
+    """Makes every refusal one line on stderr and exit code 2, and Ctrl-C exit code 130."""
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        extra["standalone_mode"] = False  # else typer prints its own, longer, errors
+        try:
+            code = super().main(*args, **extra)
+        except (DataError, training.TrainingError, OSError) as error:
+            report.error(str(error))
+            code = 2
+        except (typer.Abort, KeyboardInterrupt):
+            code = 130
+        except Exception as error:
+            # Usage errors: their class has moved between releases of typer, this method has not.
+            if not hasattr(error, "format_message"):
+                raise
+            if message := error.format_message():  # empty where the help has been printed
+                report.error(message)
+            code = 2
+        sys.exit(code or 0)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Multi-task recommenders around STEM-Net: fit, evaluate, predict.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+def _flag(panel: str, text: str, *names: str, default: object = None) -> Any:
+    text = text if default is None else f"{text} (default {default})"
+    return typer.Option(*names, help=text, rich_help_panel=panel, show_default=False)
+
+
+_DATA, _COLUMNS, _NETWORK, _TRAINING = "Data", "Columns", "Network", "Training"
+_OFFICIAL = TrainingConfig()
+_Text = str | None
+_Int = int | None
+_Float = float | None
+_Bool = bool | None
+_Join = Annotated[
+    list[str] | None,
+    _flag(_DATA, "FILE:KEY, a side table joined on a column; may be given several times"),
+]
+_Cache = Annotated[Path | None, _flag(_DATA, "folder for encoded data")]
+_Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
+_Run = Annotated[Path, typer.Argument(metavar="RUN", help="run folder, made by fit --out")]
+_BatchSize = Annotated[int | None, typer.Option(min=1, help="rows (default: as in training)")]
+
+
+@app.command()
+def fit(
+    context: typer.Context,
+    config: Annotated[
+        Path | None,
+        _flag(_DATA, "YAML file of these settings (names with underscores); flags override it"),
+    ] = None,
+    train: Annotated[_Text, _flag(_DATA, "training table: CSV, TSV, Parquet, or a folder")] = None,
+    valid: Annotated[_Text, _flag(_DATA, "validation table")] = None,
+    out: Annotated[_Text, _flag(_DATA, "run folder to make")] = None,
+    overwrite: Annotated[_Bool, _flag(_DATA, "replace a run", "--overwrite")] = None,
+    join: _Join = None,
+    cache: _Cache = None,
+    labels: Annotated[_Text, _flag(_COLUMNS, "tasks: is_click,watch_time:regression")] = None,
+    categorical: Annotated[_Text, _flag(_COLUMNS, "columns looked up in a vocabulary")] = None,
+    numeric: Annotated[_Text, _flag(_COLUMNS, "columns standardised as numbers")] = None,
+    sequences: Annotated[
+        _Text,
+        _flag(
+            _COLUMNS,
+            "list columns: watch_seq=video_id (shares video_id's vocabulary),tags",
+            "--sequence",
+            "--sequences",
+        ),
+    ] = None,
+    pooling: Annotated[_Text, _flag(_COLUMNS, "of the sequences: mean or sum")] = None,
+    group: Annotated[_Text, _flag(_COLUMNS, "column that gAUC groups by")] = None,
+    weight: Annotated[_Text, _flag(_COLUMNS, "column of sample weights")] = None,
+    min_count: Annotated[_Int, _flag(_COLUMNS, "rarer values become unknown", default=10)] = None,
+    header: Annotated[_Text, _flag(_COLUMNS, "column names of a file without them")] = None,
+    delimiter: Annotated[_Text, _flag(_COLUMNS, "of text files (default: by suffix)")] = None,
+    model: Annotated[_Text, _flag(_NETWORK, ", ".join(MODELS), default="stem")] = None,
+    embedding_dim: Annotated[_Int, _flag(_NETWORK, "of each embedding space", default=16)] = None,
+    num_layers: Annotated[_Int, _flag(_NETWORK, "of experts and gates", default=1)] = None,
+    num_shared_experts: Annotated[_Int, _flag(_NETWORK, "default: the model's")] = None,
+    num_specific_experts: Annotated[_Int, _flag(_NETWORK, "a task; default: the model's")] = None,
+    expert_hidden_units: Annotated[_Text, _flag(_NETWORK, "widths", default="512,512,512")] = None,
+    gate_hidden_units: Annotated[_Text, _flag(_NETWORK, "widths", default="128,64")] = None,
+    tower_hidden_units: Annotated[_Text, _flag(_NETWORK, "widths", default="128,64")] = None,
+    hidden_activations: Annotated[_Text, _flag(_NETWORK, "by name", default="relu")] = None,
+    net_dropout: Annotated[_Float, _flag(_NETWORK, "after hidden layers", default=0)] = None,
+    batch_norm: Annotated[
+        _Bool, _flag(_NETWORK, "in hidden layers", "--batch-norm/--no-batch-norm")
+    ] = None,
+    epochs: Annotated[_Int, _flag(_TRAINING, "at most", default=_OFFICIAL.epochs)] = None,
+    batch_size: Annotated[_Int, _flag(_TRAINING, "rows", default=_OFFICIAL.batch_size)] = None,
+    learning_rate: Annotated[
+        _Float, _flag(_TRAINING, "Adam's", default=_OFFICIAL.learning_rate)
+    ] = None,
+    embedding_regularizer: Annotated[
+        _Float, _flag(_TRAINING, "L2 of embeddings", default=_OFFICIAL.embedding_regularizer)
+    ] = None,
+    net_regularizer: Annotated[
+        _Float, _flag(_TRAINING, "L2 of other weights", default=_OFFICIAL.net_regularizer)
+    ] = None,
+    max_gradient_norm: Annotated[
+        _Float, _flag(_TRAINING, "clipping, 0 = none", default=_OFFICIAL.max_gradient_norm)
+    ] = None,
+    patience: Annotated[
+        _Int, _flag(_TRAINING, "epochs without progress", default=_OFFICIAL.patience)
+    ] = None,
+    monitor: Annotated[
+        _Text, _flag(_TRAINING, "auc, gauc, logloss, finish.auc ...", default=_OFFICIAL.monitor)
+    ] = None,
+    task_weights: Annotated[_Text, _flag(_TRAINING, "one a task: 1,0.5")] = None,
+    seed: Annotated[_Int, _flag(_TRAINING, "of weights, shuffles", default=_OFFICIAL.seed)] = None,
+    device: Annotated[_Text, _flag(_TRAINING, "auto, cpu, cuda or cuda:N", default="auto")] = None,
+) -> None:
+    """Train a model with early stopping and keep its best weights in a run folder."""
+    given = {k: v for k, v in context.params.items() if k != "config" and v not in (None, (), [])}
+    _fit(fit_settings(given, config))
+
+
+def _fit(settings: FitSettings) -> None:
+    config, schema = settings.training, settings.schema
+    # All that can be refused without reading data is refused first.
+    training.check(config, schema.labels)
+    checkpoint.refuse_existing(settings.out, overwrite=settings.overwrite)
+    device = _device(settings.device)
+
+    encoding = data.fit_encoding(settings.train, schema, joins=settings.joins)
+    torch.manual_seed(config.seed)
+    model = _build(settings, encoding)
+    train, valid = (
+        data.load(path, encoding, cache=settings.cache, joins=settings.joins)
+        for path in (settings.train, settings.valid)
+    )
+    console = report.console()
+    size = sum(parameter.numel() for parameter in model.parameters())
+    console.print(
+        f"{settings.model}: {size:,} parameters on {device}; "
+        f"{len(train):,} training rows, {len(valid):,} validation rows"
+    )
+    history: list[dict[str, Any]] = []
+
+    def on_best(model: nn.Module) -> None:
+        if history:
+            checkpoint.save_weights(settings.out, model)
+        else:
+            checkpoint.create_run(
+                settings.out, model, encoding, config, overwrite=settings.overwrite
+            )
+
+    def on_epoch(record: training.EpochRecord) -> None:
+        history.append(dataclasses.asdict(record))
+        checkpoint.save_json(settings.out / checkpoint.HISTORY, history)
+        progress.epoch(record)
+
+    try:
+        with report.FitReport(len(train), config.epochs, config.monitor) as progress:
+            records = training.fit(
+                model,
+                train,
+                valid,
+                config,
+                device=device,
+                on_step=progress.step,
+                on_best=on_best,
+                on_epoch=on_epoch,
+            )
+    except KeyboardInterrupt:
+        state = f"{settings.out} holds the best weights so far" if history else "nothing is saved"
+        report.error(f"interrupted: {state}.")
+        raise typer.Exit(130) from None
+    except training.TrainingError as error:
+        kept = f" {settings.out} holds the best weights so far." if history else ""
+        raise training.TrainingError(f"{error}{kept}") from error
+    best = max((record for record in records if record.best), key=lambda record: record.epoch)
+    checkpoint.save_json(settings.out / checkpoint.METRICS, best.metrics)
+    report.print_metrics(best.metrics, f"validation, epoch {best.epoch} of {len(records)}")
+    console.print(f"saved to {settings.out}")
+
+
+def _build(settings: FitSettings, encoding: Encoding) -> nn.Module:
+    try:
+        return MODELS[settings.model](
+            encoding.vocab_sizes,
+            encoding.schema.tasks,
+            numeric=encoding.schema.numeric,
+            sequences=encoding.sequence_tables,
+            pooling=encoding.pooling,
+            kinds=encoding.schema.labels,
+            **settings.network,
+        )
+    except ValueError as error:
+        raise DataError(f"--model {settings.model}: {error}.") from error
+
+
+def _device(name: str) -> torch.device:
+    """"auto" is CUDA where there is a device. Raises DataError for one that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+        raise DataError(f"device is {name!r}: give auto, cpu, cuda or cuda:N.")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise DataError(
+            f"device is {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices: "
+            "`stem-fast doctor` says more."
+        )
+    return torch.device(name)
+
+
+@app.command()
+def evaluate(
+    run: _Run,
+    table: Annotated[Path, typer.Option("--data", help="labelled table")],
+    json: Annotated[Path | None, typer.Option(help="write the metrics to this file too")] = None,
+    join: _Join = None,
+    cache: _Cache = None,
+    batch_size: _BatchSize = None,
+    device: _Device = "auto",
+) -> None:
+    """Score a run on labelled data."""
+    model, encoding, config = checkpoint.load_run(run, _device(device))
+    rows = data.load(table, encoding, cache=cache, joins=_joins(join))
+    result = training.evaluate(
+        model, rows, batch_size=batch_size or config.batch_size, device=_device(device)
+    )
+    if json is not None:
+        checkpoint.save_json(json, result)
+    report.print_metrics(result, f"{run} on {table}")
+
+
+@app.command()
+def predict(
+    run: _Run,
+    table: Annotated[Path, typer.Option("--data", help="table; labels are not needed")],
+    out: Annotated[Path, typer.Option(help="file to write: .parquet or .csv")],
+    join: _Join = None,
+    cache: _Cache = None,
+    batch_size: _BatchSize = None,
+    device: _Device = "auto",
+) -> None:
+    """Write one column a task, probabilities (values of regression tasks), rows in order."""
+    writers = {".parquet": pyarrow.parquet.write_table, ".csv": pyarrow.csv.write_csv}
+    if out.suffix not in writers:
+        raise DataError(f"--out is {out}: name a .parquet or .csv file.")
+    model, encoding, config = checkpoint.load_run(run, _device(device))
+    rows = data.load(table, encoding, cache=cache, joins=_joins(join), labels=False)
+    predictions = training.predict(
+        model, rows, batch_size=batch_size or config.batch_size, device=_device(device)
+    )
+    columns = dict(zip(encoding.schema.tasks, predictions.T))
+    with checkpoint.replacing(out) as partial:
+        writers[out.suffix](pa.table(columns), partial)
+    report.console().print(f"{len(rows):,} rows of {', '.join(columns)} written to {out}")
+
+
+def _joins(texts: list[str] | None) -> tuple[data.Join, ...]:
+    return tuple(parse_join("join", text) for text in texts or ())
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders")],
+) -> None:
+    """Show the validation metrics of several runs side by side."""
+    names = [run.name for run in runs]
+    rows = {}
+    for run in runs:
+        model = checkpoint.read_config(run)["model"]
+        name = run.name if names.count(run.name) == 1 else str(run)
+        rows[name] = (model, checkpoint.read_json(run / checkpoint.METRICS))
+    report.print_comparison(rows)
+
+
+@app.command("synth")
+def make_synthetic(
+    out: Annotated[Path, typer.Option(help="folder to make")],
+    rows: Annotated[int, typer.Option(help="of the training table")] = 120_000,
+    valid_rows: Annotated[int, typer.Option(help="of the validation table")] = 20_000,
+    seed: int = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an older one")] = False,
+) -> None:
+    """Make a feedback log whose tasks share some tastes and conflict in others, with its truth."""
+    synth.generate(out, rows=rows, valid_rows=valid_rows, seed=seed, overwrite=overwrite)
+    names = ", ".join(sorted(path.name for path in out.iterdir()))
+    report.console().print(f"{out} holds {names}")
+
+
+@app.command()
+def doctor() -> None:
+    """Versions, devices, and which backends are available (and why not)."""
+    rows = {"python": platform.python_version()}
+    for package in ("stem_fast", "torch", "triton", "numpy", "pyarrow"):
+        try:
+            rows[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            rows[package] = "not installed"
+    capability = torch.backends.cpu.get_cpu_capability()
+    rows["cpu"] = f"{capability}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    without = "no device found" if torch.version.cuda else "torch is built without CUDA"
+    rows["cuda"] = ", ".join(names) or without
+    for number, (backend, state) in enumerate(ops.backends().items()):
+        rows[f"backend {backend}"] = f"{state} (in use)" if number == 0 else state
+    report.print_pairs(rows)

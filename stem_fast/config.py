@@ -1,0 +1,283 @@
+"""Settings of ``fit``: from a YAML file and command-line flags to checked, typed values.
+
+A key is a flag's name with underscores. Flags override the file, unknown keys are errors, and every
+value is checked for type and range before any data is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from stem_fast.data import Join
+from stem_fast.model import MODELS
+from stem_fast.schema import DataError, Schema, nearest, parse_sequences
+
+Check = Callable[[str, Any], Any]  # (key, value) -> typed value, or DataError
+
+
+def _refuse(key: str, value: Any, rule: str) -> DataError:
+    return DataError(f"{key} is {value!r}: give {rule}.")
+
+
+def _integer(low: int, high: int | None = None) -> Check:
+    limits = f"of at least {low}" if high is None else f"from {low} to {high}"
+
+    def check(key: str, value: Any) -> int:
+        try:
+            number = int(value) if isinstance(value, str) else value
+        except ValueError:
+            number = None
+        whole = isinstance(number, int) and not isinstance(number, bool)
+        if not whole or number < low or (high is not None and number > high):
+            raise _refuse(key, value, f"a whole number {limits}")
+        return number
+
+    return check
+
+
+def _number(rule: str, valid: Callable[[float], bool]) -> Check:
+    def check(key: str, value: Any) -> float:
+        try:
+            # YAML 1.1 reads 1e-3 as text, so text is tried too.
+            number = float(value) if isinstance(value, (int, float, str)) else math.nan
+        except ValueError:
+            number = math.nan
+        if isinstance(value, bool) or not math.isfinite(number) or not valid(number):
+            raise _refuse(key, value, rule)
+        return number
+
+    return check
+
+
+def _list_of(item: Check) -> Check:
+    """A list, or the same as comma-separated text, as a tuple; one bare number counts as a list."""
+
+    def check(key: str, value: Any) -> tuple[Any, ...]:
+        if isinstance(value, str):
+            value = [part.strip() for part in value.split(",") if part.strip()]
+        elif not isinstance(value, Sequence):
+            value = [value]
+        return tuple(item(key, part) for part in value)
+
+    return check
+
+
+def _text(key: str, value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise _refuse(key, value, "a text")
+    return value
+
+
+def _path(key: str, value: Any) -> Path:
+    if not isinstance(value, (str, Path)) or not str(value):
+        raise _refuse(key, value, "a path")
+    return Path(value)
+
+
+def _boolean(key: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise _refuse(key, value, "true or false")
+    return value
+
+
+def _model(key: str, value: Any) -> str:
+    if value not in MODELS:
+        raise _refuse(key, value, f"one of {', '.join(MODELS)}{nearest(str(value), MODELS)}")
+    return value
+
+
+def _pooling(key: str, value: Any) -> str:
+    if value not in ("mean", "sum"):
+        raise _refuse(key, value, "mean or sum")
+    return value
+
+
+def parse_join(key: str, value: Any) -> Join:
+    """ "users.parquet:user_id" -> Join("users.parquet", "user_id")."""
+    path, colon, column = value.rpartition(":") if isinstance(value, str) else ("", "", "")
+    if not path or not column:
+        raise _refuse(key, value, "FILE:KEY, a side table and the column it is joined on")
+    return Join(Path(path), column)
+
+
+_POSITIVE = _number("a number above 0", lambda x: x > 0)
+_NOT_NEGATIVE = _number("a number of at least 0", lambda x: x >= 0)
+_COUNT = _integer(1)
+_WIDTHS = _list_of(_COUNT)
+
+_FILES: dict[str, Check] = {
+    "train": _path,
+    "valid": _path,
+    "join": _list_of(parse_join),
+    "cache": _path,
+    "out": _path,
+    "overwrite": _boolean,
+    "device": _text,
+}
+_NETWORK: dict[str, Check] = {
+    "embedding_dim": _COUNT,
+    "num_layers": _COUNT,
+    "num_shared_experts": _integer(0),
+    "num_specific_experts": _integer(0),
+    "expert_hidden_units": _WIDTHS,
+    "gate_hidden_units": _WIDTHS,
+    "tower_hidden_units": _WIDTHS,
+    "hidden_activations": _text,
+    "net_dropout": _number("a number from 0 to below 1", lambda x: 0 <= x < 1),
+    "batch_norm": _boolean,
+}
+_TRAINING: dict[str, Check] = {
+    "epochs": _COUNT,
+    "batch_size": _COUNT,
+    "learning_rate": _POSITIVE,
+    "embedding_regularizer": _NOT_NEGATIVE,
+    "net_regularizer": _NOT_NEGATIVE,
+    "max_gradient_norm": _NOT_NEGATIVE,
+    "patience": _COUNT,
+    "monitor": _text,
+    "seed": _integer(0, 2**63 - 1),
+    "task_weights": _list_of(_NOT_NEGATIVE),
+}
+_SCHEMA = tuple(field.name for field in dataclasses.fields(Schema))
+KEYS = (*_FILES, *_SCHEMA, "pooling", "model", *_NETWORK, *_TRAINING)
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How a model is trained; the defaults are the official code's for STEM.
+
+    epochs                 at most
+    batch_size             rows
+    learning_rate          Adam's first
+    embedding_regularizer  lambda of (lambda / 2) * ||W||^2 over the embedding tables
+    net_regularizer        the same over all other weights
+    max_gradient_norm      the global norm gradients are clipped to; 0: never clipped
+    patience               epochs without an improvement, in a row, that end the training
+    monitor                metric that decides which epoch is best, see ``train.Monitor``
+    seed                   of the shuffles (and, in ``stem-fast fit``, of the first weights)
+    task_weights           factor on each task's loss; None: all 1
+
+    Raises DataError for a value of another type or out of range.
+    """
+
+    epochs: int = 20
+    batch_size: int = 4096
+    learning_rate: float = 1e-3
+    embedding_regularizer: float = 1e-6
+    net_regularizer: float = 0.0
+    max_gradient_norm: float = 10.0
+    patience: int = 1
+    monitor: str = "auc"
+    seed: int = 2023
+    task_weights: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for key, check in _TRAINING.items():
+            value = getattr(self, key)
+            if key != "task_weights" or value is not None:
+                object.__setattr__(self, key, check(key, value))
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """All that ``fit`` needs to know."""
+
+    train: Path
+    valid: Path
+    out: Path
+    schema: Schema
+    model: str
+    network: dict[str, Any]  # the model's options that were given
+    training: TrainingConfig
+    joins: tuple[Join, ...] = ()
+    cache: Path | None = None
+    device: str = "auto"
+    overwrite: bool = False
+
+
+def fit_settings(flags: Mapping[str, Any], file: Path | None = None) -> FitSettings:
+    """Settings from a YAML file and the flags that were given, which override it.
+
+    A key whose value is None (YAML: null) counts as not given. Raises DataError naming the key and
+    the value for anything unknown, missing or out of range.
+    """
+    given = {} if file is None else read_yaml(file)
+    for key in given:
+        if key not in KEYS:
+            raise DataError(f"{file}: unknown key '{key}'.{nearest(str(key), KEYS)}")
+    given = {key: value for key, value in {**given, **flags}.items() if value is not None}
+    absent = [key for key in ("train", "valid", "labels", "out") if key not in given]
+    if absent:
+        options = ", ".join(f"--{key}" for key in absent)
+        raise DataError(f"missing: {options} (or the same key in the --config file).")
+
+    def take(checks: Mapping[str, Check]) -> dict[str, Any]:
+        return {key: check(key, given[key]) for key, check in checks.items() if key in given}
+
+    files = take(_FILES)
+    files["joins"] = files.pop("join", ())
+    schema = {key: given[key] for key in _SCHEMA if key in given}
+    if "pooling" in given:
+        pooling = _pooling("pooling", given["pooling"])
+        schema["sequences"] = _with_pooling(schema.get("sequences"), pooling)
+    return FitSettings(
+        **files,
+        schema=Schema.from_dict(schema),
+        model=_model("model", given.get("model", "stem")),
+        network=take(_NETWORK),
+        training=TrainingConfig(**take(_TRAINING)),
+    )
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds. Raises DataError if it is absent, damaged or no mapping,
+    or names a key twice."""
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except FileNotFoundError:
+        raise DataError(f"no configuration file {path}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path} must hold `key: value` lines, found {content!r}.")
+    return content
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, which also refuses a key that stands twice (YAML would drop the first)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key '{key.value}' stands twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _with_pooling(sequences: Any, pooling: str) -> Any:
+    """The YAML or text form of ``sequences``, with ``pooling`` where a field names none."""
+    if isinstance(sequences, str):
+        fields = parse_sequences(sequences)
+        sequences = [{"name": field.name, "shares": field.shares} for field in fields]
+    elif isinstance(sequences, Mapping):
+        sequences = [
+            {"name": name, **(options or {})} if isinstance(options or {}, Mapping) else options
+            for name, options in sequences.items()
+        ]
+    items = [{"name": item} if isinstance(item, str) else item for item in sequences or ()]
+    if not any(isinstance(item, Mapping) and "pooling" not in item for item in items):
+        raise DataError(
+            f"pooling is {pooling!r}, but there is no sequence that does not name its own: "
+            "leave it out."
+        )
+    return [{"pooling": pooling, **item} if isinstance(item, Mapping) else item for item in items]

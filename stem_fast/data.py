@@ -1,0 +1,371 @@
+"""Tables in (CSV, TSV, Parquet), an encoded and memory-mapped data set out, batches of tensors.
+
+Two streaming passes: ``fit_encoding`` reads the training split and learns vocabularies (FuxiCTR's
+convention) and standardisation; ``load`` encodes any split once into a cache of .npy files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torch import Tensor
+
+from stem_fast.cache import Writer, cache_root, read_entry, write_entry
+from stem_fast.schema import DataError, Encoding, Schema, SequenceField, table_owners
+from stem_fast.tables import TEXT, Block, Join, Table, read_blocks
+
+CACHE_VERSION = 1  # a part of every cache key: raise it when the encoded form changes
+
+
+class Batch(NamedTuple):
+    """B rows of a ``Dataset``, with F categorical and N numeric columns, and T tasks."""
+
+    ids: Tensor  # int32 [B, F], schema order
+    numeric: Tensor | None  # float32 [B, N], standardised
+    sequences: dict[str, tuple[Tensor, Tensor]]  # name -> (values int32 [n], offsets int64 [B+1])
+    labels: Tensor | None  # float32 [B, T], NaN = missing
+    weight: Tensor | None  # float32 [B]
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Encoded rows: tensors as in ``Batch``, for all rows; ``load`` memory-maps them."""
+
+    ids: Tensor
+    numeric: Tensor | None = None
+    sequences: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    labels: Tensor | None = None
+    weight: Tensor | None = None
+    group: np.ndarray | None = None  # int32 [rows], codes by first appearance, -1 = missing
+
+    @property
+    def rows(self) -> int:
+        return len(self.ids)
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def batches(
+        self, batch_size: int, *, seed: int | None = None, device: torch.device | str = "cpu"
+    ) -> Iterator[Batch]:
+        """All rows once, ``batch_size`` at a time, the last batch shorter.
+
+        seed None keeps the order of the file (batches are views of the data, not copies);
+        else the order is ``torch.randperm`` of a CPU generator with that seed.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+        order = None
+        if seed is not None:
+            order = torch.randperm(self.rows, generator=torch.Generator().manual_seed(seed))
+        for start in range(0, self.rows, batch_size):
+            stop = min(start + batch_size, self.rows)
+            index = slice(start, stop) if order is None else order[start:stop].numpy()
+            yield Batch(
+                _rows(self.ids, index).to(device),
+                None if self.numeric is None else _rows(self.numeric, index).to(device),
+                {
+                    name: (part.to(device), part_offsets.to(device))
+                    for name, jagged in self.sequences.items()
+                    for part, part_offsets in [_jagged_rows(*jagged, index)]
+                },
+                None if self.labels is None else _rows(self.labels, index).to(device),
+                None if self.weight is None else _rows(self.weight, index).to(device),
+            )
+
+
+# Rows are gathered with numpy: torch's gathers start a thread team a call, which for a batch costs
+# more than the copy, and 10 ms each where other processes keep the cores busy.
+def _rows(values: Tensor, index: slice | np.ndarray) -> Tensor:
+    if isinstance(index, slice):
+        return values[index]
+    return torch.from_numpy(values.numpy().take(index, axis=0))
+
+
+def _jagged_rows(
+    values: Tensor, offsets: Tensor, index: slice | np.ndarray
+) -> tuple[Tensor, Tensor]:
+    if isinstance(index, slice):
+        part = offsets[index.start : index.stop + 1]
+        return values[part[0] : part[-1]], part - part[0]
+    bounds = offsets.numpy()
+    starts = bounds[index]
+    lengths = bounds[index + 1] - starts
+    ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+    # Element j of the result comes from its row's start plus its place within that row.
+    source = np.repeat(starts - ends[:-1], lengths)
+    source += np.arange(len(source))
+    return _rows(values, source), torch.from_numpy(ends)
+
+
+def fit_encoding(path: str | Path, schema: Schema, *, joins: Sequence[Join] = ()) -> Encoding:
+    """Learn vocabularies and standardisation from the training split, in one streaming pass.
+
+    Ids as in FuxiCTR's tokenizer: values sorted by (-count, text), those with at least
+    ``schema.min_count`` occurrences kept; columns that share a table add their counts.
+    Raises DataError for absent columns, bad numbers or labels, no rows, or a label without values.
+    """
+    owners = table_owners(schema)
+    delimiters = {sequence.name: sequence.delimiter for sequence in schema.sequences}
+    counts = {owner: _Counts() for owner in owners}
+    moments = {name: _Moments() for name in schema.numeric}
+    labelled = np.zeros(len(schema.tasks), bool)
+    for block in _blocks(Table(path, schema.header, schema.delimiter), schema, joins, labels=True):
+        for owner, columns in owners.items():
+            for name in columns:
+                if name in delimiters:
+                    values, _ = block.lists(name, delimiters[name])
+                else:
+                    values = block.column(name)
+                counts[owner].add(*block.distinct(name, values))
+        for name, moment in moments.items():
+            moment.add(block.numbers(name))
+        labelled |= ~np.isnan(_labels(block, schema)).all(axis=0)
+        if schema.weight is not None:
+            _weights(block, schema.weight)
+    for label, present in zip(schema.tasks, labelled, strict=True):
+        if not present:
+            raise DataError(f"{path}: label '{label}' is missing on every row: leave it out.")
+    for name, moment in moments.items():
+        if not np.isfinite([moment.mean, moment.std]).all():
+            raise DataError(
+                f"{path}: column '{name}' holds numbers too large to standardise: rescale it."
+            )
+    return Encoding(
+        schema,
+        {owner: count.vocabulary(schema.min_count) for owner, count in counts.items()},
+        tuple(moment.mean for moment in moments.values()),
+        tuple(moment.std for moment in moments.values()),
+    )
+
+
+def load(
+    path: str | Path,
+    encoding: Encoding,
+    *,
+    cache: str | Path | None = None,
+    joins: Sequence[Join] = (),
+    labels: bool = True,
+) -> Dataset:
+    """Encode a table, or map the cache entry of an earlier call with the same content.
+
+    The entry is named by a hash of the content of every file and of the encoding, so a changed
+    source is encoded anew; a damaged entry is rebuilt; an interrupted one never shows.
+    ``labels=False`` needs and reads no label, group or weight column.
+    ``cache`` is the folder of all entries, by default that of ``cache_root``.
+    Raises DataError as ``fit_encoding`` does.
+    """
+    schema = encoding.schema
+    source = Table(path, schema.header, schema.delimiter)
+    tables = [source, *(Table(join.path, None, schema.delimiter) for join in joins)]
+    before = [table.signature() for table in tables]
+    keys = [join.key for join in joins]
+    contents = [table.content() for table in tables]
+    identity = json.dumps([CACHE_VERSION, contents, keys, encoding.to_dict(), labels])
+    entry = cache_root(cache) / hashlib.blake2b(identity.encode(), digest_size=20).hexdigest()
+    arrays = read_entry(entry)
+    if arrays is None:
+        with write_entry(entry) as writer:
+            _encode(_blocks(source, schema, joins, labels), encoding, labels, writer)
+            if [table.signature() for table in tables] != before:
+                raise DataError(f"{path}: the data changed while it was read: try again.")
+        arrays = read_entry(entry)
+    if arrays is None:
+        raise DataError(f"{entry}: was damaged while it was written: try again.")
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return Dataset(
+        tensors["ids"],
+        tensors.get("numeric"),
+        {
+            sequence.name: (tensors[f"sequence{i}_values"], tensors[f"sequence{i}_offsets"])
+            for i, sequence in enumerate(schema.sequences)
+        },
+        tensors.get("labels"),
+        tensors.get("weight"),
+        np.asarray(arrays["group"]) if "group" in arrays else None,
+    )
+
+
+def _blocks(table: Table, schema: Schema, joins: Sequence[Join], labels: bool) -> Iterator[Block]:
+    columns = [*schema.features]
+    if labels:
+        columns += [*schema.tasks, *(name for name in (schema.group, schema.weight) if name)]
+    return read_blocks(table, columns, joins)
+
+
+class _Counts:
+    """How often each text occurs, over blocks and over the columns that share a table."""
+
+    def __init__(self) -> None:
+        self.parts = [pa.table({"text": pa.array([], TEXT), "count": pa.array([], pa.int64())})]
+        self.merged = 0
+
+    def add(self, texts: pa.Array, codes: pa.Array) -> None:
+        counts = np.bincount(codes.drop_null().to_numpy(), minlength=len(texts))
+        part = pa.table({"text": texts, "count": counts.astype(np.int64)})
+        self.parts.append(part.filter(pc.is_valid(part["text"])))
+        # Merging only when the parts have doubled keeps the total work linear.
+        if sum(map(len, self.parts)) > 2 * self.merged + (1 << 20):
+            self._merge()
+
+    def _merge(self) -> pa.Table:
+        grouped = pa.concat_tables(self.parts).group_by("text").aggregate([("count", "sum")])
+        self.parts = [grouped.rename_columns(["text", "count"])]
+        self.merged = len(grouped)
+        return self.parts[0]
+
+    def vocabulary(self, min_count: int) -> list[str]:
+        """Texts in id order. Arrow sorts text by UTF-8 bytes, which is by code points."""
+        table = self._merge()
+        table = table.filter(pc.greater_equal(table["count"], min_count))
+        table = table.sort_by([("count", "descending"), ("text", "ascending")])
+        return table["text"].to_pylist()
+
+
+class _Moments:
+    """Streaming mean and population std of one column, NaN left out (Chan, Golub, LeVeque 1983).
+
+    Deviations are from the first value seen, so a constant column has a std of exactly 0.
+    """
+
+    def __init__(self) -> None:
+        self.shift: float | None = None
+        self.rows = 0
+        self.shifted_mean = 0.0
+        self.squares = 0.0
+
+    def add(self, values: np.ndarray) -> None:
+        values = values[~np.isnan(values)]
+        if not len(values):
+            return
+        if self.shift is None:
+            self.shift = float(values[0])
+        with np.errstate(over="ignore", invalid="ignore"):  # fit_encoding refuses the overflow
+            shifted = values - self.shift
+            mean = float(shifted.mean())
+            squares = float(np.square(shifted - mean).sum())
+            rows = self.rows + len(values)
+            delta = mean - self.shifted_mean
+            self.squares += squares + delta * delta * self.rows * len(values) / rows
+            self.shifted_mean += delta * len(values) / rows
+            self.rows = rows
+
+    @property
+    def mean(self) -> float:
+        return (self.shift or 0.0) + self.shifted_mean
+
+    @property
+    def std(self) -> float:
+        """1 for a constant column and for one without values."""
+        return float(np.sqrt(self.squares / self.rows)) or 1.0 if self.rows else 1.0
+
+
+class _Groups:
+    """Codes of group values by first appearance, over blocks."""
+
+    def __init__(self) -> None:
+        self.seen = pa.array([], TEXT)
+
+    def codes(self, texts: pa.Array, codes: pa.Array) -> np.ndarray:
+        new = pc.is_in(texts, value_set=self.seen, skip_nulls=True)
+        new = texts.filter(pc.and_(pc.invert(new), pc.is_valid(texts))).unique()
+        self.seen = pa.concat_arrays([self.seen, new])
+        found = pc.index_in(texts, value_set=self.seen, skip_nulls=True)
+        return found.take(codes).fill_null(-1).to_numpy().astype(np.int32)
+
+
+def _ids(texts: pa.Array, codes: pa.Array, vocabulary: pa.Array, missing: int) -> np.ndarray:
+    """int32 ids: position + 1 in the vocabulary, ``len(vocabulary) + 1`` when unknown."""
+    found = pc.index_in(texts, value_set=vocabulary).fill_null(len(vocabulary)).to_numpy() + 1
+    known = np.where(texts.is_valid(), found, missing)
+    # Missing rows have code -1, which picks the last element.
+    return np.append(known, missing).astype(np.int32)[codes.fill_null(-1).to_numpy()]
+
+
+def _sequence_ids(
+    block: Block, sequence: SequenceField, vocabulary: pa.Array
+) -> tuple[np.ndarray, np.ndarray]:
+    """(ids of the kept elements, row after row; number of them in each row)."""
+    values, lengths = block.lists(sequence.name, sequence.delimiter)
+    ids = _ids(*block.distinct(sequence.name, values), vocabulary, missing=0)
+    rows = np.repeat(np.arange(len(lengths)), lengths)
+    present = ids > 0
+    if not present.all():
+        ids, rows = ids[present], rows[present]
+        lengths = np.bincount(rows, minlength=len(lengths))
+    from_end = np.cumsum(lengths)[rows] - np.arange(len(rows))  # 1 for the last of a row
+    return ids[from_end <= sequence.max_len], np.minimum(lengths, sequence.max_len)
+
+
+def _standardised(block: Block, name: str, mean: float, std: float) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        values = ((block.numbers(name) - mean) / std).astype(np.float32)
+    block.refuse(name, np.isinf(values), "is too large to standardise: correct it.")
+    return np.nan_to_num(values, copy=False, nan=0.0)
+
+
+def _labels(block: Block, schema: Schema) -> np.ndarray:
+    """float32 [rows, T], NaN = missing. Raises DataError for a binary label beyond 0 and 1."""
+    labels = np.empty((len(block), len(schema.tasks)), np.float32)
+    for task, (name, kind) in enumerate(schema.labels.items()):
+        values = block.numbers(name)
+        if kind == "binary":
+            wrong = ~(np.isnan(values) | (values == 0) | (values == 1))
+            advice = f"correct it, leave it empty, or name the label {name}:regression."
+            block.refuse(name, wrong, f"is not 0 or 1: {advice}")
+        with np.errstate(over="ignore"):
+            labels[:, task] = values
+        block.refuse(name, np.isinf(labels[:, task]), "is beyond float32: rescale it.")
+    return labels
+
+
+def _weights(block: Block, name: str) -> np.ndarray:
+    """float32 [rows]. Raises DataError for a missing or negative weight."""
+    with np.errstate(over="ignore"):
+        weights = block.numbers(name).astype(np.float32)
+    wrong = ~(np.isfinite(weights) & (weights >= 0))
+    block.refuse(name, wrong, "is no weight (finite, at least 0): correct it or drop the row.")
+    return weights
+
+
+def _encode(blocks: Iterable[Block], encoding: Encoding, labels: bool, writer: Writer) -> None:
+    schema = encoding.schema
+    vocabularies = {name: pa.array(v, TEXT) for name, v in encoding.vocabularies.items()}
+    standards = list(zip(schema.numeric, encoding.numeric_mean, encoding.numeric_std, strict=True))
+    totals = [0] * len(schema.sequences)
+    groups = _Groups()
+    for i in range(len(schema.sequences)):
+        writer.append(f"sequence{i}_offsets", np.zeros(1, np.int64))
+    for block in blocks:
+        ids = np.empty((len(block), len(schema.categorical)), np.int32)
+        for i, name in enumerate(schema.categorical):
+            distinct = block.distinct(name, block.column(name))
+            unknown = len(vocabularies[name]) + 1
+            ids[:, i] = _ids(*distinct, vocabularies[name], missing=unknown)
+        writer.append("ids", ids)
+        if standards:
+            numbers = [_standardised(block, *standard) for standard in standards]
+            writer.append("numeric", np.stack(numbers, axis=1))
+        for i, sequence in enumerate(schema.sequences):
+            vocabulary = vocabularies[sequence.shares or sequence.name]
+            values, lengths = _sequence_ids(block, sequence, vocabulary)
+            offsets = totals[i] + np.cumsum(lengths)
+            totals[i] = int(offsets[-1])
+            writer.append(f"sequence{i}_values", values)
+            writer.append(f"sequence{i}_offsets", offsets)
+        if labels:
+            writer.append("labels", _labels(block, schema))
+        if labels and schema.weight is not None:
+            writer.append("weight", _weights(block, schema.weight))
+        if labels and schema.group is not None:
+            distinct = block.distinct(schema.group, block.column(schema.group))
+            writer.append("group", groups.codes(*distinct))

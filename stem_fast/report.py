@@ -1,0 +1,189 @@
+"""What the commands print: progress, epochs, results. Plain lines where nobody watches a terminal."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from stem_fast.train import EpochRecord
+
+PIPED_WIDTH = 200  # of tables in a pipe or file, which has no width of its own
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console on today's stdout or stderr, wide enough for a table where there is no terminal."""
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() else PIPED_WIDTH
+    # Names of columns and folders are printed as they are, brackets and colons included.
+    return Console(
+        file=stream,
+        width=width,
+        markup=False,
+        emoji=False,
+        highlight=False,
+        soft_wrap=not stream.isatty(),
+    )
+
+
+def error(message: str) -> None:
+    """One line on stderr: a red "error:" and the message."""
+    line = " ".join(message.split())
+    console(stderr=True).print(Text.assemble(("error:", "bold red"), " ", line), soft_wrap=True)
+
+
+class FitReport:
+    """Shows ``fit`` at work: on a terminal a bar with samples/s under a growing table of epochs,
+    elsewhere a line an epoch. A context manager whose methods are ``fit``'s callbacks.
+    """
+
+    def __init__(self, rows: int, epochs: int, monitor: str) -> None:
+        self._console = console()
+        self._monitor = monitor
+        self._table: Table | None = None
+        self._progress = Progress(
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            _Speed(),
+            TimeRemainingColumn(),
+            console=self._console,
+        )
+        self._epochs = epochs
+        self._bar = self._progress.add_task("", total=rows, epoch=f"1/{epochs}")
+        self._live = Live(self._progress, console=self._console, refresh_per_second=4)
+
+    def __enter__(self) -> FitReport:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._console.is_terminal:
+            # Whatever is shown last stays on the screen: the epochs, without the bar.
+            self._live.update(self._table or "", refresh=True)
+            self._live.stop()
+
+    def step(self, rows: int) -> None:
+        """``rows`` more rows of this epoch are trained."""
+        if self._console.is_terminal:
+            self._progress.advance(self._bar, rows)
+
+    def epoch(self, record: EpochRecord) -> None:
+        """An epoch and its evaluation are over."""
+        cells = {
+            "epoch": str(record.epoch),
+            "loss": f"{record.loss:.5f}",
+            self._monitor: f"{record.monitor:.5f}",
+            **{
+                f"{task} {metric}": number(value)
+                for task, values in record.metrics["tasks"].items()
+                for metric, value in values.items()
+                if metric in ("auc", "rmse") and f"{task}.{metric}" != self._monitor
+            },
+            "lr": f"{record.learning_rate:.0e}",
+            "samples/s": f"{record.samples_per_second:,.0f}",
+            "": "best" if record.best else "",
+        }
+        if not self._console.is_terminal:
+            # One line, whole words, made for grep.
+            self._console.print("  ".join(f"{k} {v}".strip() for k, v in cells.items() if v))
+            sys.stdout.flush()
+            return
+        if self._table is None:
+            self._table = Table(*cells, box=box.SIMPLE_HEAD)
+            for column in self._table.columns:
+                column.justify = "right"
+        self._table.add_row(*cells.values(), style="bold" if record.best else "")
+        self._progress.reset(self._bar, epoch=f"{record.epoch + 1}/{self._epochs}")
+        self._live.update(Group(self._table, self._progress))
+
+
+class _Speed(ProgressColumn):
+    """Training speed over the last seconds."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:,.0f} samples/s", style="cyan")
+
+
+def print_metrics(result: Mapping[str, Any], title: str) -> None:
+    """The table of one ``metrics.json``: a row a task, a column a metric."""
+    tasks: Mapping[str, Mapping[str, float | None]] = result["tasks"]
+    metrics = list(dict.fromkeys(metric for values in tasks.values() for metric in values))
+    table = Table("task", box=box.SIMPLE_HEAD, title=f"{title}, {result['rows']:,} rows")
+    for metric in metrics:
+        table.add_column(metric, justify="right")
+    for task, values in tasks.items():
+        table.add_row(task, *(number(values[m]) if m in values else "" for m in metrics))
+    console().print(table)
+
+
+def print_comparison(runs: Mapping[str, tuple[str, Mapping[str, Any]]]) -> None:
+    """Runs side by side, from name -> (model, metrics.json): a column a run, a row a task's metric.
+
+    The best values of each row are marked with a star, judged by the digits that are shown.
+    """
+    results = [result for _, result in runs.values()]
+    table = Table("task", "metric", box=box.SIMPLE_HEAD, caption="* best of the row")
+    for name, (model, _) in runs.items():
+        table.add_column(name if name == model else f"{name}\n({model})", justify="right")
+    for task in dict.fromkeys(task for result in results for task in result["tasks"]):
+        of_task = [result["tasks"].get(task, {}) for result in results]
+        for metric in dict.fromkeys(metric for values in of_task for metric in values):
+            table.add_row(task, metric, *_starred(metric, [v.get(metric) for v in of_task]))
+        table.add_section()
+    out = console()
+    out.print(table)
+    sizes = sorted({result["rows"] for result in results})
+    if len(sizes) > 1:
+        counts = ", ".join(f"{size:,}" for size in sizes)
+        out.print(f"note: the runs were validated on different data ({counts} rows).")
+
+
+def _starred(metric: str, values: Sequence[float | None]) -> list[Text]:
+    """Each value as text, the best of those that are defined in bold and with a star."""
+    texts = [number(value) for value in values]
+    # Judged as printed, so that of two equal numbers never one alone is marked.
+    costs = [math.inf if v is None else _cost(metric, float(t)) for v, t in zip(values, texts)]
+    best = min(costs)
+    return [
+        Text(f"{text} *", style="bold") if cost == best < math.inf else Text(f"{text}  ")
+        for text, cost in zip(texts, costs)
+    ]
+
+
+def _cost(metric: str, value: float) -> float:
+    """What the best run has least of."""
+    if metric == "pcoc":
+        return abs(value - 1)
+    return -value if metric in ("auc", "gauc") else value
+
+
+def print_pairs(rows: Mapping[str, str]) -> None:
+    """Names and values in two columns."""
+    table = Table.grid(padding=(0, 2))
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console().print(table)
+
+
+def number(value: float | None) -> str:
+    """Five decimals; "-" for what is undefined."""
+    return "-" if value is None else f"{value:.5f}"

@@ -1,0 +1,392 @@
+"""Read tables (CSV, TSV, Parquet; files or folders) as blocks of Arrow columns, with side tables.
+
+Text cells are never interpreted ("007" stays "007"), and values of every type are compared by
+their text, so a CSV and a Parquet file of one table mean the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet
+
+from stem_fast.schema import DataError, nearest
+
+BLOCK_ROWS = 1 << 19  # rows handled at once; bounds the memory of a pass
+CSV_BYTES = 1 << 22  # bytes parsed at once; no line may be longer
+DELIMITERS = {".csv": ",", ".tsv": "\t", ".txt": "\t"}
+SUFFIXES = (*DELIMITERS, *(f"{suffix}.gz" for suffix in DELIMITERS), ".parquet")
+TEXT = pa.large_string()
+# Text that means "missing", in CSV cells, Parquet strings and list elements alike.
+MISSING = pa.array(["", "NULL", "\\N", "NaN", "nan"], TEXT)
+NUMBERS = (
+    pa.types.is_integer,
+    pa.types.is_floating,
+    pa.types.is_decimal,
+    pa.types.is_boolean,
+    pa.types.is_null,
+)
+
+
+class Join(NamedTuple):
+    """A side table (user or item features), left-joined on a key that is unique there."""
+
+    path: str | Path
+    key: str
+
+
+class Table:
+    """The files of one table: a file, or a folder of files of one kind, read in name order.
+
+    header     column names of CSV files without a header line
+    delimiter  of CSV cells; None: by suffix
+    Raises DataError for no such file, an unknown suffix or a mixed folder.
+    """
+
+    def __init__(
+        self, path: str | Path, header: Sequence[str] | None = None, delimiter: str | None = None
+    ) -> None:
+        self.path = Path(path)
+        self.header = header
+        self.files = _files(self.path)
+        self.kind = _kind(self.files[0])
+        self.delimiter = delimiter
+
+    def signature(self) -> list[tuple[str, int, int]]:
+        """What changes when a file is written to: cheap, for noticing changes during a pass."""
+        stats = [(file, file.stat()) for file in _files(self.path)]
+        return [(str(file), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
+
+    def content(self) -> list[str]:
+        """How the files are read and the hash of each file's bytes."""
+        digests = [self.kind, self.delimiter or "", *(self.header or ())]
+        for file in self.files:
+            digest = hashlib.blake2b(digest_size=20)
+            with file.open("rb") as stream:
+                while chunk := stream.read(1 << 20):
+                    digest.update(chunk)
+            digests.append(digest.hexdigest())
+        return digests
+
+    def names(self, file: Path | None = None) -> list[str]:
+        """The column names of one file, by default the first."""
+        file = file or self.files[0]
+        with _reading(file):
+            if self.kind == ".parquet":
+                return pa.parquet.read_schema(file).names
+            if self.header is not None:
+                return list(self.header)
+            with self._csv(file, None, lambda row: "skip") as reader:
+                return reader.schema.names
+
+    def blocks(self, columns: Sequence[str]) -> Iterator[tuple[Path, int, pa.Table]]:
+        """(file, its first row in the file, rows) of about BLOCK_ROWS rows at a time."""
+        for file in self.files:
+            names = self.names(file)
+            require(file, columns, names)
+            for column in columns:
+                if names.count(column) > 1:
+                    raise DataError(f"{file}: column '{column}' stands there twice: rename one.")
+            start = 0
+            for table in _regroup(self._batches(file, columns)):
+                yield file, start, table
+                start += len(table)
+
+    def _batches(self, file: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        ragged: list[pa.csv.InvalidRow] = []
+
+        def refuse(row: pa.csv.InvalidRow) -> str:
+            ragged.append(row)
+            return "error"
+
+        with _reading(file):
+            try:
+                if self.kind == ".parquet":
+                    with pa.parquet.ParquetFile(file) as parquet:
+                        for batch in parquet.iter_batches(BLOCK_ROWS, columns=list(columns)):
+                            yield batch.select(columns)
+                else:
+                    with self._csv(file, columns, refuse) as reader:
+                        yield from reader
+            except pa.ArrowInvalid as error:
+                if not ragged:
+                    raise
+                # The reader numbers rows from 1, and the header line is one of them.
+                row = ragged[0].number - (1 if self.header is not None else 2)
+                raise DataError(
+                    f"{file}: row {row}: expected {ragged[0].expected_columns} columns, found "
+                    f"{ragged[0].actual_columns}: {ragged[0].text[:200]!r}."
+                ) from error
+
+    def _csv(
+        self,
+        file: Path,
+        columns: Sequence[str] | None,
+        ragged: Callable[[pa.csv.InvalidRow], str],
+    ) -> pa.csv.CSVStreamingReader:
+        header = None if self.header is None else list(self.header)
+        delimiter = self.delimiter or DELIMITERS[self.kind]
+        texts = {} if columns is None else dict.fromkeys(columns, TEXT)
+        return pa.csv.open_csv(
+            file,
+            # With threads the reader does not know the number of a ragged row.
+            pa.csv.ReadOptions(use_threads=False, block_size=CSV_BYTES, column_names=header),
+            pa.csv.ParseOptions(
+                delimiter=delimiter, newlines_in_values=True, invalid_row_handler=ragged
+            ),
+            pa.csv.ConvertOptions(
+                include_columns=list(texts), column_types=texts, strings_can_be_null=False
+            ),
+        )
+
+
+class Block:
+    """Consecutive rows of one file, with the columns of the side tables joined to them."""
+
+    def __init__(self, file: Path, start: int, table: pa.Table, sides: Sequence[_Side]) -> None:
+        self.file = file
+        self.start = start
+        self.table = table
+        self.sides: list[tuple[_Side, pa.Array]] = []
+        for side in sides:
+            texts, codes = self.distinct(side.key, self.column(side.key))
+            found = pc.index_in(texts, value_set=side.keys, skip_nulls=True)
+            self.sides.append((side, found.take(codes)))
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def column(self, name: str) -> pa.Array:
+        """A column of the block; rows that a side table doesn't know are null."""
+        if name in self.table.column_names:
+            return _array(self.table[name])
+        # Rows of a side table are gathered only now, one column at a time, to spare memory.
+        side, rows = next((side, rows) for side, rows in self.sides if name in side.columns)
+        return side.columns[name].take(rows)
+
+    def refuse(self, name: str, wrong: np.ndarray, problem: str) -> None:
+        """Raise DataError for the first row that is ``wrong`` (bool); its value is the subject."""
+        if wrong.any():
+            row = int(wrong.argmax())
+            value = repr(self.column(name)[row].as_py())
+            where = f"{self.file}: column '{name}', row {self.start + row}"
+            raise DataError(f"{where}: {value} {problem}")
+
+    def distinct(self, name: str, values: pa.Array) -> tuple[pa.Array, pa.Array]:
+        """(texts of the distinct values, null = missing; int32 index into them, null = missing).
+
+        Two of the texts may be equal (0.0 and -0.0), and the missing texts stand among them.
+        """
+        try:
+            encoded = pc.dictionary_encode(values)
+            return _texts(encoded.dictionary), encoded.indices
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            lists = "; a column of lists belongs under sequences"
+            hint = lists if pa.types.is_nested(values.type) else ""
+            raise DataError(
+                f"{self.file}: column '{name}' holds {values.type}, which has no text form{hint} "
+                f"({error})."
+            ) from error
+
+    def lists(self, name: str, delimiter: str) -> tuple[pa.Array, np.ndarray]:
+        """(all elements of a column of lists, row after row; int64 number of them in each row).
+
+        Text is split at ``delimiter``; a single value is a list of one; a missing list is empty.
+        """
+        values = self.column(name)
+        if not pa.types.is_nested(values.type):
+            texts, codes = self.distinct(name, values)
+            values = pc.split_pattern(texts.take(codes), delimiter)
+        try:
+            lengths = pc.list_value_length(values).fill_null(0).to_numpy().astype(np.int64)
+            return _plain(pc.list_flatten(values)), lengths
+        except pa.ArrowNotImplementedError as error:
+            raise DataError(
+                f"{self.file}: column '{name}' holds {values.type}, not lists of values."
+            ) from error
+
+    def numbers(self, name: str) -> np.ndarray:
+        """A column as float64, missing = NaN. Raises DataError for text and infinite numbers."""
+        values = self.column(name)
+        kind = values.type
+        if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+            values = _missing_to_null(pc.utf8_trim_whitespace(values.cast(TEXT)))
+        elif not any(is_kind(kind) for is_kind in NUMBERS):
+            raise DataError(f"{self.file}: column '{name}' holds {kind}, not numbers.")
+        advice = "correct it or leave it empty."
+        try:
+            numbers = values.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+        except pa.ArrowInvalid:
+            self.refuse(name, _first_failure(values), f"is not a number: {advice}")
+            raise
+        self.refuse(name, np.isinf(numbers), f"is not finite: {advice}")
+        return numbers
+
+
+class _Side:
+    """A side table in memory: ``keys`` (unique texts) and the columns wanted from it."""
+
+    def __init__(self, table: Table, key: str, columns: Sequence[str]) -> None:
+        parts = [
+            pa.table({name: _array(part[name]) for name in (key, *columns)})
+            for _, _, part in table.blocks((key, *columns))
+        ]
+        if not parts:
+            raise DataError(f"{table.path}: no rows.")
+        whole = pa.concat_tables(parts, promote_options="permissive")
+        block = Block(table.path, 0, whole, ())
+        self.key = key
+        texts, codes = block.distinct(key, block.column(key))
+        self.keys = texts.take(codes)
+        self.columns = {name: block.column(name) for name in columns}
+        first = pc.index_in(self.keys, value_set=self.keys, skip_nulls=True)
+        first = first.fill_null(-1).to_numpy()
+        repeated = np.flatnonzero((first >= 0) & (first != np.arange(len(first))))
+        if len(repeated):
+            row = int(repeated[0])
+            raise DataError(
+                f"{table.path}: key '{key}' must be unique, but {self.keys[row].as_py()!r} stands "
+                f"on rows {first[row]} and {row}."
+            )
+
+
+def read_blocks(table: Table, columns: Iterable[str], joins: Sequence[Join]) -> Iterator[Block]:
+    """Stream a table with ``columns``, taken from it or from the side tables joined to it.
+
+    Joins apply in order, so a key may come from an earlier side table. Keys are compared by
+    their text; a row whose key is missing or unknown gets nulls.
+    Raises DataError for absent or ambiguous columns, repeated keys, and a table without rows.
+    """
+    wanted = list(dict.fromkeys((*columns, *(join.key for join in joins))))
+    own = table.names()
+    available = set(own)
+    plan: list[tuple[Table, str, list[str]]] = []
+    where = str(table.path)
+    for join in joins:
+        # A side table's own header line names its columns; the delimiter is the user's for all.
+        other = Table(join.path, None, table.delimiter)
+        names = other.names()
+        require(other.files[0], [join.key], names)
+        require(where, [join.key], available)
+        taken = [name for name in wanted if name in names and name != join.key]
+        both = [name for name in taken if name in available]
+        if both:
+            raise DataError(
+                f"{other.path}: column '{both[0]}' is in {where} too: rename or drop one of them."
+            )
+        plan.append((other, join.key, taken))
+        available.update(names)
+        where += f" joined with {other.path}"
+    require(where, wanted, available)
+    sides = [_Side(*parts) for parts in plan]
+    rows = 0
+    for file, start, part in table.blocks([name for name in wanted if name in own]):
+        rows += len(part)
+        yield Block(file, start, part, sides)
+    if not rows:
+        raise DataError(f"{table.path}: no rows.")
+
+
+def require(where: str | Path, columns: Iterable[str], names: Iterable[str]) -> None:
+    """Raise DataError that names every absent column, and the names most like them."""
+    known = list(names)
+    absent = [name for name in columns if name not in known]
+    if absent:
+        quoted = ", ".join(f"'{name}'" for name in absent)
+        hints = "".join(nearest(name, known) for name in absent)
+        raise DataError(f"{where}: no column {quoted}.{hints}")
+
+
+@contextlib.contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Turn what pyarrow and the file system raise into a DataError that names the file."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{file}: cannot be read: {error}.") from error
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder.")
+    if not path.is_dir():
+        files = [path]
+    else:  # names such as _SUCCESS and .part.crc are markers of the programs that wrote the folder
+        files = sorted(file for file in path.iterdir() if file.name[0] not in "._")
+        if not files:
+            raise DataError(f"{path}: an empty folder.")
+    for file in files:
+        if _suffix(file) not in SUFFIXES or file.is_dir():
+            raise DataError(f"{file}: unknown kind of file, supported: {', '.join(SUFFIXES)}.")
+        if _kind(file) != _kind(files[0]):
+            mixed = f"{files[0].name} and {file.name}"
+            raise DataError(f"{path}: holds {mixed}: use files of one kind.")
+    return files
+
+
+def _suffix(file: Path) -> str:
+    return "".join(part.lower() for part in file.suffixes[-2 if file.suffix == ".gz" else -1 :])
+
+
+def _kind(file: Path) -> str:
+    return _suffix(file).removesuffix(".gz")
+
+
+def _regroup(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
+    """Rows in groups of at least BLOCK_ROWS (the last one smaller): files may hold tiny ones."""
+    waiting: list[pa.RecordBatch] = []
+    rows = 0
+    for batch in batches:
+        for start in range(0, len(batch), BLOCK_ROWS):
+            waiting.append(batch.slice(start, BLOCK_ROWS))
+            rows += len(waiting[-1])
+            if rows >= BLOCK_ROWS:
+                yield pa.Table.from_batches(waiting)
+                waiting, rows = [], 0
+    if waiting:
+        yield pa.Table.from_batches(waiting)
+
+
+def _array(column: pa.ChunkedArray) -> pa.Array:
+    return _plain(column.combine_chunks())
+
+
+def _plain(array: pa.Array) -> pa.Array:
+    return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
+
+
+def _texts(values: pa.Array) -> pa.Array:
+    """The text of each value, null where it means "missing"."""
+    texts = values.cast(TEXT)
+    if pa.types.is_floating(values.type):
+        # A Parquet column of whole numbers turns to floats when a writer has missing values:
+        # 3.0 must stay "3", and large ones must not become "3e+15".
+        wide = values.cast(pa.float64())
+        whole = pc.and_(pc.equal(pc.floor(wide), wide), pc.less(pc.abs(wide), 2.0**53))
+        texts = pc.if_else(whole, wide.cast(pa.int64(), safe=False).cast(TEXT), texts)
+    return _missing_to_null(texts)
+
+
+def _missing_to_null(texts: pa.Array) -> pa.Array:
+    return pc.if_else(pc.is_in(texts, value_set=MISSING), pa.scalar(None, TEXT), texts)
+
+
+def _first_failure(texts: pa.Array) -> np.ndarray:
+    """True at the first text that is no number, when there is one: halve the range that fails."""
+    low, high = 0, len(texts)
+    while high - low > 1:
+        middle = (low + high) // 2
+        try:
+            texts.slice(low, middle - low).cast(pa.float64())
+            low = middle
+        except pa.ArrowInvalid:
+            high = middle
+    return np.arange(len(texts)) == low

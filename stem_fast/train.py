@@ -1,0 +1,307 @@
+"""Train, predict and evaluate, step for step as the official code does.
+
+Source: ``fuxictr/pytorch/models/rank_model.py`` and ``multitask_model.py`` of LiangcaiSu/STEM.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from stem_fast import metrics
+from stem_fast.config import TrainingConfig as TrainingConfig
+from stem_fast.data import Batch, Dataset
+from stem_fast.layers import GroupedBatchNorm
+from stem_fast.schema import DataError, nearest
+
+MIN_DELTA = 1e-6  # an epoch must be better than the best one by this much
+LR_FACTOR, MIN_LR = 0.1, 1e-6  # after an epoch that is not
+LOSS_CHECK = 1000  # steps between two looks at the loss: each look waits for the device
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on: a loss or a prediction that is not finite."""
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """One entry of a run's ``history.json``."""
+
+    epoch: int  # from 1
+    loss: float  # mean over the steps, L2 included
+    learning_rate: float
+    seconds: float  # of training, the evaluation not included
+    samples_per_second: float
+    monitor: float
+    best: bool
+    metrics: dict[str, Any]  # metrics.evaluate on the validation data
+
+
+@dataclass(frozen=True)
+class Monitor:
+    """What decides which epoch is best: the mean of a metric over tasks, or one task's metric.
+
+    Metrics where more is better (auc, gauc) must rise, errors (logloss, rmse, mae) must fall, and
+    pcoc must come closer to 1. ``Monitor.parse`` raises DataError for an unknown name.
+    """
+
+    name: str
+    metric: str
+    tasks: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, name: str, kinds: Mapping[str, str]) -> Monitor:
+        """``name``: "auc" (the mean over the tasks that have one) or "finish.auc" (one task's)."""
+        known: dict[str, tuple[str, tuple[str, ...]]] = {}
+        for task, kind in kinds.items():
+            binary = ("auc", "gauc", "logloss", "pcoc")
+            for metric in binary if kind == "binary" else ("rmse", "mae"):
+                known[metric] = (metric, (*known.get(metric, ("", ()))[1], task))
+                known[f"{task}.{metric}"] = (metric, (task,))
+        if name not in known:
+            means = ", ".join(key for key, (metric, _) in known.items() if key == metric)
+            raise DataError(
+                f"monitor is {name!r}, which no task has: use one of {means}, or one task's as in "
+                f"{next(iter(kinds))}.{next(iter(known))}.{nearest(name.lower(), known)}"
+            )
+        return cls(name, *known[name])
+
+    def value(self, result: Mapping[str, Any]) -> float:
+        """The monitored value of what ``evaluate`` gave; tasks where it is undefined are left out.
+
+        Raises DataError when it is undefined for all of them.
+        """
+        values = [result["tasks"][task][self.metric] for task in self.tasks]
+        values = [abs(v - 1) if self.metric == "pcoc" else v for v in values if v is not None]
+        if not values:
+            why = {
+                "auc": "no task has both classes there",
+                "gauc": "no group has both classes there, or no group column is named",
+            }.get(self.metric, "its labels are missing or without a positive")
+            raise DataError(
+                f"monitor {self.name!r} is undefined on the validation data ({why}): choose "
+                "another --monitor."
+            )
+        return math.fsum(values) / len(values)
+
+    def improves(self, value: float, best: float | None) -> bool:
+        """Whether ``value`` beats ``best`` (None: there is none yet) by at least ``MIN_DELTA``."""
+        if best is None:
+            return True
+        rises = self.metric in ("auc", "gauc")
+        return value >= best + MIN_DELTA if rises else value <= best - MIN_DELTA
+
+
+def check(config: TrainingConfig, kinds: Mapping[str, str]) -> Monitor:
+    """The monitor that ``config`` names. Raises DataError if something does not fit the tasks."""
+    weights = config.task_weights
+    if weights is not None and len(weights) != len(kinds):
+        raise DataError(f"task_weights is {list(weights)}: give one for each of {', '.join(kinds)}.")
+    return Monitor.parse(config.monitor, kinds)
+
+
+def train_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, config: TrainingConfig
+) -> Tensor:
+    """One official step: loss + L2, backward, clip to the global norm, update.
+
+    Returns the loss, L2 included, as a detached scalar on the model's device; nothing waits.
+    """
+    optimizer.zero_grad()
+    logits = model(batch.ids, batch.numeric, batch.sequences)
+    loss = model.loss(
+        logits,
+        batch.labels,
+        task_weights=_task_weights(config.task_weights, logits.device),
+        sample_weights=batch.weight,
+    )
+    if config.embedding_regularizer or config.net_regularizer:
+        loss = loss + model.regularization(config.embedding_regularizer, config.net_regularizer)
+    loss.backward()
+    if config.max_gradient_norm:
+        nn.utils.clip_grad_norm_(model.parameters(), config.max_gradient_norm)
+    optimizer.step()
+    return loss.detach()
+
+
+@functools.lru_cache(maxsize=8)
+def _task_weights(weights: tuple[float, ...] | None, device: torch.device) -> Tensor | None:
+    """Cached, because a copy to the device would make every step wait."""
+    return None if weights is None else torch.tensor(weights, device=device)
+
+
+def fit(
+    model: nn.Module,
+    train: Dataset,
+    valid: Dataset,
+    config: TrainingConfig,
+    *,
+    device: str | torch.device = "cpu",
+    on_step: Callable[[int], None] | None = None,
+    on_best: Callable[[nn.Module], None] | None = None,
+    on_epoch: Callable[[EpochRecord], None] | None = None,
+) -> list[EpochRecord]:
+    """Train with early stopping; the model ends with the weights of its best epoch.
+
+    Each epoch: all rows in an order that (seed, epoch) decides, then the metrics on ``valid``. An
+    epoch that does not improve the monitored value by ``MIN_DELTA`` divides the learning rate by
+    ten; ``patience`` of them in a row end the training. The best weights are back in the model on
+    every way out, an interrupt included.
+
+    Calls ``on_step(rows)`` after a step, ``on_best(model)`` after an epoch that improved, then
+    ``on_epoch(record)``. The model's weights and dropout come from torch's global generator: seed
+    that before building the model to make a run repeatable.
+    Raises DataError for a monitor or task weights that do not fit, TrainingError for a loss or a
+    prediction that is not finite.
+    """
+    kinds = task_kinds(model)
+    monitor = check(config, kinds)
+    _refuse_lone_row(model, len(train), config.batch_size)
+    # Whether a metric is defined depends on labels alone: say so before training, not after.
+    monitor.value(score(np.full((len(valid), len(kinds)), 0.5), valid, kinds))
+
+    model.to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
+    history: list[EpochRecord] = []
+    best_value: float | None = None
+    best_weights: dict[str, Tensor] = {}
+    stale = 0
+    try:
+        for epoch in range(1, config.epochs + 1):
+            learning_rate = optimizer.param_groups[0]["lr"]
+            start = time.perf_counter()
+            loss = _train_epoch(model, optimizer, train, config, epoch, device, on_step)
+            seconds = time.perf_counter() - start
+            result = evaluate(model, valid, batch_size=config.batch_size, device=device)
+            value = monitor.value(result)
+            best = monitor.improves(value, best_value)
+            if best:
+                best_value, stale = value, 0
+                best_weights = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+                if on_best is not None:
+                    on_best(model)
+            else:
+                stale += 1
+                for group in optimizer.param_groups:
+                    # A rate that starts below the floor stays there.
+                    group["lr"] = max(group["lr"] * LR_FACTOR, min(group["lr"], MIN_LR))
+            speed = len(train) / seconds
+            history.append(
+                EpochRecord(epoch, loss, learning_rate, seconds, speed, value, best, result)
+            )
+            if on_epoch is not None:
+                on_epoch(history[-1])
+            if stale >= config.patience:
+                break
+    finally:
+        if best_weights:
+            model.load_state_dict(best_weights)
+    return history
+
+
+def _train_epoch(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    train: Dataset,
+    config: TrainingConfig,
+    epoch: int,
+    device: str | torch.device,
+    on_step: Callable[[int], None] | None,
+) -> float:
+    """One pass over the training data; returns the mean loss of its steps."""
+    model.train()
+    seed = epoch_seed(config.seed, epoch)
+    # Losses stay on the device until they are looked at, so that steps can run ahead.
+    losses = torch.zeros(math.ceil(len(train) / config.batch_size), device=device)
+    for step, batch in enumerate(train.batches(config.batch_size, seed=seed, device=device)):
+        losses[step] = train_step(model, optimizer, batch, config)
+        if on_step is not None:
+            on_step(len(batch.ids))
+        if (step + 1) % LOSS_CHECK == 0 or step + 1 == len(losses):
+            bad = (~losses.isfinite()).nonzero()
+            if len(bad):
+                raise TrainingError(
+                    f"the loss is {losses[bad[0]].item()} in epoch {epoch}, step {int(bad[0]) + 1}: "
+                    "try a lower --learning-rate, and look for extreme numeric values or labels."
+                )
+    return losses.double().mean().item()
+
+
+def epoch_seed(seed: int, epoch: int) -> int:
+    """The seed of an epoch's shuffle: well mixed, so that neighbouring seeds share no order."""
+    return int(np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)[0] >> 1)
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module,
+    data: Dataset,
+    *,
+    batch_size: int = 4096,
+    device: str | torch.device = "cpu",
+) -> np.ndarray:
+    """Predictions float32 [N, T] in row order: probabilities, or values of regression tasks."""
+    training = model.training
+    model.to(device).eval()
+    out = torch.empty(len(data), len(task_kinds(model)), device=device)
+    start = 0
+    for batch in data.batches(batch_size, device=device):
+        end = start + len(batch.ids)
+        out[start:end] = model.predict(batch.ids, batch.numeric, batch.sequences)
+        start = end
+    model.train(training)
+    return out.cpu().numpy()
+
+
+def evaluate(
+    model: nn.Module,
+    data: Dataset,
+    *,
+    batch_size: int = 4096,
+    device: str | torch.device = "cpu",
+) -> dict[str, Any]:
+    """``metrics.evaluate`` of the model's predictions on labelled data.
+
+    Raises TrainingError if a prediction is not finite.
+    """
+    predictions = predict(model, data, batch_size=batch_size, device=device)
+    kinds = task_kinds(model)
+    bad = np.argwhere(~np.isfinite(predictions))
+    if len(bad):
+        row, column = bad[0]
+        raise TrainingError(
+            f"the prediction of {list(kinds)[column]} is {predictions[row, column]} in row {row}: "
+            "the weights are no longer finite; try a lower --learning-rate."
+        )
+    return score(predictions, data, kinds)
+
+
+def score(predictions: np.ndarray, data: Dataset, kinds: Mapping[str, str]) -> dict[str, Any]:
+    """``metrics.evaluate`` of given predictions [N, T]; DataError if ``data`` has no labels."""
+    if data.labels is None:
+        raise DataError("the data was loaded without labels, so it cannot be evaluated.")
+    return metrics.evaluate(np.asarray(data.labels), predictions, kinds, data.group)
+
+
+def task_kinds(model: nn.Module) -> dict[str, str]:
+    """Task -> "binary" or "regression", in task order."""
+    config: Mapping[str, Any] = model.config  # type: ignore[assignment]
+    return {task: config["kinds"][task] for task in config["tasks"]}
+
+
+def _refuse_lone_row(model: nn.Module, rows: int, batch_size: int) -> None:
+    """Batch norm has no variance over one row, and would stop in the middle of an epoch."""
+    normed = any(isinstance(module, GroupedBatchNorm) for module in model.modules())
+    if normed and 1 in (batch_size, rows % batch_size):
+        raise DataError(
+            f"batch_norm needs two rows a batch, and {rows} training rows in batches of "
+            f"{batch_size} leave one alone: choose another --batch-size."
+        )

@@ -1,0 +1,306 @@
+"""The run folder: whole or absent at every moment, and refused when its files disagree."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from killed import ENCODING, marked_model
+from safetensors.torch import load_file, save_file
+
+from stem_fast import checkpoint
+from stem_fast.config import TrainingConfig
+from stem_fast.model import MODELS
+from stem_fast.schema import DataError, Encoding, Schema, SequenceField
+
+TRAINING = TrainingConfig(epochs=7, learning_rate=0.1, task_weights=(2.0,), monitor="click.auc")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    path = tmp_path / "run"
+    checkpoint.create_run(path, marked_model(5), ENCODING, TRAINING)
+    return path
+
+
+def test_round_trip(run: Path) -> None:
+    model, encoding, training = checkpoint.load_run(run)
+    assert training == TRAINING
+    assert encoding == ENCODING
+    assert not model.training
+    wanted = marked_model(5)
+    assert model.config == wanted.config
+    loaded = model.state_dict()
+    assert loaded.keys() == wanted.state_dict().keys()
+    assert (model.embedding.weight[1:] == 5).all()
+    assert json.loads((run / "history.json").read_text()) == []
+    assert sorted(p.name for p in run.iterdir()) == [
+        "config.json",
+        "history.json",
+        "model.safetensors",
+        "schema.json",
+    ]
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_every_model_and_kind_of_field(tmp_path: Path, name: str) -> None:
+    schema = Schema(
+        {"like": "binary", "time": "regression"},
+        categorical=("b", "a"),  # not in the order of the alphabet: order is part of a model
+        numeric=("age",),
+        sequences=(SequenceField("seen", shares="a", pooling="sum"), SequenceField("tags")),
+    )
+    words = {"b": ["x", "é"], "a": [], "tags": ["1", "2", "3"]}
+    encoding = Encoding(schema, words, (0.25,), (1.5,))
+    model = MODELS[name](
+        encoding.vocab_sizes,
+        schema.tasks,
+        numeric=schema.numeric,
+        sequences=encoding.sequence_tables,
+        pooling=encoding.pooling,
+        kinds=schema.labels,
+        embedding_dim=2,
+        expert_hidden_units=(3,),
+        batch_norm=True,
+    )
+    checkpoint.create_run(tmp_path / "run", model, encoding, TrainingConfig())
+    loaded, found, _ = checkpoint.load_run(tmp_path / "run")
+    assert type(loaded) is MODELS[name]
+    assert found == encoding
+    assert loaded.config == model.config
+    assert list(loaded.config["vocab_sizes"]) == ["b", "a"]
+    ours, theirs = loaded.state_dict(), model.state_dict()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_save_weights_changes_the_weights_only(run: Path) -> None:
+    before = (run / "config.json").read_bytes()
+    checkpoint.save_weights(run, marked_model(6))
+    assert (checkpoint.load_run(run)[0].embedding.weight[1:] == 6).all()
+    assert (run / "config.json").read_bytes() == before
+
+
+def test_parents_are_made_and_an_empty_folder_is_taken(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b"
+    path.mkdir(parents=True)
+    checkpoint.create_run(path, marked_model(1), ENCODING, TRAINING)
+    checkpoint.create_run(tmp_path / "c" / "d", marked_model(1), ENCODING, TRAINING)
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["b"]
+    checkpoint.load_run(tmp_path / "c" / "d")
+
+
+def test_overwrite_replaces_the_whole_run(run: Path) -> None:
+    checkpoint.save_json(run / "metrics.json", {"rows": 1})
+    (run / ".metrics.json.partial").write_text("{")  # of a killed fit
+    with pytest.raises(DataError, match="already holds a run: choose another folder or add --over"):
+        checkpoint.create_run(run, marked_model(6), ENCODING, TRAINING)
+    checkpoint.create_run(run, marked_model(6), ENCODING, TRAINING, overwrite=True)
+    assert (checkpoint.load_run(run)[0].embedding.weight[1:] == 6).all()
+    assert not (run / "metrics.json").exists()
+    assert not (run / ".metrics.json.partial").exists()
+    assert [p.name for p in run.parent.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_that_is_no_run_is_never_replaced(tmp_path: Path, overwrite: bool) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(DataError, match=r"holds thesis.tex, which no run has"):
+        checkpoint.create_run(
+            tmp_path, marked_model(1), ENCODING, TRAINING, overwrite=overwrite
+        )
+    with pytest.raises(DataError, match="is a file: --out names the folder"):
+        checkpoint.refuse_existing(tmp_path / "thesis.tex", overwrite=overwrite)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+# ---- interruptions -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mode", "states"),
+    [("write", ["absent", "1", "2", "3"]), ("replace", ["-1", "absent", "1", "2", "3"])],
+)
+def test_killed_at_every_moment(tmp_path: Path, mode: str, states: list[str]) -> None:
+    script = Path(__file__).with_name("killed.py")
+    done = subprocess.run(
+        [sys.executable, script, mode, tmp_path / "w"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    seen = done.stdout.split()
+    assert len(seen) > 30
+    assert list(dict.fromkeys(seen)) == states  # each in turn, and never a run that does not load
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("operation", ["save_file", "save_json"])
+def test_an_error_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str, old: bool
+) -> None:
+    run = tmp_path / "run"
+    if old:
+        checkpoint.create_run(run, marked_model(5), ENCODING, TRAINING)
+
+    def full(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(checkpoint, operation, full)
+    with pytest.raises(OSError, match="no space left"):
+        checkpoint.create_run(run, marked_model(6), ENCODING, TRAINING, overwrite=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["run"] * old
+    if old:
+        assert (checkpoint.load_run(run)[0].embedding.weight[1:] == 5).all()
+
+
+def test_an_old_run_comes_back_when_the_new_one_cannot_take_its_place(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = checkpoint.os.rename
+
+    def interrupted(source: Path, target: Path) -> None:
+        if Path(source).name == "new":
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(checkpoint.os, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.create_run(run, marked_model(6), ENCODING, TRAINING, overwrite=True)
+    assert (checkpoint.load_run(run)[0].embedding.weight[1:] == 5).all()
+    assert [p.name for p in run.parent.iterdir()] == ["run"]
+
+
+def test_replacing_keeps_the_old_file_on_error(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fail() -> None:
+        with checkpoint.replacing(path) as partial:
+            partial.write_text("half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("file", "old")]
+
+
+def test_json_refuses_nan(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        checkpoint.save_json(tmp_path / "x.json", float("nan"))
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- folders that are refused --------------------------------------------------------------
+
+
+def edit(change: Callable[[dict], object]) -> Callable[[Path], object]:
+    """A change of config.json."""
+
+    def apply(run: Path) -> None:
+        config = json.loads((run / "config.json").read_text())
+        change(config)
+        (run / "config.json").write_text(json.dumps(config))
+
+    return apply
+
+
+def edit_weights(change: Callable[[dict], object]) -> Callable[[Path], object]:
+    """A change of model.safetensors."""
+
+    def apply(run: Path) -> None:
+        tensors = load_file(run / "model.safetensors")
+        change(tensors)
+        save_file(tensors, run / "model.safetensors")
+
+    return apply
+
+
+def truncate(run: Path) -> None:
+    content = (run / "model.safetensors").read_bytes()
+    (run / "model.safetensors").write_bytes(content[:-1])
+
+
+def other_vocabulary(run: Path) -> None:
+    more = Encoding(ENCODING.schema, {"user": ["a", "b", "c"]})
+    checkpoint.save_json(run / "schema.json", more.to_dict())
+
+
+REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no weights": (
+        lambda run: (run / "model.safetensors").unlink(),
+        "is not a complete run: it lacks model.safetensors",
+    ),
+    "no schema, no config": (
+        lambda run: [(run / name).unlink() for name in ("schema.json", "config.json")],
+        "it lacks schema.json, config.json",
+    ),
+    "damaged json": (
+        lambda run: (run / "config.json").write_text('{"version": 1'),
+        "config.json is not valid JSON",
+    ),
+    "other json": (lambda run: (run / "config.json").write_text("[]"), "has no 'version'"),
+    "no model": (edit(lambda c: c.pop("model")), "has no 'model'"),
+    "version": (
+        edit(lambda c: c.update(version=2)),
+        "has version 2, this stem_fast reads version 1: use the release that made the run",
+    ),
+    "schema version": (
+        lambda run: (run / "schema.json").write_text('{"version": 99}'),
+        "encoding version 99 is not supported",
+    ),
+    "unknown model": (edit(lambda c: c.update(model="stm")), "unknown model 'stm'.*'stem'"),
+    "model option": (
+        edit(lambda c: c["config"].update(width=3)),
+        "describes no 'stem' run: .*width",
+    ),
+    "model value": (
+        edit(lambda c: c["config"].update(embedding_dim=0)),
+        "describes no 'stem' run: embedding_dim is 0",
+    ),
+    "training option": (edit(lambda c: c["training"].update(speed=3)), "describes no .*speed"),
+    "training value": (
+        edit(lambda c: c["training"].update(epochs=0)),
+        "describes no 'stem' run: epochs is 0",
+    ),
+    "not safetensors": (
+        lambda run: (run / "model.safetensors").write_bytes(b"\x80\x04 a pickle, say"),
+        "is not a readable safetensors file",
+    ),
+    "truncated": (truncate, "is not a readable safetensors file"),
+    "missing tensor": (
+        edit_weights(lambda t: t.pop("embedding.weight")),
+        "does not fit its config.json: it lacks embedding.weight",
+    ),
+    "extra tensors": (
+        edit_weights(lambda t: t.update({f"more.{i}": torch.ones(1) for i in range(5)})),
+        "it has, beyond the model's, more.0, more.1, more.2 and 2 more",
+    ),
+    "shape": (
+        edit_weights(lambda t: t.update({"embedding.weight": torch.ones(3, 4)})),
+        r"tensor embedding.weight has shape \[3, 4\], config.json asks for \[4, 4\]",
+    ),
+    "vocabulary": (other_vocabulary, "the model's vocab_sizes .* are not the schema's"),
+}
+
+
+@pytest.mark.parametrize("case", list(REFUSALS))
+def test_refused(run: Path, case: str) -> None:
+    damage, message = REFUSALS[case]
+    damage(run)
+    with pytest.raises(DataError, match=message):
+        checkpoint.load_run(run)
+
+
+def test_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no run folder .*nowhere: name the folder that"):
+        checkpoint.load_run(tmp_path / "nowhere")
+
+
+def test_a_model_of_another_schema_is_not_saved(tmp_path: Path) -> None:
+    other = Encoding(Schema({"like": "binary"}, categorical=("user",)), {"user": ["a", "b"]})
+    with pytest.raises(DataError, match=r"the model's tasks \['click'\] are not the schema's"):
+        checkpoint.create_run(tmp_path / "run", marked_model(1), other, TRAINING)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,505 @@
+"""The command line: what it writes, that it reads what it wrote, and every refusal."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from click.testing import Result
+from rich.console import Console
+from typer.testing import CliRunner
+
+from stem_fast import checkpoint, config, report, train
+from stem_fast.cli import app
+from stem_fast.schema import DataError, SequenceField
+
+TASKS = ("is_click", "long_view")
+NETWORK = {
+    "embedding_dim": 4,
+    "num_shared_experts": 2,
+    "expert_hidden_units": [8],
+    "gate_hidden_units": [4],
+    "tower_hidden_units": [4],
+}
+TRAINING = {"epochs": 2, "batch_size": 64, "learning_rate": 0.01, "min_count": 2}
+COLUMNS = {"labels": "is_click,long_view", "categorical": "user_id,video_id", "group": "user_id"}
+
+
+def table(rows: int, seed: int) -> pa.Table:
+    """Impressions with missing labels, missing and unseen values, a sequence and a number."""
+    random = np.random.default_rng(seed)
+    user, video = random.integers(0, 12, rows), random.integers(0, 20 + 5 * seed, rows)
+    score = np.sin(user) + np.cos(3 * video) + 0.5 * random.normal(size=rows)
+    return pa.table(
+        {
+            "user_id": user,
+            "video_id": pa.array(video, mask=random.random(rows) < 0.05),
+            "age": random.normal(size=rows),
+            "seen": [list(map(int, random.integers(0, 20, user[i] % 4))) for i in range(rows)],
+            "is_click": pa.array((score > 0).astype(np.int8), mask=random.random(rows) < 0.1),
+            "long_view": (score > 0.8).astype(np.int8),
+            "seconds": np.round(10 * np.exp(score), 1),
+            "weight": random.integers(0, 3, rows),
+        }
+    )
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A folder with tables as the working directory, a cache of its own, and one thread."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("STEM_FAST_CACHE", str(tmp_path / "cache"))
+    pq.write_table(table(400, 0), "train.parquet")
+    pq.write_table(table(150, 1), "valid.parquet")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def stem_fast(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def fit(out: str = "run", *, ok: bool = True, **settings: Any) -> Result:
+    """``stem-fast fit`` of a tiny network; settings are flags, None leaves one out."""
+    settings = {
+        "train": "train.parquet",
+        "valid": "valid.parquet",
+        **COLUMNS,
+        **NETWORK,
+        **TRAINING,
+        "out": out,
+        **settings,
+    }
+    flags: list[object] = []
+    for key, value in settings.items():
+        name = f"--{key.replace('_', '-')}"
+        if isinstance(value, list):
+            value = ",".join(map(str, value))
+        if value is not None:
+            flags += [name] if value is True else [name, value]
+    result = stem_fast("fit", *flags)
+    assert not ok or result.exit_code == 0, result.output
+    return result
+
+
+def refused(result: Result, *parts: str) -> None:
+    """Exit code 2 and one line on stderr that holds every part; no traceback."""
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    for part in parts:
+        assert part in result.stderr
+
+
+def read(path: str) -> Any:
+    return json.loads(Path(path).read_text())
+
+
+# ---- fit -----------------------------------------------------------------------------------
+
+
+def test_fit_writes_a_run() -> None:
+    result = fit()
+    assert sorted(path.name for path in Path("run").iterdir()) == [
+        "config.json",
+        "history.json",
+        "metrics.json",
+        "model.safetensors",
+        "schema.json",
+    ]
+    metrics, history = read("run/metrics.json"), read("run/history.json")
+    assert list(metrics) == ["rows", "tasks"]
+    assert metrics["rows"] == 150
+    assert list(metrics["tasks"]) == list(TASKS)
+    for values in metrics["tasks"].values():
+        assert list(values) == ["auc", "gauc", "logloss", "pcoc"]
+        assert all(isinstance(value, float) for value in values.values())
+    assert [entry["epoch"] for entry in history] == [1, 2]
+    assert metrics == [entry for entry in history if entry["best"]][-1]["metrics"]
+    assert read("run/config.json")["training"]["batch_size"] == 64
+
+    # In a pipe: a line an epoch, no bar, no colour.
+    lines = result.stdout.splitlines()
+    assert [line.split("  ")[0] for line in lines if line.startswith("epoch")] == [
+        "epoch 1",
+        "epoch 2",
+    ]
+    assert "samples/s" in lines[1]
+    assert "\x1b" not in result.stdout + result.stderr
+    assert lines[-1] == "saved to run"
+    assert [path.name for path in Path().iterdir() if path.name.startswith(".")] == []
+
+
+def test_without_a_group_gauc_is_null() -> None:
+    fit(group=None)
+    assert {task["gauc"] for task in read("run/metrics.json")["tasks"].values()} == {None}
+
+
+def test_evaluate_gives_what_fit_wrote() -> None:
+    fit(numeric="age", sequence="seen=video_id", net_dropout=0.3, batch_norm=True)
+    result = stem_fast("evaluate", "run", "--data", "valid.parquet", "--json", "new/m.json")
+    assert result.exit_code == 0, result.output
+    assert read("new/m.json") == read("run/metrics.json")
+    auc = read("run/metrics.json")["tasks"]["long_view"]["auc"]
+    assert f"{auc:.5f}" in result.stdout
+
+
+def test_same_seed_same_bytes() -> None:
+    fit("a", net_dropout=0.1)
+    fit("b", net_dropout=0.1)
+    fit("c", net_dropout=0.1, seed=7)
+    for name in ("metrics.json", "model.safetensors"):
+        assert Path("a", name).read_bytes() == Path("b", name).read_bytes()
+        assert Path("a", name).read_bytes() != Path("c", name).read_bytes()
+
+
+@pytest.mark.parametrize("model", ["single", "shared_bottom", "mmoe", "ple"])
+def test_every_model(model: str) -> None:
+    fit(model=model, num_shared_experts=None)
+    loaded, _, _ = checkpoint.load_run("run")
+    assert read("run/config.json")["model"] == model
+    result = stem_fast("predict", "run", "--data", "valid.parquet", "--out", "p.parquet")
+    assert result.exit_code == 0, result.output
+    assert type(loaded).__name__.lower() == {"single": "singletask"}.get(
+        model, model.replace("_", "")
+    )
+
+
+def test_regression_weights_and_monitor() -> None:
+    fit(
+        labels="is_click,seconds:regression",
+        weight="weight",
+        monitor="seconds.rmse",
+        task_weights="1,0.01",
+    )
+    tasks = read("run/metrics.json")["tasks"]
+    assert list(tasks["seconds"]) == ["rmse", "mae"]
+    history = read("run/history.json")
+    assert history[0]["monitor"] == history[0]["metrics"]["tasks"]["seconds"]["rmse"]
+    stem_fast("predict", "run", "--data", "valid.parquet", "--out", "p.parquet")
+    assert pq.read_table("p.parquet")["seconds"].to_numpy().max() > 1  # a value, no probability
+
+
+def test_side_tables_are_joined() -> None:
+    names = pa.array([f"author {i % 3}" for i in range(25)])
+    pq.write_table(pa.table({"video_id": np.arange(25), "author": names}), "videos.parquet")
+    cities = pa.array(list("abcdefabcdef"))
+    pq.write_table(pa.table({"user_id": np.arange(12), "city": cities}), "users.parquet")
+    joins = ["--join", "videos.parquet:video_id", "--join", "users.parquet:user_id"]
+    file = {**COLUMNS, **NETWORK, **TRAINING, "train": "train.parquet", "valid": "valid.parquet"}
+    file["categorical"] = ["user_id", "author", "city"]
+    Path("c.yaml").write_text(yaml.safe_dump(file))
+    result = stem_fast("fit", "--config", "c.yaml", "--out", "run", *joins)
+    assert result.exit_code == 0, result.output
+    result = stem_fast("evaluate", "run", "--data", "valid.parquet", "--json", "m.json", *joins)
+    assert result.exit_code == 0, result.output
+    assert read("m.json") == read("run/metrics.json")
+    refused(stem_fast("evaluate", "run", "--data", "valid.parquet"), "author", "city")
+
+
+# ---- predict -------------------------------------------------------------------------------
+
+
+def test_predict_keeps_the_order_of_rows() -> None:
+    fit(weight="weight")
+    valid = pq.read_table("valid.parquet")
+    features = valid.select(["video_id", "user_id"])  # neither labels nor weight, another order
+    pq.write_table(features, "features.parquet")
+    pq.write_table(features.take(pa.array(range(149, -1, -1))), "reversed.parquet")
+    for name in ("features", "reversed"):
+        arguments = ("--data", f"{name}.parquet", "--out", f"{name}_p.parquet")
+        result = stem_fast("predict", "run", *arguments)
+        assert result.exit_code == 0, result.output
+    found = pq.read_table("features_p.parquet")
+    assert found.schema == pa.schema([(task, pa.float32()) for task in TASKS])
+    assert found.num_rows == 150
+    backwards = pq.read_table("reversed_p.parquet")
+    for task in TASKS:
+        ours, theirs = found[task].to_numpy(), backwards[task].to_numpy()[::-1]
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+        assert len(np.unique(ours)) > 20
+        assert 0 < ours.min() < ours.max() < 1
+    model, encoding, _ = checkpoint.load_run("run")
+    users = encoding.vocabularies["user_id"]
+    first = [users.index(str(valid["user_id"][0])) + 1]
+    video, videos = str(valid["video_id"][0]), encoding.vocabularies["video_id"]
+    first += [videos.index(video) + 1 if video in videos else len(videos) + 1]
+    expected = model.predict(torch.tensor([first]))[0].numpy()
+    np.testing.assert_allclose([found[task][0].as_py() for task in TASKS], expected, rtol=1e-5)
+
+
+def test_predict_writes_csv() -> None:
+    fit()
+    for out in ("p.csv", "p.parquet"):
+        stem_fast("predict", "run", "--data", "valid.parquet", "--out", out, "--batch-size", 7)
+    as_csv, as_parquet = pyarrow.csv.read_csv("p.csv"), pq.read_table("p.parquet")
+    assert as_csv.column_names == list(TASKS)
+    for task in TASKS:
+        np.testing.assert_allclose(as_csv[task].to_numpy(), as_parquet[task].to_numpy(), rtol=1e-6)
+
+
+def test_a_csv_is_the_same_data() -> None:
+    """All but the list column, whose text form is another."""
+    for name in ("train", "valid"):
+        columns = pq.read_table(f"{name}.parquet").drop_columns(["seen"])
+        pyarrow.csv.write_csv(columns, f"{name}.csv")
+    fit("a")
+    fit("b", train="train.csv", valid="valid.csv")
+    assert read("a/metrics.json") == read("b/metrics.json")
+
+
+# ---- the configuration file ----------------------------------------------------------------
+
+FILE = {
+    "train": "train.parquet",
+    "valid": "valid.parquet",
+    "labels": {"is_click": "binary", "seconds": "regression"},
+    "categorical": ["user_id", "video_id"],
+    "sequences": {"seen": {"shares": "video_id", "max_len": 3}},
+    "monitor": "is_click.auc",
+    **NETWORK,
+    **TRAINING,
+}
+
+
+def test_flags_override_the_file() -> None:
+    Path("c.yaml").write_text(yaml.safe_dump(FILE) + "learning_rate: 1e-4\n".replace("l", "#l", 1))
+    result = stem_fast("fit", "--config", "c.yaml", "--out", "run", "--epochs", 1, "--model", "ple")
+    assert result.exit_code == 0, result.output
+    written = read("run/config.json")
+    assert written["model"] == "ple"
+    assert written["training"]["epochs"] == 1
+    assert written["training"]["batch_size"] == 64
+    assert written["config"]["expert_hidden_units"] == [8]
+    schema = read("run/schema.json")["schema"]
+    assert schema["labels"] == FILE["labels"]
+    assert schema["sequences"][0]["max_len"] == 3
+
+
+def settings(**changes: Any) -> config.FitSettings:
+    return config.fit_settings({"out": "run", **FILE, **changes})
+
+
+@pytest.mark.parametrize(
+    ("sequences", "expected"),
+    [
+        ("seen=video_id,tags", ["sum", "sum"]),
+        (["seen", {"name": "tags", "pooling": "mean"}], ["sum", "mean"]),
+        ({"seen": None, "tags": {"pooling": "mean"}}, ["sum", "mean"]),
+    ],
+)
+def test_pooling_is_the_default_of_sequences(sequences: Any, expected: list[str]) -> None:
+    found = settings(sequences=sequences, pooling="sum").schema.sequences
+    assert [field.pooling for field in found] == expected
+    plain = settings(sequences=sequences).schema.sequences
+    assert found[0] == SequenceField(plain[0].name, plain[0].shares, pooling="sum")
+
+
+def test_values_have_their_types() -> None:
+    found = settings(
+        learning_rate="1e-4", gate_hidden_units=[], tower_hidden_units=7, task_weights="1,2"
+    )
+    assert found.training.learning_rate == 1e-4
+    assert found.training.task_weights == (1.0, 2.0)
+    assert found.network["gate_hidden_units"] == ()
+    assert found.network["tower_hidden_units"] == (7,)
+    assert found.train == Path("train.parquet")
+    assert settings(join="a:b/c.csv:id").joins == ((Path("a:b/c.csv"), "id"),)
+    assert settings(group=None, cache=None).cache is None
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "rule"),
+    [
+        ("embedding_dim", 0, "a whole number of at least 1"),
+        ("embedding_dim", 2.5, "a whole number of at least 1"),
+        ("num_layers", "two", "a whole number of at least 1"),
+        ("num_shared_experts", -1, "a whole number of at least 0"),
+        ("expert_hidden_units", [8, 0], "a whole number of at least 1"),
+        ("tower_hidden_units", "8;4", "a whole number of at least 1"),
+        ("net_dropout", 1.0, "a number from 0 to below 1"),
+        ("batch_norm", "yes", "true or false"),
+        ("overwrite", 1, "true or false"),
+        ("hidden_activations", 3, "a text"),
+        ("model", "stm", "one of stem, single, shared_bottom, mmoe, ple Did you mean 'stem'?"),
+        ("pooling", "max", "mean or sum"),
+        ("join", "users.parquet", "FILE:KEY"),
+        ("join", [3], "FILE:KEY"),
+        ("train", 3, "a path"),
+        ("device", 0, "a text"),
+        ("epochs", 0, "a whole number of at least 1"),
+        ("learning_rate", -1, "a number above 0"),
+    ],
+)
+def test_bad_values_name_key_and_value(key: str, value: Any, rule: str) -> None:
+    with pytest.raises(DataError) as error:
+        settings(**{key: value})
+    assert str(error.value).startswith(f"{key} is ")
+    assert rule in str(error.value)
+
+
+def test_pooling_that_would_be_ignored_is_refused() -> None:
+    for sequences in (None, [{"name": "seen", "pooling": "mean"}]):
+        with pytest.raises(DataError, match="pooling is 'sum', but there is no sequence"):
+            settings(sequences=sequences, pooling="sum")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epoch: 3", "c.yaml: unknown key 'epoch'. Did you mean 'epochs'?"),
+        ("batch-size: 3", "c.yaml: unknown key 'batch-size'. Did you mean 'batch_size'?"),
+        ("config: d.yaml", "c.yaml: unknown key 'config'"),
+        ("3: 4", "c.yaml: unknown key '3'"),
+        ("epochs: 3\nepochs: 4", "c.yaml is not valid YAML: key 'epochs' stands twice"),
+        ("labels: {a: binary, a: binary}", "key 'a' stands twice"),
+        ("epochs: [", "c.yaml is not valid YAML"),
+        ("- epochs", "c.yaml must hold `key: value` lines"),
+        ("", "c.yaml must hold `key: value` lines"),
+        ("x: !!python/object:os.system {}", "c.yaml is not valid YAML"),
+        ("sequences: [{name: seen, share: video_id}]", "unknown key 'share'"),
+    ],
+)
+def test_bad_files(text: str, message: str) -> None:
+    Path("c.yaml").write_text(text)
+    refused(fit(config="c.yaml", ok=False), message)
+
+
+# ---- refusals ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({"train": None, "labels": None}, ["missing: --train, --labels (or the same key"]),
+        ({"train": "nope.parquet"}, ["nope.parquet"]),
+        ({"config": "nope.yaml"}, ["no configuration file nope.yaml"]),
+        ({"categorical": "user_id,vide_id"}, ["vide_id", "video_id"]),
+        ({"labels": "is_click,seconds"}, ["seconds", "row 0"]),
+        ({"labels": "is_click:bin"}, ["unknown kind 'bin'"]),
+        ({"monitor": "acu"}, ["monitor is 'acu'", "Did you mean 'auc'?"]),
+        ({"monitor": "gauc", "group": None}, ["monitor 'gauc' is undefined", "--monitor"]),
+        ({"task_weights": "1"}, ["task_weights is [1.0]", "is_click, long_view"]),
+        ({"model": "stm"}, ["model is 'stm'", "Did you mean 'stem'?"]),
+        ({"model": "mmoe", "num_specific_experts": 1}, ["--model mmoe: ", "num_specific_experts"]),
+        ({"hidden_activations": "rellu"}, ["--model stem: ", "rellu"]),
+        ({"device": "tpu"}, ["device is 'tpu': give auto, cpu, cuda or cuda:N"]),
+        ({"device": "cuda:99"}, ["device is 'cuda:99'", "stem-fast doctor"]),
+        ({"epochs": "x"}, ["--epochs"]),
+        ({"epoch": 3}, ["--epoch"]),
+        ({"batch_size": 0}, ["batch_size is 0"]),
+        ({"out": "train.parquet"}, ["train.parquet is a file"]),
+        ({"out": ".", "overwrite": True}, ["which no run has"]),
+    ],
+)
+def test_fit_refuses(change: dict[str, Any], parts: list[str]) -> None:
+    refused(fit(ok=False, **change), *parts)
+    assert not Path("run").exists()
+
+
+def test_a_run_is_replaced_only_when_asked() -> None:
+    fit(epochs=1)
+    before = Path("run/model.safetensors").read_bytes()
+    refused(fit(ok=False, seed=4), "run already holds a run", "--overwrite")
+    refused(fit(ok=False, overwrite=True, train="nope.parquet"), "nope.parquet")
+    assert Path("run/model.safetensors").read_bytes() == before
+    fit(overwrite=True, seed=4)
+    assert Path("run/model.safetensors").read_bytes() != before
+    assert len(read("run/history.json")) == 2
+
+
+def test_other_commands_refuse() -> None:
+    fit(epochs=1)
+    data = ("--data", "valid.parquet")
+    refused(stem_fast("evaluate", "nope", *data), "no run folder nope")
+    refused(stem_fast("evaluate", "run"), "--data")
+    refused(stem_fast("evaluate", "run", *data, "--batch-size", 0), "--batch-size")
+    refused(stem_fast("predict", "run", *data, "--out", "p.txt"), "name a .parquet or .csv file")
+    refused(stem_fast("predict", "run", *data, "--out", "p.csv", "--join", "x"), "join is 'x'")
+    pq.write_table(table(5, 0).drop_columns(["is_click"]), "unlabelled.parquet")
+    refused(stem_fast("evaluate", "run", "--data", "unlabelled.parquet"), "is_click")
+    refused(stem_fast("compare", "run", "nope"), "nope has no config.json")
+    Path("run/metrics.json").unlink()
+    refused(stem_fast("compare", "run"), "run has no metrics.json", "whose fit has ended")
+    refused(stem_fast("fitt"), "fitt")
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(train, "fit", broken)
+    assert isinstance(fit(ok=False).exception, RuntimeError)
+
+
+# ---- interruptions -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("step", "said"), [(3, "nothing is saved"), (10, "run holds the best")])
+def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, step: int, said: str) -> None:
+    """400 rows in batches of 64 are 7 steps an epoch."""
+    steps, train_step = iter(range(1, 100)), train.train_step
+
+    def interrupted(*arguments: Any) -> torch.Tensor:
+        if next(steps) == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return train_step(*arguments)
+
+    monkeypatch.setattr(train, "train_step", interrupted)
+    result = fit(ok=False)
+    assert result.exit_code == 130
+    assert said in result.stderr
+    assert "Traceback" not in result.output
+    if step < 7:
+        assert not Path("run").exists()
+    else:
+        checkpoint.load_run("run")
+        assert not Path("run/metrics.json").exists()
+        assert len(read("run/history.json")) == 1
+
+
+def test_a_loss_that_explodes_keeps_the_best_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps, train_step = iter(range(1, 100)), train.train_step
+
+    def exploding(*arguments: Any) -> torch.Tensor:
+        loss = train_step(*arguments)
+        return loss * float("nan") if next(steps) == 9 else loss
+
+    monkeypatch.setattr(train, "train_step", exploding)
+    result = fit(ok=False)
+    refused(result, "the loss is nan in epoch 2, step 2", "run holds the best weights so far")
+    checkpoint.load_run("run")
+
+
+def test_killed_at_every_moment(tmp_path: Path) -> None:
+    """The real command, SIGKILLed before each of its file operations beside the run folder."""
+    flags = ["--train", "train.parquet", "--valid", "valid.parquet", "--labels", "long_view"]
+    flags += ["--categorical", "user_id", "--expert-hidden-units", "4", "--epochs", "2"]
+    flags += ["--patience", "2", "--learning-rate", "0.01"]
+    script = Path(__file__).with_name("killed.py")
+    done = subprocess.run(
+        [sys.executable, script, "fit", tmp_path / "w", *flags],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    states = [line for line in done.stdout.splitlines() if not line[:1].isspace()]
+    assert states

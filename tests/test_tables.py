@@ -1,0 +1,417 @@
+"""Reading: every format gives the same columns, side tables join, refusals name the place."""
+
+from __future__ import annotations
+
+import datetime
+import gzip
+import re
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+import pytest
+
+from stem_fast import tables
+from stem_fast.schema import DataError
+from stem_fast.tables import Block, Join, Table, read_blocks
+
+
+def refused(message: str) -> Any:
+    return pytest.raises(DataError, match=re.escape(message))
+
+
+def text(path: Path, content: str) -> Path:
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(content.encode()))
+    else:
+        path.write_text(content, encoding="utf-8")
+    return path
+
+
+def parquet(path: Path, **columns: Any) -> Path:
+    pa.parquet.write_table(pa.table(columns), path)
+    return path
+
+
+def blocks(path: Path, columns: str, *joins: Join, **options: Any) -> list[Block]:
+    return list(read_blocks(Table(path, **options), columns.split(), joins))
+
+
+def values(path: Path, column: str, *joins: Join, **options: Any) -> list[str | None]:
+    """A column as the texts that it is compared by."""
+    found: list[str | None] = []
+    for block in blocks(path, column, *joins, **options):
+        texts, codes = block.distinct(column, block.column(column))
+        found += texts.take(codes).to_pylist()
+    return found
+
+
+def lists(path: Path, column: str, *joins: Join, delimiter: str = "|") -> list[list[str | None]]:
+    found: list[list[str | None]] = []
+    for block in blocks(path, column, *joins):
+        elements, lengths = block.lists(column, delimiter)
+        texts, codes = block.distinct(column, elements)
+        flat = iter(texts.take(codes).to_pylist())
+        found += [[next(flat) for _ in range(length)] for length in lengths]
+        assert next(flat, "end") == "end"
+    return found
+
+
+def numbers(path: Path, column: str) -> np.ndarray:
+    return np.concatenate([block.numbers(column) for block in blocks(path, column)])
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.CSV", "a.csv.gz", "a.b.csv"])
+def test_csv(tmp_path: Path, name: str) -> None:
+    path = text(tmp_path / name, 'x,y\n007,"a,\n""b"""\n1.0,é\n')
+    assert values(path, "x") == ["007", "1.0"]
+    assert values(path, "y") == ['a,\n"b"', "é"]
+
+
+@pytest.mark.parametrize("name", ["a.tsv", "a.txt", "a.tsv.gz", "a.txt.gz"])
+def test_tsv(tmp_path: Path, name: str) -> None:
+    assert values(text(tmp_path / name, "x\ty\na,b\t1\n"), "x") == ["a,b"]
+
+
+def test_header_and_delimiter_of_the_schema(tmp_path: Path) -> None:
+    path = text(tmp_path / "a.csv", "1;2\n3;4\n")
+    assert values(path, "b", header=("a", "b"), delimiter=";") == ["2", "4"]
+
+
+def test_missing_texts(tmp_path: Path) -> None:
+    cells = ["", "NULL", "\\N", "NaN", "nan", "null", " ", "None"]
+    wanted = [None] * 5 + ["null", " ", "None"]
+    csv = text(tmp_path / "a.csv", "x,y\n" + "".join(f"{cell},1\n" for cell in cells))
+    assert values(csv, "x") == wanted
+    assert values(parquet(tmp_path / "a.parquet", x=cells), "x") == wanted
+
+
+@pytest.mark.parametrize(
+    ("cells", "wanted"),
+    [
+        (pa.array([1, None, -7], pa.int8()), ["1", None, "-7"]),
+        (pa.array([2**63], pa.uint64()), ["9223372036854775808"]),
+        (pa.array([3.0, None, float("nan"), 2.5]), ["3", None, None, "2.5"]),
+        (
+            pa.array([0.0, -0.0, 3e15, -(2.0**52)]),
+            ["0", "0", "3000000000000000", "-4503599627370496"],
+        ),
+        (
+            pa.array([1e70, float("inf"), float("-inf")]),
+            ["1e+70", "inf", "-inf"],
+        ),
+        (pa.array([0.1, 4.0], pa.float32()), ["0.1", "4"]),
+        (pa.array(np.array([1.5, 2.0], np.float16)), ["1.5", "2"]),
+        (pa.array([True, False, None]), ["true", "false", None]),
+        (pa.array(["a", None, ""]), ["a", None, None]),
+        (pa.array(["a", None, "a"]).dictionary_encode(), ["a", None, "a"]),
+        (pa.array([5, None]).dictionary_encode(), ["5", None]),
+        (pa.array([b"a", None]), ["a", None]),
+        (pa.array([datetime.date(2022, 4, 9)]), ["2022-04-09"]),
+        (pa.array([Decimal("1.50"), None]), ["1.50", None]),
+        (pa.nulls(2), [None, None]),
+    ],
+)
+def test_text_of_every_type(tmp_path: Path, cells: pa.Array, wanted: list[str | None]) -> None:
+    assert values(parquet(tmp_path / "a.parquet", x=cells), "x") == wanted
+
+
+def test_pyarrow_csv_of_a_parquet_table_means_the_same(tmp_path: Path) -> None:
+    table = pa.table(
+        {
+            "int": [1, None, 3],
+            "float": [1.0, 0.25, None],
+            "bool": [True, None, False],
+            "date": [datetime.date(2022, 4, 9), None, datetime.date(1970, 1, 1)],
+            "time": [datetime.datetime(2022, 4, 9, 1, 2, 3), None, None],
+            "text": ["a", "", 'b,"'],
+        }
+    )
+    pa.parquet.write_table(table, tmp_path / "a.parquet")
+    pa.csv.write_csv(table, tmp_path / "a.csv")
+    for column in table.column_names:
+        assert values(tmp_path / "a.csv", column) == values(tmp_path / "a.parquet", column)
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [
+        pa.array([[1, None], [], None, [2]]),
+        pa.array([[1, None], [], None, [2]], pa.large_list(pa.int32())),
+        pa.array([["1", None], [], None, ["2"]]),
+        pa.array([["1", ""], [], None, ["2"]], pa.list_(pa.dictionary(pa.int8(), pa.string()))),
+        pa.array(["1|", "", None, "2"]),
+        pa.array([["0"], ["1", None], [], None, ["2"]]).slice(1),
+    ],
+)
+def test_lists(tmp_path: Path, cells: pa.Array) -> None:
+    path = parquet(tmp_path / "a.parquet", x=cells)
+    assert lists(path, "x") == [["1", None], [], [], ["2"]]
+
+
+def test_a_null_list_may_hide_elements() -> None:
+    offsets, mask = pa.array([0, 2, 4, 5]), pa.array([False, True, False])
+    cells = pa.ListArray.from_arrays(offsets, pa.array([1, 2, 8, 9, 3]), mask=mask)
+    elements, lengths = Block(Path("a"), 0, pa.table({"x": cells}), ()).lists("x", "|")
+    assert elements.to_pylist() == [1, 2, 3]
+    assert lengths.tolist() == [2, 0, 1]
+
+
+def test_lists_of_one_size_and_single_values(tmp_path: Path) -> None:
+    fixed = pa.array([[1, 2], None, [3, None]], pa.list_(pa.int64(), 2))
+    assert lists(parquet(tmp_path / "a.parquet", x=fixed), "x") == [["1", "2"], [], ["3", None]]
+    assert lists(parquet(tmp_path / "b.parquet", x=[4, None]), "x") == [["4"], []]
+
+
+def test_list_delimiter_is_plain_text(tmp_path: Path) -> None:
+    path = text(tmp_path / "a.csv", "x,y\n1.+2.+3,0\n")
+    assert lists(path, "x", delimiter=".+") == [["1", "2", "3"]]
+
+
+@pytest.mark.parametrize(
+    ("cells", "wanted"),
+    [
+        (pa.array([1, None, 3]), [1, np.nan, 3]),
+        (pa.array([2**62 + 1]), [2.0**62]),
+        (pa.array([1.5, float("nan")]), [1.5, np.nan]),
+        (pa.array([" 1.5 ", "", "NULL", "-1e3", "+2", ".5"]), [1.5, np.nan, np.nan, -1000, 2, 0.5]),
+        (pa.array([True, False, None]), [1, 0, np.nan]),
+        (pa.array([Decimal("0.25")]), [0.25]),
+        (pa.array(["7"]).dictionary_encode(), [7]),
+        (pa.nulls(2), [np.nan, np.nan]),
+    ],
+)
+def test_numbers(tmp_path: Path, cells: pa.Array, wanted: list[float]) -> None:
+    found = numbers(parquet(tmp_path / "a.parquet", x=cells), "x")
+    assert found.dtype == np.float64
+    np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 100])
+@pytest.mark.parametrize("bad", [0, 4, 6])
+def test_the_first_bad_number_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int, bad: int
+) -> None:
+    monkeypatch.setattr(tables, "BLOCK_ROWS", rows)
+    cells = ["1", "", "2", "3", "4", "5", "6"]
+    cells[bad] = "12a"
+    path = text(tmp_path / "a.csv", "x,y\n" + "".join(f"{cell},0\n" for cell in cells))
+    message = f"a.csv: column 'x', row {bad}: '12a' is not a number: correct it or leave it empty."
+    with refused(message):
+        numbers(path, "x")
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        (pa.array([1.0, float("-inf")]), "column 'x', row 1: -inf is not finite: correct it or"),
+        (pa.array(["1", "inf"]), "column 'x', row 1: 'inf' is not finite"),
+        (pa.array(["0x10"]), "column 'x', row 0: '0x10' is not a number"),
+        (pa.array([[1]]), "a.parquet: column 'x' holds list<element: int64>, not numbers."),
+        (pa.array([datetime.date(2022, 1, 1)]), "column 'x' holds date32[day], not numbers."),
+        (pa.array([b"1"]), "column 'x' holds binary, not numbers."),
+    ],
+)
+def test_what_is_not_a_number(tmp_path: Path, cells: pa.Array, message: str) -> None:
+    with refused(message):
+        numbers(parquet(tmp_path / "a.parquet", x=cells), "x")
+
+
+def test_types_without_a_text_form(tmp_path: Path) -> None:
+    path = parquet(
+        tmp_path / "a.parquet", list=[[1]], struct=[{"a": 1}], bytes=[b"\xff"], deep=[[[1]]]
+    )
+    with refused("column 'list' holds list<element: int64>, which has no text form; a column of "):
+        values(path, "list")
+    with refused("column 'bytes' holds binary, which has no text form ("):
+        values(path, "bytes")
+    with refused("column 'struct' holds struct<a: int64>, not lists of values."):
+        lists(path, "struct")
+    with refused("column 'deep' holds list<element: int64>, which has no text form"):
+        lists(path, "deep")
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+@pytest.mark.parametrize("rows", [1, 2, 7])
+def test_blocks_number_the_rows_of_each_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, rows: int
+) -> None:
+    monkeypatch.setattr(tables, "BLOCK_ROWS", rows)
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    for name, cells in {"b": "45", "a": "0123"}.items():
+        table = pa.table({"x": list(cells)})
+        if suffix == ".csv":
+            pa.csv.write_csv(table, folder / f"{name}.csv")
+        else:
+            pa.parquet.write_table(table, folder / f"{name}.parquet", row_group_size=2)
+    (folder / "_SUCCESS").touch()
+    (folder / ".a.crc").touch()
+    assert values(folder, "x") == list("012345")
+    starts = [(block.file.stem, block.start, len(block)) for block in blocks(folder, "x")]
+    wanted = [("a", start, min(rows, 4 - start)) for start in range(0, 4, rows)]
+    wanted += [("b", start, min(rows, 2 - start)) for start in range(0, 2, rows)]
+    if suffix == ".csv" or rows != 7:  # rows of several row groups make one block
+        assert starts == wanted
+    else:
+        assert starts == [("a", 0, 4), ("b", 0, 2)]
+
+
+def test_a_file_longer_than_what_is_parsed_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "CSV_BYTES", 64)
+    cells = [f'"line {row}\nof two"' for row in range(50)]
+    path = text(tmp_path / "a.csv", "x,y\n" + "".join(f"{cell},1\n" for cell in cells))
+    assert values(path, "x") == [cell.strip('"') for cell in cells]
+    with path.open("a") as file:
+        file.write("1,2,3\n")
+    with refused("a.csv: row 50: expected 2 columns, found 3: '1,2,3'."):
+        values(path, "x")
+
+
+def test_ragged_rows(tmp_path: Path) -> None:
+    path = text(tmp_path / "a.csv", "x,y\n1,2\n3\n")
+    with refused("a.csv: row 1: expected 2 columns, found 1: '3'."):
+        values(path, "x")
+    with refused("a.csv: row 2: expected 2 columns, found 1: '3'."):
+        values(path, "b", header=("a", "b"))  # now the first line is a row
+    with refused("a.csv: row 0: expected 3 columns, found 2: 'x,y'."):
+        values(path, "b", header=("a", "b", "c"))
+
+
+def test_columns_that_are_not_there(tmp_path: Path) -> None:
+    path = text(tmp_path / "log.csv", "user_id,video_id\n1,2\n")
+    with refused("log.csv: no column 'usr_id', 'zzz'. Did you mean 'user_id'?"):
+        blocks(path, "video_id usr_id zzz")
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    text(folder / "0.csv", "x,y\n1,2\n")
+    text(folder / "1.csv", "x,z\n1,2\n")
+    with refused("1.csv: no column 'y'."):
+        blocks(folder, "x y")
+
+
+def test_columns_that_stand_twice(tmp_path: Path) -> None:
+    path = text(tmp_path / "a.csv", "x,x,y\n1,2,3\n")
+    assert values(path, "y") == ["3"]
+    with refused("a.csv: column 'x' stands there twice: rename one."):
+        blocks(path, "x")
+    pa.parquet.write_table(pa.table([[1], [2]], names=["x", "x"]), tmp_path / "a.parquet")
+    with refused("a.parquet: column 'x' stands there twice: rename one."):
+        blocks(tmp_path / "a.parquet", "x")
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with refused("nowhere.csv: no such file or folder."):
+        blocks(tmp_path / "nowhere.csv", "x")
+    supported = "supported: .csv, .tsv, .txt, .csv.gz, .tsv.gz, .txt.gz, .parquet."
+    for name in ("a.json", "a.gz", "csv"):
+        with refused(f"{name}: unknown kind of file, {supported}"):
+            blocks(text(tmp_path / name, "x"), "x")
+    with refused("a.parquet: cannot be read: "):
+        blocks(text(tmp_path / "a.parquet", "not parquet"), "x")
+    damaged = tmp_path / "a.csv.gz"
+    damaged.write_bytes(gzip.compress(b"x,y\n" + b"1,2\n" * 9999)[:-40])
+    with refused("a.csv.gz: cannot be read: "):
+        blocks(damaged, "x")
+    (tmp_path / "latin.csv").write_bytes(b"x,y\n1,2\n\xff,2\n")
+    with refused("latin.csv: cannot be read: "):
+        blocks(tmp_path / "latin.csv", "x")
+
+
+def test_folders_that_cannot_be_read(tmp_path: Path) -> None:
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    with refused("parts: an empty folder."):
+        blocks(folder, "x")
+    text(folder / "a.csv", "x\n1\n")
+    text(folder / "b.csv.gz", "x\n2\n")
+    assert values(folder, "x") == ["1", "2"]
+    text(folder / "c.tsv", "x\n1\n")
+    with refused("parts: holds a.csv and c.tsv: use files of one kind."):
+        blocks(folder, "x")
+    (folder / "c.tsv").unlink()
+    (folder / "c.csv").mkdir()
+    with refused("c.csv: unknown kind of file"):
+        blocks(folder, "x")
+
+
+def test_tables_without_rows(tmp_path: Path) -> None:
+    header = text(tmp_path / "a.csv", "x,y\n")
+    with refused("a.csv: no rows."):
+        blocks(header, "x")
+    with refused("a.parquet: no rows."):
+        blocks(parquet(tmp_path / "a.parquet", x=pa.array([], pa.int64())), "x")
+    with refused("b.csv: cannot be read: Empty CSV file."):
+        blocks(text(tmp_path / "b.csv", ""), "x")
+    log = text(tmp_path / "log.csv", "x,z\n1,2\n")
+    with refused("a.csv: no rows."):
+        blocks(log, "z y", Join(header, "x"))
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    text(folder / "0.csv", "x,y\n")
+    text(folder / "1.csv", "x,y\n1,2\n")
+    assert values(folder, "x") == ["1"]
+
+
+@pytest.fixture
+def users(tmp_path: Path) -> Join:
+    cells = {"user": [2.0, 1.0, None], "age": [20, 10, 99], "seen": [[7, 8], [9], None]}
+    return Join(parquet(tmp_path / "users.parquet", **cells), "user")
+
+
+@pytest.mark.parametrize("rows", [1, 2, 100])
+def test_join(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, users: Join, rows: int) -> None:
+    monkeypatch.setattr(tables, "BLOCK_ROWS", rows)
+    log = text(tmp_path / "log.csv", "user,x\n1,a\n2,b\n,c\n3,d\n1,e\n")
+    assert values(log, "age", users) == ["10", "20", None, None, "10"]
+    assert lists(log, "seen", users) == [["9"], ["7", "8"], [], [], ["9"]]
+    assert values(log, "user", users) == ["1", "2", None, "3", "1"]
+
+
+def test_a_key_may_come_from_an_earlier_join(tmp_path: Path) -> None:
+    log = parquet(tmp_path / "log.parquet", video=[1, 2, 3])
+    videos = Join(text(tmp_path / "videos.csv", "video,author\n1,x\n2,y\n"), "video")
+    authors = Join(text(tmp_path / "authors.tsv", "author\tfans\ny\t5\n"), "author")
+    assert values(log, "fans", videos, authors) == [None, "5", None]
+    with refused("log.parquet: no column 'author'."):
+        blocks(log, "fans", authors, videos)
+
+
+def test_side_tables_have_their_own_header_line(tmp_path: Path) -> None:
+    log = text(tmp_path / "log.csv", "1;a\n2;b\n")
+    side = Join(text(tmp_path / "side.csv", "user;age\n2;20\n"), "user")
+    assert values(log, "age", side, header=("user", "x"), delimiter=";") == [None, "20"]
+
+
+def test_a_side_table_in_a_folder(tmp_path: Path) -> None:
+    log = parquet(tmp_path / "log.parquet", user=[1, 2])
+    folder = tmp_path / "users"
+    folder.mkdir()
+    parquet(folder / "0.parquet", user=pa.array([1], pa.int8()), age=pa.nulls(1))
+    parquet(folder / "1.parquet", user=[2], age=[20])
+    assert values(log, "age", Join(folder, "user")) == [None, "20"]
+
+
+def test_joins_that_are_refused(tmp_path: Path, users: Join) -> None:
+    log = text(tmp_path / "log.csv", "user,age,x\n1,5,a\n")
+    with refused(f"users.parquet: column 'age' is in {log} too: rename or drop one of them."):
+        blocks(log, "age", users)
+    assert values(log, "x", users) == ["a"]  # only a column that is used must be unambiguous
+    with refused("users.parquet: no column 'usr'. Did you mean 'user'?"):
+        blocks(log, "x", Join(users.path, "usr"))
+    keyless = text(tmp_path / "keyless.csv", "uzer,x\n1,a\n")
+    with refused("keyless.csv: no column 'user'. Did you mean 'uzer'?"):
+        blocks(keyless, "x", users)
+    with refused(f"log.csv joined with {users.path}: no column 'sen'. Did you mean 'seen'?"):
+        blocks(log, "sen", users)
+    twice = text(tmp_path / "twice.csv", "user,city\n5,a\n7,b\n6,c\n7,d\n5,e\n")
+    with refused("twice.csv: key 'user' must be unique, but '7' stands on rows 1 and 3."):
+        blocks(log, "city", Join(twice, "user"))
+    with refused("nowhere.csv: no such file or folder."):
+        blocks(log, "x", Join(tmp_path / "nowhere.csv", "user"))

@@ -1,0 +1,467 @@
+"""Training: the official step and its early stopping, monitors, seeds, and what is refused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from stem_fast import train
+from stem_fast.config import TrainingConfig
+from stem_fast.data import Batch, Dataset
+from stem_fast.model import STEMNet
+from stem_fast.schema import DataError
+from stem_fast.train import Monitor, TrainingError
+
+TINY = {
+    "embedding_dim": 4,
+    "num_shared_experts": 2,
+    "expert_hidden_units": (8,),
+    "gate_hidden_units": (4,),
+    "tower_hidden_units": (4,),
+}
+
+
+def tiny_model(seed: int = 0, **options: object) -> STEMNet:
+    torch.manual_seed(seed)
+    return STEMNet({"user": 12, "item": 9}, ["click", "like"], **{**TINY, **options})
+
+
+def tiny_data(rows: int = 300, seed: int = 0, *, missing: float = 0.0) -> Dataset:
+    """Labels that the ids explain, some of them missing, and groups by user."""
+    generator = np.random.default_rng(seed)
+    user, item = generator.integers(1, 12, rows), generator.integers(1, 9, rows)
+    score = np.stack([user % 3 - item % 2, item % 4 - user % 2], 1) + generator.normal(size=(rows, 2))
+    labels = (score > 0.5).astype(np.float32)
+    labels[generator.random((rows, 2)) < missing] = np.nan
+    ids = np.stack([user, item], 1).astype(np.int32)
+    return Dataset(
+        torch.from_numpy(ids), labels=torch.from_numpy(labels), group=user.astype(np.int32)
+    )
+
+
+def config(**options: object) -> TrainingConfig:
+    return TrainingConfig(**{"epochs": 3, "batch_size": 64, "learning_rate": 0.01, **options})
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Networks this small are faster on one thread, and many times so on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# ---- one step ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_norm", [0.05, 10.0, 0.0])
+def test_train_step_is_loss_plus_l2_clip_and_adam(max_norm: float) -> None:
+    """Against the official step written out with torch.optim.Adam and autograd only."""
+    settings = config(embedding_regularizer=0.3, net_regularizer=0.2, max_gradient_norm=max_norm)
+    model, data = tiny_model().double(), tiny_data(40)
+    twin = tiny_model().double()
+    optimizer, other = (torch.optim.Adam(m.parameters(), lr=0.01) for m in (model, twin))
+    for batch in data.batches(20):
+        loss = train.train_step(model, optimizer, batch, settings)
+        other.zero_grad()
+        logits = twin(batch.ids)
+        expected = sum(
+            nn.functional.binary_cross_entropy(logits[:, t].sigmoid(), batch.labels[:, t].double())
+            for t in range(2)
+        )
+        for name, parameter in twin.named_parameters():
+            strength = 0.3 if name == "embedding.weight" else 0.2
+            expected = expected + strength / 2 * parameter.norm() ** 2
+        expected.backward()
+        grads = [p.grad for p in twin.parameters() if p.grad is not None]
+        norm = torch.stack([g.norm() for g in grads]).norm()
+        if max_norm and norm > max_norm:
+            for grad in grads:
+                grad *= max_norm / (norm + 1e-6)
+        other.step()
+        torch.testing.assert_close(loss, expected.detach(), rtol=1e-12, atol=0)
+        assert not loss.requires_grad
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_train_step_weighs_tasks_and_rows() -> None:
+    data = tiny_data(32)
+    weight = torch.linspace(0, 2, 32)
+    batch = next(data.batches(32))._replace(weight=weight)
+    model = tiny_model()
+    optimizer = torch.optim.Adam(model.parameters())
+    settings = config(task_weights=(1.0, 0.0), embedding_regularizer=0.0)
+    with torch.no_grad():
+        logits = model(batch.ids)[:, 0]
+    each = nn.functional.binary_cross_entropy_with_logits(
+        logits, batch.labels[:, 0], reduction="none"
+    )
+    loss = train.train_step(model, optimizer, batch, settings)
+    torch.testing.assert_close(loss, (each * weight).mean())
+
+
+# ---- early stopping ------------------------------------------------------------------------
+
+
+class Scripted(nn.Module):
+    """A model whose validation log loss follows a script: weight w after epoch e is e.
+
+    It has one parameter, whose gradient is the learning rate's probe, and it counts its steps.
+    """
+
+    config = {"tasks": ["click"], "kinds": {"click": "binary"}}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, ids: Tensor, numeric: None, sequences: object) -> Tensor:
+        return self.weight.expand(len(ids), 1)
+
+    def loss(self, logits: Tensor, labels: Tensor, **_: object) -> Tensor:
+        return -logits.mean()  # Adam moves the weight up by the learning rate at every step
+
+    def regularization(self, embedding: float, net: float) -> Tensor:
+        return self.weight.new_zeros(())
+
+
+def run_script(
+    monkeypatch: pytest.MonkeyPatch, aucs: list[float], **options: object
+) -> tuple[list[train.EpochRecord], list[float], float]:
+    """fit with scripted validation results: records, weights at each on_best, the last weight."""
+    script = iter(aucs)
+
+    def result(value: float) -> dict:
+        return {"rows": 2, "tasks": {"click": {"auc": value, "logloss": value, "pcoc": value}}}
+
+    monkeypatch.setattr(train, "evaluate", lambda *_, **__: result(next(script)))
+    monkeypatch.setattr(train, "score", lambda *_: result(0.5))
+    model, saved = Scripted(), []
+    data = Dataset(torch.ones(4, 1, dtype=torch.int32), labels=torch.ones(4, 1))
+    records = train.fit(
+        model,
+        data,
+        data,
+        TrainingConfig(batch_size=4, learning_rate=1.0, epochs=len(aucs), **options),
+        on_best=lambda m: saved.append(m.weight.item()),
+    )
+    return records, saved, model.weight.item()
+
+
+def test_patience_one_stops_at_the_first_epoch_without_progress(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    records, saved, last = run_script(monkeypatch, [0.6, 0.7, 0.65, 0.9])
+    assert [r.best for r in records] == [True, True, False]
+    assert [r.monitor for r in records] == [0.6, 0.7, 0.65]
+    assert [r.epoch for r in records] == [1, 2, 3]
+    assert saved == pytest.approx([1.0, 2.0])
+    assert last == saved[-1]  # epoch 3 moved the weight, the best one is back
+
+
+def test_patience_two_counts_epochs_in_a_row_and_lowers_the_rate(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    aucs = [0.6, 0.5, 0.7, 0.5, 0.5, 0.9]
+    records, saved, last = run_script(monkeypatch, aucs, patience=2)
+    assert [r.best for r in records] == [True, False, True, False, False]
+    assert [r.learning_rate for r in records] == pytest.approx([1, 1, 0.1, 0.1, 0.01])
+    assert saved == pytest.approx([1.0, 2.1])
+    assert last == saved[-1]
+
+
+def test_rate_does_not_fall_below_its_floor(monkeypatch: pytest.MonkeyPatch) -> None:
+    records, _, _ = run_script(monkeypatch, [0.6] * 10, patience=10)
+    rates = [r.learning_rate for r in records]
+    assert rates[:2] == [1.0, 1.0]
+    assert rates[-2:] == [1e-6, 1e-6]
+    assert sorted(rates, reverse=True) == rates
+
+
+@pytest.mark.parametrize(
+    ("monitor", "values", "best"),
+    [
+        ("auc", [0.6, 0.6 + 0.9e-6], [True, False]),
+        ("auc", [0.6, 0.6 + 1.1e-6], [True, True]),
+        ("logloss", [0.6, 0.6 - 0.9e-6], [True, False]),
+        ("logloss", [0.6, 0.6 - 1.1e-6], [True, True]),
+        ("logloss", [0.6, 0.7], [True, False]),
+        ("pcoc", [0.8, 1.1], [True, True]),
+        ("pcoc", [1.1, 0.8], [True, False]),
+    ],
+)
+def test_an_improvement_is_more_than_a_millionth(
+    monkeypatch: pytest.MonkeyPatch, monitor: str, values: list[float], best: list[bool]
+) -> None:
+    records, _, _ = run_script(monkeypatch, values, monitor=monitor)
+    assert [r.best for r in records] == best
+
+
+def test_training_ends_with_its_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
+    records, saved, last = run_script(monkeypatch, [0.6, 0.7, 0.8])
+    assert len(records) == 3
+    assert last == saved[-1] == pytest.approx(3.0)
+
+
+def test_an_interrupt_leaves_the_best_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = iter([0.7, 0.6])
+
+    def evaluate(*_: object, **__: object) -> dict:
+        value = next(results, None)
+        if value is None:
+            raise KeyboardInterrupt
+        return {"rows": 2, "tasks": {"click": {"auc": value}}}
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    monkeypatch.setattr(train, "score", lambda *_: {"tasks": {"click": {"auc": 0.5}}})
+    model = Scripted()
+    data = Dataset(torch.ones(4, 1, dtype=torch.int32), labels=torch.ones(4, 1))
+    settings = TrainingConfig(batch_size=4, learning_rate=1.0, patience=5)
+    with pytest.raises(KeyboardInterrupt):
+        train.fit(model, data, data, settings)
+    assert model.weight.item() == pytest.approx(1.0)
+
+
+# ---- monitors ------------------------------------------------------------------------------
+
+KINDS = {"finish": "binary", "like": "binary", "time": "regression"}
+RESULT = {
+    "rows": 9,
+    "tasks": {
+        "finish": {"auc": 0.8, "gauc": None, "logloss": 0.5, "pcoc": 1.3},
+        "like": {"auc": 0.6, "gauc": None, "logloss": 0.1, "pcoc": 0.9},
+        "time": {"rmse": 4.0, "mae": 3.0},
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("auc", 0.7),
+        ("finish.auc", 0.8),
+        ("logloss", 0.3),
+        ("pcoc", 0.2),
+        ("like.pcoc", 0.1),
+        ("rmse", 4.0),
+        ("time.mae", 3.0),
+    ],
+)
+def test_monitor_value(name: str, value: float) -> None:
+    assert Monitor.parse(name, KINDS).value(RESULT) == pytest.approx(value, abs=1e-15)
+
+
+def test_monitor_leaves_undefined_tasks_out() -> None:
+    tasks = {**RESULT["tasks"], "like": {**RESULT["tasks"]["like"], "auc": None}}
+    assert Monitor.parse("auc", KINDS).value({"tasks": tasks}) == 0.8
+
+
+def test_monitor_undefined_everywhere() -> None:
+    with pytest.raises(DataError, match=r"'gauc' is undefined .*choose another --monitor"):
+        Monitor.parse("gauc", KINDS).value(RESULT)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("acu", "monitor is 'acu', which no task has.*Did you mean 'auc'"),
+        ("finish.aucc", "Did you mean 'finish.auc'"),
+        ("time.auc", "'time.auc', which no task has"),
+        ("AUC", "Did you mean 'auc'"),
+    ],
+)
+def test_unknown_monitor(name: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        Monitor.parse(name, KINDS)
+
+
+def test_monitor_that_no_task_has() -> None:
+    with pytest.raises(DataError, match="'auc', which no task has: use one of rmse, mae"):
+        Monitor.parse("auc", {"time": "regression"})
+
+
+def test_undefined_monitor_is_refused_before_training() -> None:
+    data = tiny_data(40)
+    one_class = Dataset(data.ids, labels=torch.zeros(40, 2))
+    steps: list[int] = []
+    with pytest.raises(DataError, match="no task has both classes"):
+        train.fit(tiny_model(), data, one_class, config(), on_step=steps.append)
+    assert steps == []
+
+
+# ---- whole runs ----------------------------------------------------------------------------
+
+
+def test_fit_learns_and_records() -> None:
+    data, steps = tiny_data(300, missing=0.2), []
+    records = train.fit(
+        tiny_model(), data, data, config(epochs=6, patience=6), on_step=steps.append
+    )
+    assert records[-1].monitor > 0.75  # the labels' noise allows about 0.85
+    assert sum(steps) == 300 * len(records)
+    assert all(r.seconds > 0 and math.isfinite(r.loss) for r in records)
+    assert records[0].loss > records[-1].loss
+    for record in records:
+        aucs = [task["auc"] for task in record.metrics["tasks"].values()]
+        assert record.monitor == pytest.approx(sum(aucs) / 2)
+
+
+def test_the_model_ends_as_its_best_epoch() -> None:
+    data = tiny_data(200)
+    model = tiny_model()
+    records = train.fit(model, data, data, config(epochs=8, patience=2, learning_rate=0.2))
+    best = [r for r in records if r.best][-1]
+    assert train.evaluate(model, data, batch_size=64) == best.metrics
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch_size", "threads"),
+    [(500, 64, 1), (4000, 4096, 2)],  # the second: batches large enough to be split among threads
+)
+def test_same_seed_same_numbers(rows: int, batch_size: int, threads: int) -> None:
+    torch.set_num_threads(threads)
+    data, valid = tiny_data(rows), tiny_data(200, seed=1)
+
+    def once(seed: int) -> tuple[list[dict], list[float], dict[str, Tensor]]:
+        model = tiny_model(seed, net_dropout=0.2)
+        records = train.fit(model, data, valid, config(seed=seed, batch_size=batch_size, epochs=2))
+        return [r.metrics for r in records], [r.loss for r in records], model.state_dict()
+
+    metrics, losses, weights = once(5)
+    again_metrics, again_losses, again_weights = once(5)
+    assert (metrics, losses) == (again_metrics, again_losses)
+    assert all(torch.equal(weights[name], again_weights[name]) for name in weights)
+    assert once(6)[1] != losses
+
+
+def test_epochs_have_orders_of_their_own() -> None:
+    seeds = {train.epoch_seed(seed, epoch) for seed in range(50) for epoch in range(50)}
+    assert len(seeds) == 2500
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    train.epoch_seed(2**63 - 1, 1)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 300, 1000])
+def test_predict_keeps_rows_in_order(batch_size: int) -> None:
+    model, data = tiny_model(), tiny_data(30)
+    model.train()
+    predictions = train.predict(model, data, batch_size=batch_size)
+    assert predictions.dtype == np.float32
+    assert model.training
+    np.testing.assert_allclose(predictions, model.predict(data.ids).numpy(), rtol=1e-5)
+
+
+def test_missing_labels_score_the_other_task_only() -> None:
+    model, data = tiny_model(), tiny_data(100, missing=0.3)
+    result = train.evaluate(model, data)
+    kept = ~data.labels[:, 1].isnan()
+    alone = Dataset(data.ids[kept], labels=data.labels[kept])
+    ours, theirs = (r["tasks"]["like"]["auc"] for r in (result, train.evaluate(model, alone)))
+    assert ours == pytest.approx(theirs, abs=1e-12)
+    assert result["rows"] == 100
+
+
+# ---- refusals ------------------------------------------------------------------------------
+
+
+class Spoiled(Dataset):
+    """Gives labels that blow the loss up at one step of one epoch."""
+
+    def batches(self, *args: object, **kwargs: object) -> Iterator[Batch]:
+        for step, batch in enumerate(super().batches(*args, **kwargs)):
+            if kwargs.get("seed") == train.epoch_seed(2023, 2) and step == 2:
+                batch = batch._replace(weight=torch.full((len(batch.ids),), math.inf))
+            yield batch
+
+
+@pytest.mark.parametrize("every", [1, 1000])
+def test_a_loss_that_is_not_finite_stops(monkeypatch: pytest.MonkeyPatch, every: int) -> None:
+    monkeypatch.setattr(train, "LOSS_CHECK", every)
+    data = tiny_data(300)
+    spoiled = Spoiled(data.ids, labels=data.labels, group=data.group)
+    model, best = tiny_model(), []
+
+    def on_best(model: nn.Module) -> None:
+        best.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+
+    with pytest.raises(TrainingError, match=r"the loss is (inf|nan) in epoch 2, step 3"):
+        train.fit(model, spoiled, data, config(), on_best=on_best)
+    assert len(best) == 1
+    assert all(torch.equal(best[0][name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_predictions_that_are_not_finite_are_refused() -> None:
+    model, data = tiny_model(), tiny_data(10)
+    with torch.no_grad():
+        next(model.towers.parameters()).fill_(math.nan)
+    with pytest.raises(TrainingError, match="the prediction of click is nan in row 0"):
+        train.evaluate(model, data)
+
+
+def test_evaluation_needs_labels() -> None:
+    with pytest.raises(DataError, match="without labels"):
+        train.evaluate(tiny_model(), Dataset(tiny_data(5).ids))
+
+
+def test_task_weights_fit_the_tasks() -> None:
+    data = tiny_data(20)
+    with pytest.raises(DataError, match=r"task_weights is \[1.0\]: give one for each of click, like"):
+        train.fit(tiny_model(), data, data, config(task_weights=(1.0,)))
+
+
+@pytest.mark.parametrize(("rows", "batch_size"), [(65, 64), (20, 1)])
+def test_batch_norm_refuses_a_row_alone(rows: int, batch_size: int) -> None:
+    data = tiny_data(rows)
+    model = tiny_model(batch_norm=True)
+    with pytest.raises(DataError, match="batch_norm needs two rows a batch"):
+        train.fit(model, data, data, config(batch_size=batch_size))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "rule"),
+    [
+        ("epochs", 0, "a whole number of at least 1"),
+        ("epochs", 1.5, "a whole number"),
+        ("epochs", True, "a whole number"),
+        ("batch_size", "many", "a whole number"),
+        ("learning_rate", 0, "a number above 0"),
+        ("learning_rate", math.nan, "a number above 0"),
+        ("learning_rate", "fast", "a number above 0"),
+        ("learning_rate", [0.1], "a number above 0"),
+        ("embedding_regularizer", -1e-6, "a number of at least 0"),
+        ("net_regularizer", math.inf, "a number of at least 0"),
+        ("max_gradient_norm", -1, "a number of at least 0"),
+        ("patience", 0, "a whole number of at least 1"),
+        ("monitor", 3, "a text"),
+        ("seed", -1, "a whole number from 0 to"),
+        ("seed", 2**63, "a whole number from 0 to"),
+        ("task_weights", (1.0, -1.0), "a number of at least 0"),
+    ],
+)
+def test_config_names_key_and_value(key: str, value: object, rule: str) -> None:
+    with pytest.raises(DataError, match=rf"{key} is .*: give {rule}"):
+        TrainingConfig(**{key: value})
+
+
+def test_config_takes_what_yaml_gives() -> None:
+    given = TrainingConfig(learning_rate="1e-3", task_weights=[1, "0.5"], max_gradient_norm=5)
+    assert given.learning_rate == 1e-3
+    assert given.task_weights == (1.0, 0.5)
+    assert isinstance(given.max_gradient_norm, float)
+
+
+def test_callbacks_come_in_order() -> None:
+    """The run folder must exist when the history is written into it."""
+    calls: list[str] = []
+    note: Callable[[str], Callable[[object], None]] = lambda name: lambda _: calls.append(name)  # noqa: E731
+    data = tiny_data(60)
+    settings = config(epochs=1)
+    train.fit(tiny_model(), data, data, settings, on_best=note("best"), on_epoch=note("epoch"))
+    assert calls == ["best", "epoch"]
