@@ -1,10 +1,11 @@
 """The custom ops on one page: schema, default, shape function, gradient and backend.
 
 Calling an op takes three hops: the function here, PyTorch's dispatcher, the kernel. The default of
-every op is :mod:`stem_fast.reference`; the C++ library overrides it on CPU when it is loaded.
+every op is :mod:`stem_fast.reference`; the C++ library overrides it on CPU, Triton on CUDA.
 
-``STEM_FAST_BACKEND``, read at import, chooses: ``auto`` (the fastest that is there), ``reference``
-or ``cpp``. A backend that is asked for and not there is an ImportError, never a silent fallback.
+``STEM_FAST_BACKEND``, read at import, chooses: ``auto`` (the fastest on each device), or
+``reference``, ``cpp``, ``triton``. A backend that is asked for and not there is an ImportError,
+never a silent fallback. With ``TRITON_INTERPRET=1`` a chosen ``triton`` runs on CPU, slowly.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ torch.library.register_autograd("stem_fast::mixture", _mixture_grad, setup_conte
 
 
 def _load_cpp() -> str:
-    """Load the C++ library, which overrides the defaults on CPU. Returns its state in words."""
+    """Load the C++ library, which overrides the defaults on CPU. Returns its state."""
     libraries = sorted(Path(__file__).parent.glob("_cpp.*"))
     if not libraries:
         return "not built (no C++ compiler was found at installation)"
@@ -100,26 +101,47 @@ def _load_cpp() -> str:
         torch.ops.load_library(libraries[0])
     except OSError as error:
         return f"built, but does not load: {error}"
-    return "available"
+    return "in use on cpu"
 
 
-def _choose() -> tuple[str, dict[str, str]]:
-    """The backend of this process and every backend's state."""
-    known = ("auto", "reference", "cpp")
-    choice = os.environ.get("STEM_FAST_BACKEND", "auto")
-    if choice not in known:
-        raise ImportError(f"STEM_FAST_BACKEND={choice!r} is none of {', '.join(known)}")
-    if choice == "reference":
-        return choice, {"reference": "available", "cpp": "off (STEM_FAST_BACKEND=reference)"}
-    states = {"reference": "available", "cpp": _load_cpp()}
-    if choice == "cpp" and states["cpp"] != "available":
-        raise ImportError(f"STEM_FAST_BACKEND=cpp: the C++ library is {states['cpp']}")
-    return "cpp" if states["cpp"] == "available" else "reference", states
+def _load_triton() -> str:
+    """Register the Triton kernels on CUDA (interpreted: on CPU). Returns their state."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if not interpreted and not torch.cuda.is_available():
+        return "no CUDA device"
+    try:
+        from stem_fast.kernels import lookup, mixture
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        return "triton is not installed"
+    device = "CPU" if interpreted else "CUDA"
+    _library.impl("lookup", lookup.lookup, device)
+    _library.impl("mixture", mixture.mixture, device)
+    _library.impl("mixture_backward", mixture.mixture_backward, device)
+    return f"in use on {device.lower()}"
 
 
-_backend, _states = _choose()
+def _load(choice: str) -> dict[str, str]:
+    """Load what ``choice`` asks for. Returns every backend's state."""
+    loaders = {"cpp": _load_cpp, "triton": _load_triton}
+    if choice not in ("auto", "reference", *loaders):
+        known = ", ".join(["auto", "reference", *loaders])
+        raise ImportError(f"STEM_FAST_BACKEND={choice!r} is none of {known}")
+    # The interpreter is for tests, which name triton.
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    fastest = {"cpp"} if interpreted else {"cpp", "triton"}
+    wanted = fastest if choice == "auto" else {choice}
+    off = f"off (STEM_FAST_BACKEND={choice})"
+    states = {name: load() if name in wanted else off for name, load in loaders.items()}
+    if choice in states and not states[choice].startswith("in use"):
+        raise ImportError(f"STEM_FAST_BACKEND={choice}: {states[choice]}")
+    return {"reference": "the default of every op", **states}
+
+
+_states = _load(os.environ.get("STEM_FAST_BACKEND", "auto"))
 
 
 def backends() -> dict[str, str]:
-    """State of every backend: "available", or why it is not. The first key is the one in use."""
-    return dict(sorted(_states.items(), key=lambda item: item[0] != _backend))
+    """State of every backend: "in use on cpu" or "in use on cuda", or why it is not."""
+    return dict(_states)

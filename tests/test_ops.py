@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -52,7 +54,7 @@ def test_lookup_never_reads_outside_the_arena(bad: int) -> None:
         ops.lookup(weight, torch.full_like(ids, bad), offsets, spaces)
 
 
-@pytest.mark.skipif(backends()["cpp"] != "available", reason="no C++ library")
+@pytest.mark.skipif(backends()["cpp"] != "in use on cpu", reason="no C++ library")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -119,10 +121,10 @@ def test_same_bits_again_and_with_one_thread() -> None:
         assert torch.equal(a, c)
 
 
-def backends_in_a_process(choice: str) -> subprocess.CompletedProcess[str]:
+def backends_in_a_process(**environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", "import stem_fast; print(next(iter(stem_fast.backends())))"],
-        env={**os.environ, "STEM_FAST_BACKEND": choice},
+        [sys.executable, "-c", "import stem_fast, json; print(json.dumps(stem_fast.backends()))"],
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         check=False,
@@ -130,29 +132,36 @@ def backends_in_a_process(choice: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_reference_can_be_chosen() -> None:
-    assert backends_in_a_process("reference").stdout == "reference\n"
+    states = json.loads(backends_in_a_process(STEM_FAST_BACKEND="reference").stdout)
+    assert states["cpp"] == states["triton"] == "off (STEM_FAST_BACKEND=reference)"
+
+
+def test_triton_can_be_chosen_with_the_interpreter() -> None:
+    result = backends_in_a_process(STEM_FAST_BACKEND="triton", TRITON_INTERPRET="1")
+    states = json.loads(result.stdout)
+    assert states["triton"] == "in use on cpu"
+    assert states["cpp"].startswith("off")
 
 
 def test_an_unknown_backend_is_refused() -> None:
-    assert "STEM_FAST_BACKEND='cuda9' is none of" in backends_in_a_process("cuda9").stderr
+    result = backends_in_a_process(STEM_FAST_BACKEND="cuda9")
+    assert "STEM_FAST_BACKEND='cuda9' is none of" in result.stderr
 
 
 def test_a_backend_that_is_not_there_is_refused(
-    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ops, "__file__", str(tmp_path / "ops.py"))
-    monkeypatch.setenv("STEM_FAST_BACKEND", "cpp")
-    with pytest.raises(
-        ImportError, match="STEM_FAST_BACKEND=cpp: the C\\+\\+ library is not built"
-    ):
-        ops._choose()
-    monkeypatch.setenv("STEM_FAST_BACKEND", "auto")
-    backend, states = ops._choose()
-    assert backend == "reference"
-    assert states["cpp"].startswith("not built")
+    with pytest.raises(ImportError, match=r"STEM_FAST_BACKEND=cpp: not built \(no C\+\+ compiler"):
+        ops._load("cpp")
+    assert ops._load("auto")["cpp"].startswith("not built")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ImportError, match="STEM_FAST_BACKEND=triton: no CUDA device"):
+        ops._load("triton")
 
 
-def test_a_damaged_library_is_reported(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_library_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "_cpp.so").write_bytes(b"not a library")
     monkeypatch.setattr(ops, "__file__", str(tmp_path / "ops.py"))
     assert ops._load_cpp().startswith("built, but does not load:")

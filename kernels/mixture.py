@@ -1,0 +1,164 @@
+"""AFTB gated mixture: softmax and all K mixtures in one read of y; backward in one more read of y
+and one write of dy. Every sample belongs to one program, so results repeat bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Sums a program keeps: KP * ROWS * COLUMNS of them, 32 registers a thread of four warps.
+TILE = 4096
+
+
+@triton.jit
+def _weights(
+    logits, see, rows, batch, experts, gates, KP: tl.constexpr, EP: tl.constexpr, SUM: tl.constexpr
+):
+    """Softmax over what each gate sees: (p, pointers' offsets, mask), all [KP, ROWS, EP]."""
+    gate = tl.arange(0, KP)[:, None, None]
+    expert = tl.arange(0, EP)[None, None, :]
+    row = rows[None, :, None]
+    inside = (gate < gates) & (row < batch) & (expert < experts)
+    place = (gate * batch + row) * experts + expert
+    seen = inside & ((tl.load(see + gate, mask=gate < gates, other=0) >> expert) & 1 != 0)
+    logit = tl.load(logits + place, mask=seen, other=-float("inf")).to(SUM)
+    top = tl.max(logit, axis=2)[:, :, None]
+    p = tl.where(seen, tl.exp(logit - tl.where(seen, top, 0.0)), 0.0)
+    total = tl.sum(p, axis=2)[:, :, None]
+    return p / tl.where(total > 0, total, 1.0), place, inside
+
+
+@triton.jit
+def _column(tile, e, EP: tl.constexpr):
+    """tile[:, :, e] of a [KP, ROWS, EP] tile."""
+    return tl.sum(tl.where(tl.arange(0, EP)[None, None, :] == e, tile, 0.0), axis=2)
+
+
+@triton.jit
+def _mixture(
+    y,  # [E, B, H]
+    logits,  # [K, B, E]
+    see,  # [K]
+    out,  # [K, B, H]
+    batch,
+    width,
+    experts,
+    gates,
+    KP: tl.constexpr,
+    EP: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SUM: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    p, _, _ = _weights(logits, see, rows, batch, experts, gates, KP, EP, SUM)
+    inside = (rows < batch)[:, None] & (columns < width)[None, :]
+    place = rows[:, None] * width + columns[None, :]
+    sums = tl.zeros([KP, ROWS, COLUMNS], dtype=SUM)
+    for e in range(experts):
+        value = tl.load(y + e * batch * width + place, mask=inside, other=0.0).to(SUM)
+        sums += _column(p, e, EP)[:, :, None] * value[None, :, :]
+    gate = tl.arange(0, KP)[:, None, None]
+    tl.store(
+        out + gate * batch * width + place[None, :, :],
+        sums.to(out.dtype.element_ty),
+        mask=(gate < gates) & inside[None, :, :],
+    )
+
+
+@triton.jit
+def _mixture_backward(
+    grad,  # [K, B, H]
+    y,  # [E, B, H]
+    logits,  # [K, B, E]
+    see,  # [K]
+    learn,  # [K]
+    dy,  # [E, B, H]
+    dlogits,  # [K, B, E]
+    batch,
+    width,
+    experts,
+    gates,
+    KP: tl.constexpr,
+    EP: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SUM: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    p, place, real = _weights(logits, see, rows, batch, experts, gates, KP, EP, SUM)
+    gate = tl.arange(0, KP)[:, None, None]
+    expert = tl.arange(0, EP)[None, None, :]
+    masks = tl.load(learn + gate, mask=gate < gates, other=0)
+    taught = tl.where((masks >> expert) & 1 != 0, p, 0.0)
+    dp = tl.zeros([KP, ROWS, EP], dtype=SUM)
+    for e in range(experts):
+        share = _column(taught, e, EP)[:, :, None]
+        dot = tl.zeros([KP, ROWS], dtype=SUM)
+        for start in range(0, width, COLUMNS):
+            columns = start + tl.arange(0, COLUMNS)
+            inside = (rows < batch)[:, None] & (columns < width)[None, :]
+            at = rows[:, None] * width + columns[None, :]
+            value = tl.load(y + e * batch * width + at, mask=inside, other=0.0).to(SUM)
+            # K*H gradients a sample, read again for each expert: they stay in the cache.
+            g = tl.load(
+                grad + gate * batch * width + at[None, :, :],
+                mask=(gate < gates) & inside[None, :, :],
+                other=0.0,
+            ).to(SUM)
+            dot += tl.sum(g * value[None, :, :], axis=2)
+            taught_value = tl.sum(g * share, axis=0).to(dy.dtype.element_ty)
+            tl.store(dy + e * batch * width + at, taught_value, mask=inside)
+        dp = tl.where(expert == e, dot[:, :, None], dp)
+    mean = tl.sum(p * dp, axis=2)[:, :, None]
+    tl.store(dlogits + place, (p * (dp - mean)).to(dlogits.dtype.element_ty), mask=real)
+
+
+def _sizes(y: Tensor, logits: Tensor) -> dict[str, object]:
+    """Sizes and compile-time constants that both kernels take."""
+    experts, batch, width = y.shape
+    gates = logits.shape[0]
+    kp, ep = triton.next_power_of_2(gates), triton.next_power_of_2(experts)
+    columns = min(triton.next_power_of_2(width), max(32, min(512, TILE // kp)))
+    return {
+        "batch": batch,
+        "width": width,
+        "experts": experts,
+        "gates": gates,
+        "KP": kp,
+        "EP": ep,
+        "ROWS": max(1, min(TILE // (kp * columns), TILE // (kp * ep), 16)),
+        "COLUMNS": columns,
+        "SUM": tl.float64 if y.dtype == torch.float64 else tl.float32,
+    }
+
+
+def mixture(y: Tensor, logits: Tensor, see: Sequence[int], learn: Sequence[int]) -> Tensor:
+    """Triton version of :func:`stem_fast.reference.mixture` (same arguments and result)."""
+    sizes = _sizes(y, logits)
+    out = y.new_empty(len(logits), *y.shape[1:])
+    if out.numel():
+        blocks = triton.cdiv(y.shape[1], sizes["ROWS"]), triton.cdiv(y.shape[2], sizes["COLUMNS"])
+        masks = torch.tensor(see, device=y.device)
+        _mixture[blocks](y.contiguous(), logits.contiguous(), masks, out, **sizes)
+    return out
+
+
+def mixture_backward(
+    grad: Tensor, y: Tensor, logits: Tensor, see: Sequence[int], learn: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Triton version of :func:`stem_fast.reference.mixture_backward`."""
+    sizes = _sizes(y, logits)
+    y, logits = y.contiguous(), logits.contiguous()
+    dy, dlogits = torch.empty_like(y), torch.empty_like(logits)
+    if dy.numel():
+        masks = torch.tensor([see, learn], device=y.device)
+        _mixture_backward[(triton.cdiv(y.shape[1], sizes["ROWS"]),)](
+            grad.contiguous(), y, logits, masks[0], masks[1], dy, dlogits, **sizes
+        )
+    return dy, dlogits
