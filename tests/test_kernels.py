@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,3 +48,24 @@ def test_mixture_and_its_gradients(case: MixtureCase, dtype: torch.dtype) -> Non
         largest = right.abs().amax() if right.numel() else 0
         bound = eps * right.abs() + 64 * min(eps, 1.2e-7) * (1 + largest)
         assert ((actual.double() - right).abs() <= bound).all()
+
+
+def test_every_kernel_compiles_and_none_spills(tmp_path: Path) -> None:
+    """For sm_80, sm_90 and sm_100, in a process without the interpreter."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_DEFAULT_FP_FUSION": "1"}
+    del environment["TRITON_INTERPRET"]
+    result = subprocess.run(
+        [sys.executable, Path(__file__).parent / "compiled.py"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    used = json.loads(result.stdout)
+    for kernel in ("_lookup", "_mixture", "_mixture_backward"):
+        for arch in (80, 90, 100):
+            assert any(
+                title.startswith(f"{kernel} ") and title.endswith(f"sm_{arch}") for title in used
+            )
+    assert {title: use for title, use in used.items() if use["local_bytes"]} == {}

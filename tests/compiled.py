@@ -1,0 +1,78 @@
+"""Compile every Triton kernel for sm_80, sm_90 and sm_100, no GPU needed.
+
+Prints as JSON what each uses: {"kernel arch": {"registers", "local_bytes"}}; registers spill to
+local memory. Run by test_kernels.py as a process of its own: the interpreter, once on, stays on.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from stem_fast.kernels import lookup, mixture
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+NAMES = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
+
+
+def sources() -> dict[str, tuple[ASTSource, int]]:
+    """Each kernel and its warps, in the paper's setting; the mixture at its limits too."""
+    found = {}
+    for dtype, name in NAMES.items():
+        for ids in ("*i32", "*i64"):
+            code = source(
+                lookup._lookup,
+                {"weight": name, "out": name, "ids": ids, "offsets": "*i64"},
+                {"SPACES": 3, "DIM": 16, "WIDTH": 64, "BLOCK": 32},
+            )
+            found[f"_lookup {name} {ids}"] = code, 4
+        for experts, gates, width in ((10, 2, 512), (24, 4, 256), (63, 16, 512)):
+            y = torch.empty(experts, 4096, width, dtype=dtype, device="meta")
+            sizes = mixture._sizes(y, torch.empty(gates, 4096, experts, device="meta"))
+            constants = {key: value for key, value in sizes.items() if key.isupper()}
+            tensors = dict.fromkeys(("y", "logits", "out", "grad", "dy", "dlogits"), name)
+            masks = {"see": "*i64", "learn": "*i64"}
+            for kernel in (mixture._mixture, mixture._mixture_backward):
+                title = f"{kernel.fn.__name__} {name} E={experts} K={gates} H={width}"
+                code = source(kernel, tensors | masks, constants)
+                found[title] = code, sizes["num_warps"]
+    return found
+
+
+def source(kernel: Any, pointers: dict[str, str], constants: dict[str, Any]) -> ASTSource:
+    signature = {
+        name: "constexpr" if name in constants else pointers.get(name, "i32")
+        for name in kernel.arg_names
+    }
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants)
+
+
+def resources(code: ASTSource, warps: int, arch: int) -> dict[str, int]:
+    target = GPUTarget("cuda", arch, 32)
+    compiled = triton.compile(code, target=target, options={"num_warps": warps})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        command = [tool, "-res-usage", file.name]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = {
+        name: int(re.search(rf"{name}:(\d+)", report)[1]) for name in ("REG", "STACK", "LOCAL")
+    }
+    return {"registers": usage["REG"], "local_bytes": usage["STACK"] + usage["LOCAL"]}
+
+
+if __name__ == "__main__":
+    table = {
+        f"{title} sm_{arch}": resources(code, warps, arch)
+        for title, (code, warps) in sources().items()
+        for arch in (80, 90, 100)
+    }
+    print(json.dumps(table))
