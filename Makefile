@@ -2,14 +2,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+FIT := $(BIN)/stem-fast fit --config bench/demo.yaml --overwrite
 
 .PHONY: demo test lint format clean setup
 
 demo: $(READY)  ## train STEM-Net, single-task and shared-bottom models on made data, and compare
 	$(BIN)/stem-fast synth --out runs/demo/data --overwrite
-	for model in stem single shared_bottom; do \
-	  $(BIN)/stem-fast fit --config bench/demo.yaml --model $$model --out runs/demo/$$model --overwrite || exit 1; \
-	done
+	$(FIT) --model stem --num-shared-experts 2 --out runs/demo/stem
+	$(FIT) --model single --out runs/demo/single
+	$(FIT) --model shared_bottom --out runs/demo/shared_bottom
 	$(BIN)/stem-fast compare runs/demo/stem runs/demo/single runs/demo/shared_bottom
 
 test: $(READY)  ## all tests

@@ -24,6 +24,7 @@ from stem_fast.schema import DataError, Encoding, Schema, SequenceField, table_o
 from stem_fast.tables import TEXT, Block, Join, Table, read_blocks
 
 CACHE_VERSION = 1  # a part of every cache key: raise it when the encoded form changes
+MERGE_ROWS = 1 << 20  # counts kept unmerged beyond what merging would leave
 
 
 class Batch(NamedTuple):
@@ -206,29 +207,32 @@ class _Counts:
     """How often each text occurs, over blocks and over the columns that share a table."""
 
     def __init__(self) -> None:
-        self.parts = [pa.table({"text": pa.array([], TEXT), "count": pa.array([], pa.int64())})]
+        self.texts = [pa.array([], TEXT)]
+        self.counts = [np.zeros(0, np.int64)]
         self.merged = 0
 
     def add(self, texts: pa.Array, codes: pa.Array) -> None:
         counts = np.bincount(codes.drop_null().to_numpy(), minlength=len(texts))
-        part = pa.table({"text": texts, "count": counts.astype(np.int64)})
-        self.parts.append(part.filter(pc.is_valid(part["text"])))
+        self.texts.append(texts.drop_null())
+        self.counts.append(counts[texts.is_valid().to_numpy(zero_copy_only=False)])
         # Merging only when the parts have doubled keeps the total work linear.
-        if sum(map(len, self.parts)) > 2 * self.merged + (1 << 20):
+        if sum(map(len, self.texts)) > 2 * self.merged + MERGE_ROWS:
             self._merge()
 
-    def _merge(self) -> pa.Table:
-        grouped = pa.concat_tables(self.parts).group_by("text").aggregate([("count", "sum")])
-        self.parts = [grouped.rename_columns(["text", "count"])]
-        self.merged = len(grouped)
-        return self.parts[0]
+    def _merge(self) -> None:
+        distinct = pa.concat_arrays(self.texts).dictionary_encode()
+        # The weights make it float64, which holds counts up to 2**53 exactly.
+        counts = np.bincount(distinct.indices.to_numpy(), weights=np.concatenate(self.counts))
+        self.texts = [distinct.dictionary]
+        self.counts = [counts.astype(np.int64)]
+        self.merged = len(counts)
 
     def vocabulary(self, min_count: int) -> list[str]:
         """Texts in id order. Arrow sorts text by UTF-8 bytes, which is by code points."""
-        table = self._merge()
-        table = table.filter(pc.greater_equal(table["count"], min_count))
-        table = table.sort_by([("count", "descending"), ("text", "ascending")])
-        return table["text"].to_pylist()
+        self._merge()
+        table = pa.table({"text": self.texts[0], "count": self.counts[0]})
+        table = table.filter(self.counts[0] >= min_count)
+        return table.sort_by([("count", "descending"), ("text", "ascending")])["text"].to_pylist()
 
 
 class _Moments:

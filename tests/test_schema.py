@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
 from typing import Any
 
 import pytest
 import yaml
+from encoded import refused
 from hypothesis import given
 from hypothesis import strategies as st
 
 from stem_fast.schema import (
-    DataError,
     Encoding,
     Schema,
     SequenceField,
@@ -36,10 +35,6 @@ SCHEMA = Schema(
 ENCODING = Encoding(
     SCHEMA, {"user": ["b", "é"], "video": [], "tags": ["1"]}, (1 / 3,), (1e-17 + 0.1,)
 )
-
-
-def refused(message: str) -> Any:
-    return pytest.raises(DataError, match=re.escape(message))
 
 
 def test_yaml_forms_mean_the_same() -> None:

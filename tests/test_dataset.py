@@ -1,0 +1,190 @@
+"""Loading from the cache, and batches: every row once, in the order that was asked for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from encoded import jagged, parquet, refused, same
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stem_fast import cache, data
+from stem_fast.data import Batch, Dataset, Join, fit_encoding, load
+from stem_fast.schema import Encoding, Schema
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("STEM_FAST_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> tuple[Path, Encoding]:
+    path = parquet(tmp_path / "a.parquet", y=[0, 1, 1], x=["a", "b", "a"])
+    return path, fit_encoding(path, Schema({"y": "binary"}, ("x",), min_count=1))
+
+
+def never(*_: Any) -> None:
+    raise AssertionError("encoded again")
+
+
+def test_a_second_load_does_not_encode(
+    small: tuple[Path, Encoding], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, encoding = small
+    first = load(path, encoding)
+    monkeypatch.setattr(data, "_encode", never)
+    same(load(path, encoding), first)
+    same(load(path, Encoding.from_dict(json.loads(json.dumps(encoding.to_dict())))), first)
+    moved = path.rename(tmp_path / "b.parquet")  # content counts, not the name
+    same(load(moved, encoding), first)
+    changes: tuple[dict[str, Any], ...] = (
+        {"labels": False},
+        {"cache": tmp_path / "other"},
+        {"joins": [Join(parquet(tmp_path / "side.parquet", x=["a"]), "x")]},
+    )
+    for changed in changes:
+        with pytest.raises(AssertionError, match="encoded again"):
+            load(moved, encoding, **changed)
+    other = Encoding(encoding.schema, {"x": ["b", "a"]})
+    with pytest.raises(AssertionError, match="encoded again"):
+        load(moved, other)
+
+
+def test_a_changed_source_is_encoded_anew(small: tuple[Path, Encoding]) -> None:
+    path, encoding = small
+    assert load(path, encoding).ids.tolist() == [[1], [2], [1]]
+    parquet(path, y=[0, 1, 1], x=["b", "b", "?"])
+    assert load(path, encoding).ids.tolist() == [[2], [2], [3]]
+    parquet(path, y=[0, 1, 1], x=["a", "b", "a"])
+    assert load(path, encoding).ids.tolist() == [[1], [2], [1]]
+
+
+def test_a_changed_side_table_is_joined_anew(tmp_path: Path) -> None:
+    log = parquet(tmp_path / "log.parquet", y=[0, 1], user=[1, 2])
+    side = [Join(parquet(tmp_path / "side.parquet", user=[1, 2], x=["a", "b"]), "user")]
+    encoding = fit_encoding(log, Schema({"y": "binary"}, ("x",), min_count=1), joins=side)
+    assert load(log, encoding, joins=side).ids.tolist() == [[1], [2]]
+    parquet(tmp_path / "side.parquet", user=[1, 2], x=["b", "b"])
+    assert load(log, encoding, joins=side).ids.tolist() == [[2], [2]]
+
+
+def test_a_source_that_changes_while_it_is_read(
+    small: tuple[Path, Encoding], monkeypatch: pytest.MonkeyPatch, cache_folder: Path
+) -> None:
+    path, encoding = small
+    encode = data._encode
+
+    def slow(*arguments: Any) -> None:
+        encode(*arguments)
+        parquet(path, y=[0, 1, 1, 1], x=["b", "b", "b", "b"])
+
+    monkeypatch.setattr(data, "_encode", slow)
+    with refused("a.parquet: the data changed while it was read: try again."):
+        load(path, encoding)
+    assert list(cache_folder.iterdir()) == []
+
+
+def test_a_damaged_entry_is_rebuilt(small: tuple[Path, Encoding], cache_folder: Path) -> None:
+    path, encoding = small
+    first = load(path, encoding)
+    (entry,) = cache_folder.iterdir()
+    for damage in ("ids.npy", "labels.npy", cache.META):
+        (entry / damage).unlink()
+        same(load(path, encoding), first)
+        assert list(cache_folder.iterdir()) == [entry]
+
+
+def test_an_aborted_encoding_leaves_nothing(
+    small: tuple[Path, Encoding], monkeypatch: pytest.MonkeyPatch, cache_folder: Path
+) -> None:
+    path, encoding = small
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "_labels", mock.Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            load(path, encoding)
+    assert list(cache_folder.iterdir()) == []
+    assert load(path, encoding).rows == 3
+
+
+def sample(lengths: list[int]) -> Dataset:
+    """Rows that can be told from each other, in every column."""
+    size = len(lengths)
+    row = torch.arange(size)
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    return Dataset(
+        torch.stack([row, row + 1000], 1).int(),
+        row[:, None] / 2,
+        {"s": (torch.arange(int(offsets[-1])).int(), offsets)},
+        torch.stack([row % 2, row], 1).float(),
+        row / 4,
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(0, 4), min_size=1, max_size=40),
+    st.integers(1, 50),
+    st.one_of(st.none(), st.integers(0, 2**40)),
+)
+def test_batches_hold_every_row_once(lengths: list[int], size: int, seed: int | None) -> None:
+    dataset = sample(lengths)
+    lists = jagged(*dataset.sequences["s"])
+    found: list[int] = []
+    sizes = []
+    for batch in dataset.batches(size, seed=seed):
+        rows = batch.ids[:, 0].tolist()
+        sizes.append(len(rows))
+        found += rows
+        assert batch.ids.dtype == torch.int32
+        assert batch.numeric is not None
+        assert batch.labels is not None
+        assert batch.weight is not None
+        assert batch.ids[:, 1].tolist() == [row + 1000 for row in rows]
+        assert batch.numeric.tolist() == [[row / 2] for row in rows]
+        assert batch.labels.tolist() == [[row % 2, row] for row in rows]
+        assert batch.weight.tolist() == [row / 4 for row in rows]
+        values, offsets = batch.sequences["s"]
+        assert (values.dtype, offsets.dtype) == (torch.int32, torch.int64)
+        assert jagged(values, offsets) == [lists[row] for row in rows]
+    total = len(lengths)
+    assert sizes == [size] * (total // size) + [total % size] * (total % size > 0)
+    if seed is None:
+        assert found == list(range(total))
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        assert found == torch.randperm(total, generator=generator).tolist()
+
+
+def test_the_seed_decides_the_order() -> None:
+    dataset = sample([1] * 100)
+
+    def order(seed: int) -> list[int]:
+        return [int(i) for batch in dataset.batches(7, seed=seed) for i in batch.ids[:, 0]]
+
+    assert order(1) == order(1)
+    assert order(1) != order(2)
+
+
+def test_batches_without_optional_columns() -> None:
+    (batch,) = Dataset(torch.zeros(3, 2, dtype=torch.int32)).batches(5, seed=1)
+    assert batch == Batch(batch.ids, None, {}, None, None)
+    assert batch.ids.shape == (3, 2)
+
+
+def test_batches_go_to_the_device() -> None:
+    batch = next(sample([2, 1]).batches(2, device="meta"))
+    tensors = [batch.ids, batch.numeric, batch.labels, batch.weight, *batch.sequences["s"]]
+    assert all(tensor is not None and tensor.is_meta for tensor in tensors)
+
+
+def test_a_batch_size_below_one_is_refused() -> None:
+    with pytest.raises(ValueError, match="batch_size must be at least 1, not 0"):
+        next(sample([1]).batches(0))
