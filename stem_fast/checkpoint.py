@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
 
 from stem_fast.config import TrainingConfig
-from stem_fast.model import MODELS
+from stem_fast.model import MODELS, STEMNet
 from stem_fast.schema import DataError, Encoding, nearest
 
 VERSION = 1
@@ -38,7 +37,7 @@ _FILES = (WEIGHTS, SCHEMA, CONFIG, HISTORY, METRICS)
 
 def create_run(
     path: str | Path,
-    model: nn.Module,
+    model: STEMNet,
     encoding: Encoding,
     training: TrainingConfig,
     *,
@@ -76,7 +75,7 @@ def create_run(
         shutil.rmtree(work, ignore_errors=True)
 
 
-def save_weights(path: str | Path, model: nn.Module) -> None:
+def save_weights(path: str | Path, model: STEMNet) -> None:
     """Replace the weights of the run folder PATH in one step."""
     tensors = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
     with replacing(Path(path) / WEIGHTS) as partial:
@@ -98,7 +97,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode
         yield partial
+        os.chmod(partial, mode)  # safetensors makes files that only their owner may read
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())  # else a power cut may leave the new name on an empty file
         os.replace(partial, path)
@@ -123,7 +125,7 @@ def refuse_existing(path: str | Path, *, overwrite: bool) -> None:
 
 def load_run(
     path: str | Path, device: str | torch.device = "cpu"
-) -> tuple[nn.Module, Encoding, TrainingConfig]:
+) -> tuple[STEMNet, Encoding, TrainingConfig]:
     """The model (best weights, in evaluation mode, on ``device``), its encoding and its training.
 
     Raises DataError for a folder that is no complete run, another version's, or one whose files
@@ -177,7 +179,7 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path} is not valid JSON: {error}.") from error
 
 
-def _read_weights(path: Path, model: nn.Module) -> dict[str, torch.Tensor]:
+def _read_weights(path: Path, model: STEMNet) -> dict[str, torch.Tensor]:
     """The file's tensors, after their names and shapes have been held against the model's."""
     wanted = model.state_dict()
     try:
@@ -205,9 +207,9 @@ def _some(names: list[str]) -> str:
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
-def _refuse_mismatch(path: Path, model: nn.Module, encoding: Encoding) -> None:
+def _refuse_mismatch(path: Path, model: STEMNet, encoding: Encoding) -> None:
     """Ids mean nothing to a model made for other vocabularies, so both sides must agree."""
-    config: Mapping[str, Any] = model.config  # type: ignore[assignment]
+    config = model.config
     pairs = {
         "tasks": (list(config["tasks"]), list(encoding.schema.tasks)),
         "vocab_sizes": (list(config["vocab_sizes"].items()), list(encoding.vocab_sizes.items())),

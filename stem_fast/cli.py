@@ -15,13 +15,12 @@ import pyarrow.csv
 import pyarrow.parquet
 import torch
 import typer
-from torch import nn
 from typer.core import TyperGroup
 
 from stem_fast import checkpoint, data, ops, report, synth
 from stem_fast import train as training
 from stem_fast.config import FitSettings, TrainingConfig, fit_settings, parse_join
-from stem_fast.model import MODELS
+from stem_fast.model import MODELS, STEMNet
 from stem_fast.schema import DataError, Encoding
 
 
@@ -162,14 +161,15 @@ def _fit(settings: FitSettings) -> None:
     checkpoint.refuse_existing(settings.out, overwrite=settings.overwrite)
     device = _device(settings.device)
 
-    encoding = data.fit_encoding(settings.train, schema, joins=settings.joins)
-    torch.manual_seed(config.seed)
-    model = _build(settings, encoding)
-    train, valid = (
-        data.load(path, encoding, cache=settings.cache, joins=settings.joins)
-        for path in (settings.train, settings.valid)
-    )
     console = report.console()
+    with console.status("reading and encoding the tables"):
+        encoding = data.fit_encoding(settings.train, schema, joins=settings.joins)
+        torch.manual_seed(config.seed)
+        model = _build(settings, encoding)
+        train, valid = (
+            data.load(path, encoding, cache=settings.cache, joins=settings.joins)
+            for path in (settings.train, settings.valid)
+        )
     size = sum(parameter.numel() for parameter in model.parameters())
     console.print(
         f"{settings.model}: {size:,} parameters on {device}; "
@@ -177,7 +177,7 @@ def _fit(settings: FitSettings) -> None:
     )
     history: list[dict[str, Any]] = []
 
-    def on_best(model: nn.Module) -> None:
+    def on_best(model: STEMNet) -> None:
         if history:
             checkpoint.save_weights(settings.out, model)
         else:
@@ -209,13 +209,13 @@ def _fit(settings: FitSettings) -> None:
     except training.TrainingError as error:
         kept = f" {settings.out} holds the best weights so far." if history else ""
         raise training.TrainingError(f"{error}{kept}") from error
-    best = max((record for record in records if record.best), key=lambda record: record.epoch)
+    best = [record for record in records if record.best][-1]
     checkpoint.save_json(settings.out / checkpoint.METRICS, best.metrics)
     report.print_metrics(best.metrics, f"validation, epoch {best.epoch} of {len(records)}")
     console.print(f"saved to {settings.out}")
 
 
-def _build(settings: FitSettings, encoding: Encoding) -> nn.Module:
+def _build(settings: FitSettings, encoding: Encoding) -> STEMNet:
     try:
         return MODELS[settings.model](
             encoding.vocab_sizes,
@@ -231,7 +231,10 @@ def _build(settings: FitSettings, encoding: Encoding) -> nn.Module:
 
 
 def _device(name: str) -> torch.device:
-    """"auto" is CUDA where there is a device. Raises DataError for one that is not there."""
+    """The device of that name; "auto" is CUDA where there is any, else the CPU.
+
+    Raises DataError for one that is not there.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, index = name.partition(":")
@@ -257,10 +260,11 @@ def evaluate(
 ) -> None:
     """Score a run on labelled data."""
     model, encoding, config = checkpoint.load_run(run, _device(device))
-    rows = data.load(table, encoding, cache=cache, joins=_joins(join))
-    result = training.evaluate(
-        model, rows, batch_size=batch_size or config.batch_size, device=_device(device)
-    )
+    with report.console().status(f"evaluating {table}"):
+        rows = data.load(table, encoding, cache=cache, joins=_joins(join))
+        result = training.evaluate(
+            model, rows, batch_size=batch_size or config.batch_size, device=_device(device)
+        )
     if json is not None:
         checkpoint.save_json(json, result)
     report.print_metrics(result, f"{run} on {table}")
@@ -281,11 +285,12 @@ def predict(
     if out.suffix not in writers:
         raise DataError(f"--out is {out}: name a .parquet or .csv file.")
     model, encoding, config = checkpoint.load_run(run, _device(device))
-    rows = data.load(table, encoding, cache=cache, joins=_joins(join), labels=False)
-    predictions = training.predict(
-        model, rows, batch_size=batch_size or config.batch_size, device=_device(device)
-    )
-    columns = dict(zip(encoding.schema.tasks, predictions.T))
+    with report.console().status(f"predicting {table}"):
+        rows = data.load(table, encoding, cache=cache, joins=_joins(join), labels=False)
+        predictions = training.predict(
+            model, rows, batch_size=batch_size or config.batch_size, device=_device(device)
+        )
+    columns = dict(zip(encoding.schema.tasks, predictions.T, strict=True))
     with checkpoint.replacing(out) as partial:
         writers[out.suffix](pa.table(columns), partial)
     report.console().print(f"{len(rows):,} rows of {', '.join(columns)} written to {out}")

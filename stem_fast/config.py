@@ -26,16 +26,16 @@ def _refuse(key: str, value: Any, rule: str) -> DataError:
     return DataError(f"{key} is {value!r}: give {rule}.")
 
 
-def _integer(low: int, high: int | None = None) -> Check:
-    limits = f"of at least {low}" if high is None else f"from {low} to {high}"
+def _integer(low: int, high: float = math.inf) -> Check:
+    limits = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
 
     def check(key: str, value: Any) -> int:
         try:
-            number = int(value) if isinstance(value, str) else value
+            number: Any = int(value) if isinstance(value, str) else value
         except ValueError:
             number = None
         whole = isinstance(number, int) and not isinstance(number, bool)
-        if not whole or number < low or (high is not None and number > high):
+        if not whole or not low <= number <= high:
             raise _refuse(key, value, f"a whole number {limits}")
         return number
 
@@ -100,8 +100,8 @@ def _pooling(key: str, value: Any) -> str:
 
 
 def parse_join(key: str, value: Any) -> Join:
-    """ "users.parquet:user_id" -> Join("users.parquet", "user_id")."""
-    path, colon, column = value.rpartition(":") if isinstance(value, str) else ("", "", "")
+    """Reads FILE:KEY: "users.parquet:user_id" is Join("users.parquet", "user_id")."""
+    path, _, column = value.rpartition(":") if isinstance(value, str) else ("", "", "")
     if not path or not column:
         raise _refuse(key, value, "FILE:KEY, a side table and the column it is joined on")
     return Join(Path(path), column)

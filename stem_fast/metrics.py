@@ -123,7 +123,7 @@ def evaluate(
 
 
 def _weighted_auc(y: np.ndarray, p: np.ndarray, group: np.ndarray) -> float:
-    """sum_g n_g * auc_g / sum_g n_g over the groups with both classes, from one sort of the rows."""
+    """sum_g n_g * auc_g / sum_g n_g over the groups with both classes, from one sort."""
     if len(y) == 0:
         return math.nan
     order = np.lexsort((p, group))

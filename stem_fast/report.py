@@ -1,4 +1,4 @@
-"""What the commands print: progress, epochs, results. Plain lines where nobody watches a terminal."""
+"""What the commands print: progress, epochs, results; plain lines where there is no terminal."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class FitReport:
 
     def __enter__(self) -> FitReport:
         if self._console.is_terminal:
-            self._live.start()
+            self._live.start(refresh=True)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -87,17 +87,21 @@ class FitReport:
 
     def epoch(self, record: EpochRecord) -> None:
         """An epoch and its evaluation are over."""
+        tasks = record.metrics["tasks"]
+        shown = {self._monitor}
+        if len(tasks) == 1:  # whose mean is its own
+            shown.add(f"{next(iter(tasks))}.{self._monitor}")
         cells = {
             "epoch": str(record.epoch),
             "loss": f"{record.loss:.5f}",
             self._monitor: f"{record.monitor:.5f}",
             **{
                 f"{task} {metric}": number(value)
-                for task, values in record.metrics["tasks"].items()
+                for task, values in tasks.items()
                 for metric, value in values.items()
-                if metric in ("auc", "rmse") and f"{task}.{metric}" != self._monitor
+                if metric in ("auc", "rmse") and f"{task}.{metric}" not in shown
             },
-            "lr": f"{record.learning_rate:.0e}",
+            "lr": f"{record.learning_rate:g}",
             "samples/s": f"{record.samples_per_second:,.0f}",
             "": "best" if record.best else "",
         }
@@ -127,12 +131,14 @@ def print_metrics(result: Mapping[str, Any], title: str) -> None:
     """The table of one ``metrics.json``: a row a task, a column a metric."""
     tasks: Mapping[str, Mapping[str, float | None]] = result["tasks"]
     metrics = list(dict.fromkeys(metric for values in tasks.values() for metric in values))
-    table = Table("task", box=box.SIMPLE_HEAD, title=f"{title}, {result['rows']:,} rows")
+    table = Table("task", box=box.SIMPLE_HEAD)
     for metric in metrics:
         table.add_column(metric, justify="right")
     for task, values in tasks.items():
         table.add_row(task, *(number(values[m]) if m in values else "" for m in metrics))
-    console().print(table)
+    out = console()
+    out.print(f"{title}, {result['rows']:,} rows")  # a table's own title breaks at its width
+    out.print(table)
 
 
 def print_comparison(runs: Mapping[str, tuple[str, Mapping[str, Any]]]) -> None:
@@ -161,11 +167,14 @@ def _starred(metric: str, values: Sequence[float | None]) -> list[Text]:
     """Each value as text, the best of those that are defined in bold and with a star."""
     texts = [number(value) for value in values]
     # Judged as printed, so that of two equal numbers never one alone is marked.
-    costs = [math.inf if v is None else _cost(metric, float(t)) for v, t in zip(values, texts)]
+    costs = [
+        math.inf if value is None else _cost(metric, float(text))
+        for value, text in zip(values, texts, strict=True)
+    ]
     best = min(costs)
     return [
         Text(f"{text} *", style="bold") if cost == best < math.inf else Text(f"{text}  ")
-        for text, cost in zip(texts, costs)
+        for text, cost in zip(texts, costs, strict=True)
     ]
 
 

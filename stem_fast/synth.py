@@ -32,7 +32,7 @@ import math
 import os
 import shutil
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -139,7 +139,8 @@ def generate(
         pq.write_table(table.slice(rows), temporary / "valid.parquet")
         valid_truth = pa.table(dict(zip(BASE_RATES, probabilities[rows:].T, strict=True)))
         pq.write_table(valid_truth, temporary / "valid_truth.parquet")
-        np.savez(temporary / "truth.npz", **world._asdict(), **truth)
+        arrays: dict[str, Any] = {**world._asdict(), **truth}
+        np.savez(temporary / "truth.npz", **arrays)
         text = json.dumps(description, indent=2, allow_nan=False)
         (temporary / "truth.json").write_text(text + "\n", encoding="utf-8")
         _publish(temporary, folder)
@@ -253,9 +254,13 @@ def _refuse_occupied(folder: Path, overwrite: bool) -> None:
     held = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     foreign = sorted(set(held) - set(FILES))
     if foreign:
-        raise DataError(f"{folder} holds {foreign[0]}, which is not a data set's: choose another folder.")
+        raise DataError(
+            f"{folder} holds {foreign[0]}, which is not a data set's: choose another folder."
+        )
     if held and not overwrite:
-        raise DataError(f"{folder} holds a data set already: choose another folder, or overwrite it.")
+        raise DataError(
+            f"{folder} holds a data set already: choose another folder, or overwrite it."
+        )
 
 
 def _publish(temporary: Path, folder: Path) -> None:

@@ -20,6 +20,7 @@ from stem_fast import metrics
 from stem_fast.config import TrainingConfig as TrainingConfig
 from stem_fast.data import Batch, Dataset
 from stem_fast.layers import GroupedBatchNorm
+from stem_fast.model import STEMNet
 from stem_fast.schema import DataError, nearest
 
 MIN_DELTA = 1e-6  # an epoch must be better than the best one by this much
@@ -104,17 +105,21 @@ def check(config: TrainingConfig, kinds: Mapping[str, str]) -> Monitor:
     """The monitor that ``config`` names. Raises DataError if something does not fit the tasks."""
     weights = config.task_weights
     if weights is not None and len(weights) != len(kinds):
-        raise DataError(f"task_weights is {list(weights)}: give one for each of {', '.join(kinds)}.")
+        raise DataError(
+            f"task_weights is {list(weights)}: give one for each of {', '.join(kinds)}."
+        )
     return Monitor.parse(config.monitor, kinds)
 
 
 def train_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, config: TrainingConfig
+    model: STEMNet, optimizer: torch.optim.Optimizer, batch: Batch, config: TrainingConfig
 ) -> Tensor:
     """One official step: loss + L2, backward, clip to the global norm, update.
 
     Returns the loss, L2 included, as a detached scalar on the model's device; nothing waits.
     """
+    if batch.labels is None:
+        raise DataError("the data was loaded without labels, so it cannot train.")
     optimizer.zero_grad()
     logits = model(batch.ids, batch.numeric, batch.sequences)
     loss = model.loss(
@@ -139,14 +144,14 @@ def _task_weights(weights: tuple[float, ...] | None, device: torch.device) -> Te
 
 
 def fit(
-    model: nn.Module,
+    model: STEMNet,
     train: Dataset,
     valid: Dataset,
     config: TrainingConfig,
     *,
     device: str | torch.device = "cpu",
     on_step: Callable[[int], None] | None = None,
-    on_best: Callable[[nn.Module], None] | None = None,
+    on_best: Callable[[STEMNet], None] | None = None,
     on_epoch: Callable[[EpochRecord], None] | None = None,
 ) -> list[EpochRecord]:
     """Train with early stopping; the model ends with the weights of its best epoch.
@@ -208,7 +213,7 @@ def fit(
 
 
 def _train_epoch(
-    model: nn.Module,
+    model: STEMNet,
     optimizer: torch.optim.Optimizer,
     train: Dataset,
     config: TrainingConfig,
@@ -229,8 +234,8 @@ def _train_epoch(
             bad = (~losses.isfinite()).nonzero()
             if len(bad):
                 raise TrainingError(
-                    f"the loss is {losses[bad[0]].item()} in epoch {epoch}, step {int(bad[0]) + 1}: "
-                    "try a lower --learning-rate, and look for extreme numeric values or labels."
+                    f"the loss is {losses[bad[0]].item()} in epoch {epoch}, step {int(bad[0]) + 1}:"
+                    " try a lower --learning-rate, and look for extreme numeric values or labels."
                 )
     return losses.double().mean().item()
 
@@ -242,7 +247,7 @@ def epoch_seed(seed: int, epoch: int) -> int:
 
 @torch.no_grad()
 def predict(
-    model: nn.Module,
+    model: STEMNet,
     data: Dataset,
     *,
     batch_size: int = 4096,
@@ -262,7 +267,7 @@ def predict(
 
 
 def evaluate(
-    model: nn.Module,
+    model: STEMNet,
     data: Dataset,
     *,
     batch_size: int = 4096,
@@ -291,13 +296,12 @@ def score(predictions: np.ndarray, data: Dataset, kinds: Mapping[str, str]) -> d
     return metrics.evaluate(np.asarray(data.labels), predictions, kinds, data.group)
 
 
-def task_kinds(model: nn.Module) -> dict[str, str]:
+def task_kinds(model: STEMNet) -> dict[str, str]:
     """Task -> "binary" or "regression", in task order."""
-    config: Mapping[str, Any] = model.config  # type: ignore[assignment]
-    return {task: config["kinds"][task] for task in config["tasks"]}
+    return {task: model.config["kinds"][task] for task in model.config["tasks"]}
 
 
-def _refuse_lone_row(model: nn.Module, rows: int, batch_size: int) -> None:
+def _refuse_lone_row(model: STEMNet, rows: int, batch_size: int) -> None:
     """Batch norm has no variance over one row, and would stop in the middle of an epoch."""
     normed = any(isinstance(module, GroupedBatchNorm) for module in model.modules())
     if normed and 1 in (batch_size, rows % batch_size):

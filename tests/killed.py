@@ -5,11 +5,13 @@
 
 A process of its own, because it forks: torch is imported once, and every fork runs the action until
 SIGKILL. Prints one line a kill: "absent", or the mark of the run that loads. "write" makes a run of
-three epochs, "replace" makes it over an old run, "fit" is the whole command.
+three epochs, "replace" makes it over an old run, "fit" is the whole command (which takes longer, so
+it is killed at every third operation only).
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import signal
@@ -80,11 +82,12 @@ def kill_at(point: int, folder: Path) -> None:
     sys.addaudithook(hook)
 
 
-def each_kill(action: Callable[[], object], folder: Path) -> Iterator[None]:
+def each_kill(action: Callable[[], object], folder: Path, stride: int) -> Iterator[None]:
     """Yield after every killed fork, and after the first that reaches its end."""
-    for point in itertools.count(1):
+    for point in itertools.count(1, stride):
         child = os.fork()
         if child == 0:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # stdout is for the states
             try:
                 kill_at(point, folder)
                 action()
@@ -122,10 +125,14 @@ def main(mode: str, folder: Path, arguments: list[str]) -> None:
         from stem_fast.cli import app
 
         actions["fit"] = lambda: app(["fit", "--out", str(run), *arguments])
+        # Both import a lot: here once, and not in every fork.
+        torch.optim.Adam([torch.zeros(1)])
+        with contextlib.redirect_stdout(None), contextlib.suppress(SystemExit):
+            app(["fit", "--help"])
     folder.mkdir(exist_ok=True)
     if mode == "replace":
         checkpoint.create_run(run, marked_model(-1), ENCODING, TrainingConfig())
-    for _ in each_kill(actions[mode], folder):
+    for _ in each_kill(actions[mode], folder, stride=3 if mode == "fit" else 1):
         print(state(run), flush=True)
         for path in sorted(folder.rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() else path.unlink()

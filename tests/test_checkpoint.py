@@ -39,6 +39,7 @@ def test_round_trip(run: Path) -> None:
     assert loaded.keys() == wanted.state_dict().keys()
     assert (model.embedding.weight[1:] == 5).all()
     assert json.loads((run / "history.json").read_text()) == []
+    assert len({p.stat().st_mode for p in run.iterdir()}) == 1  # who may read one may read all
     assert sorted(p.name for p in run.iterdir()) == [
         "config.json",
         "history.json",
@@ -110,9 +111,7 @@ def test_overwrite_replaces_the_whole_run(run: Path) -> None:
 def test_a_folder_that_is_no_run_is_never_replaced(tmp_path: Path, overwrite: bool) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(DataError, match=r"holds thesis.tex, which no run has"):
-        checkpoint.create_run(
-            tmp_path, marked_model(1), ENCODING, TRAINING, overwrite=overwrite
-        )
+        checkpoint.create_run(tmp_path, marked_model(1), ENCODING, TRAINING, overwrite=overwrite)
     with pytest.raises(DataError, match="is a file: --out names the folder"):
         checkpoint.refuse_existing(tmp_path / "thesis.tex", overwrite=overwrite)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
@@ -295,7 +294,7 @@ def test_refused(run: Path, case: str) -> None:
 
 
 def test_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no run folder .*nowhere: name the folder that"):
+    with pytest.raises(DataError, match=r"no run folder .*nowhere: name the folder that"):
         checkpoint.load_run(tmp_path / "nowhere")
 
 

@@ -19,7 +19,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from click.testing import Result
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -71,11 +70,11 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def stem_fast(*arguments: object) -> Result:
+def stem_fast(*arguments: object) -> Any:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def fit(out: str = "run", *, ok: bool = True, **settings: Any) -> Result:
+def fit(out: str = "run", *, ok: bool = True, **settings: Any) -> Any:
     """``stem-fast fit`` of a tiny network; settings are flags, None leaves one out."""
     settings = {
         "train": "train.parquet",
@@ -98,7 +97,7 @@ def fit(out: str = "run", *, ok: bool = True, **settings: Any) -> Result:
     return result
 
 
-def refused(result: Result, *parts: str) -> None:
+def refused(result: Any, *parts: str) -> None:
     """Exit code 2 and one line on stderr that holds every part; no traceback."""
     assert result.exit_code == 2, result.output
     assert result.stderr.startswith("error: ")
@@ -187,7 +186,8 @@ def test_regression_weights_and_monitor() -> None:
         labels="is_click,seconds:regression",
         weight="weight",
         monitor="seconds.rmse",
-        task_weights="1,0.01",
+        task_weights="1,0.5",
+        learning_rate=0.1,
     )
     tasks = read("run/metrics.json")["tasks"]
     assert list(tasks["seconds"]) == ["rmse", "mae"]
@@ -489,7 +489,7 @@ def test_a_loss_that_explodes_keeps_the_best_weights(monkeypatch: pytest.MonkeyP
 
 
 def test_killed_at_every_moment(tmp_path: Path) -> None:
-    """The real command, SIGKILLed before each of its file operations beside the run folder."""
+    """The real command, SIGKILLed at its file operations in the folder that holds the run."""
     flags = ["--train", "train.parquet", "--valid", "valid.parquet", "--labels", "long_view"]
     flags += ["--categorical", "user_id", "--expert-hidden-units", "4", "--epochs", "2"]
     flags += ["--patience", "2", "--learning-rate", "0.01"]
@@ -501,5 +501,82 @@ def test_killed_at_every_moment(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    states = [line for line in done.stdout.splitlines() if not line[:1].isspace()]
-    assert states
+    states = done.stdout.split()
+    first = next(i for i, state in enumerate(states) if state != "absent")
+    assert first > 3
+    assert len(states) - first > 3
+    assert "absent" not in states[first:]  # and a run that does not load ends the script
+    assert len(set(states[first:])) == 2  # the weights of each epoch
+    assert list(tmp_path.joinpath("w").iterdir()) == []
+
+
+# ---- what is printed -----------------------------------------------------------------------
+
+
+def test_progress_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    terminal = Console(file=screen, force_terminal=True, width=80, markup=False)
+    monkeypatch.setattr(report, "console", lambda **_: terminal)
+    fit()
+    shown = screen.getvalue()
+    assert "epoch 1/2" in shown
+    assert "samples/s" in shown
+    assert shown.count("best") >= 1
+    assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")  # the cursor is back
+
+
+def test_compare_marks_the_best() -> None:
+    for name in ("a", "b", "sub/b"):
+        fit(name, epochs=1, model="single", num_shared_experts=None)
+    metrics = {"auc": 0.5, "gauc": None, "logloss": 0.5, "pcoc": 1.2}
+    other = {"auc": 0.500001, "gauc": 0.4, "logloss": 0.6, "pcoc": 0.9}
+    last = {"auc": 0.4, "gauc": None, "logloss": 0.4}
+    for name, values in {"a": metrics, "b": other, "sub/b": last}.items():
+        Path(name, "metrics.json").write_text(json.dumps({"rows": 9, "tasks": {"[like]": values}}))
+    result = stem_fast("compare", "a", "b", "sub/b")
+    assert result.exit_code == 0, result.output
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert ["a", "b", "sub/b"] in lines
+    rows = [line for line in lines if line[:1] == ["[like]"]]
+    assert rows == [
+        ["[like]", "auc", "0.50000", "*", "0.50000", "*", "0.40000"],
+        ["[like]", "gauc", "-", "0.40000", "*", "-"],
+        ["[like]", "logloss", "0.50000", "0.60000", "0.40000", "*"],
+        ["[like]", "pcoc", "1.20000", "0.90000", "*", "-"],
+    ]
+    assert "note" not in result.stdout
+    Path("b/metrics.json").write_text(json.dumps({"rows": 8, "tasks": {"like": other}}))
+    assert "validated on different data (8, 9 rows)" in stem_fast("compare", "a", "b").stdout
+
+
+def test_synth_then_fit() -> None:
+    result = stem_fast("synth", "--out", "data", "--rows", 300, "--valid-rows", 100, "--seed", 3)
+    assert result.exit_code == 0, result.output
+    assert "data holds " in result.stdout
+    assert pq.read_table("data/train.parquet").num_rows == 300
+    again = ("synth", "--out", "data", "--rows", 200, "--valid-rows", 50)
+    refused(stem_fast(*again), "data")
+    assert stem_fast(*again, "--overwrite").exit_code == 0
+    assert pq.read_table("data/valid.parquet").num_rows == 50
+    tables = {"train": "data/train.parquet", "valid": "data/valid.parquet"}
+    fit(**tables, labels="click,like", categorical="user_id,item_id", sequence="watch_seq=item_id")
+
+
+def test_doctor() -> None:
+    result = stem_fast("doctor")
+    assert result.exit_code == 0
+    lines = [line.split(maxsplit=1) for line in result.stdout.splitlines()]
+    shown = {key: value.strip() for key, value in lines}
+    for name in ("python", "stem_fast", "torch", "triton", "numpy", "pyarrow", "cpu", "cuda"):
+        assert shown[name]
+    assert shown["torch"] == torch.__version__
+    assert "(in use)" in result.stdout
+    assert "backend reference" in result.stdout
+
+
+def test_help() -> None:
+    assert "fit" in stem_fast().stdout
+    assert stem_fast("--help").exit_code == 0
+    shown = stem_fast("fit", "--help").stdout
+    for key in config.KEYS:
+        assert f"--{key.replace('_', '-')}" in shown  # every key of the file is a flag

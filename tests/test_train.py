@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -35,7 +36,9 @@ def tiny_data(rows: int = 300, seed: int = 0, *, missing: float = 0.0) -> Datase
     """Labels that the ids explain, some of them missing, and groups by user."""
     generator = np.random.default_rng(seed)
     user, item = generator.integers(1, 12, rows), generator.integers(1, 9, rows)
-    score = np.stack([user % 3 - item % 2, item % 4 - user % 2], 1) + generator.normal(size=(rows, 2))
+    score = np.stack([user % 3 - item % 2, item % 4 - user % 2], 1) + generator.normal(
+        size=(rows, 2)
+    )
     labels = (score > 0.5).astype(np.float32)
     labels[generator.random((rows, 2)) < missing] = np.nan
     ids = np.stack([user, item], 1).astype(np.int32)
@@ -116,7 +119,7 @@ class Scripted(nn.Module):
     It has one parameter, whose gradient is the learning rate's probe, and it counts its steps.
     """
 
-    config = {"tasks": ["click"], "kinds": {"click": "binary"}}
+    config: ClassVar = {"tasks": ["click"], "kinds": {"click": "binary"}}
 
     def __init__(self) -> None:
         super().__init__()
@@ -406,13 +409,18 @@ def test_predictions_that_are_not_finite_are_refused() -> None:
 
 
 def test_evaluation_needs_labels() -> None:
-    with pytest.raises(DataError, match="without labels"):
-        train.evaluate(tiny_model(), Dataset(tiny_data(5).ids))
+    data, unlabelled = tiny_data(5), Dataset(tiny_data(5).ids)
+    with pytest.raises(DataError, match="without labels, so it cannot be evaluated"):
+        train.evaluate(tiny_model(), unlabelled)
+    with pytest.raises(DataError, match="without labels, so it cannot train"):
+        train.fit(tiny_model(), unlabelled, data, config())
 
 
 def test_task_weights_fit_the_tasks() -> None:
     data = tiny_data(20)
-    with pytest.raises(DataError, match=r"task_weights is \[1.0\]: give one for each of click, like"):
+    with pytest.raises(
+        DataError, match=r"task_weights is \[1.0\]: give one for each of click, like"
+    ):
         train.fit(tiny_model(), data, data, config(task_weights=(1.0,)))
 
 
