@@ -7,7 +7,7 @@ FIT := $(BIN)/stem-fast fit --config bench/demo.yaml --overwrite
 .PHONY: demo test lint format clean setup
 
 demo: $(READY)  ## train STEM-Net, single-task and shared-bottom models on made data, and compare
-	$(BIN)/stem-fast synth --out runs/demo/data --overwrite
+	$(BIN)/stem-fast synth --seed 1 --out runs/demo/data --overwrite
 	$(FIT) --model stem --num-shared-experts 2 --out runs/demo/stem
 	$(FIT) --model single --out runs/demo/single
 	$(FIT) --model shared_bottom --out runs/demo/shared_bottom
@@ -29,7 +29,7 @@ setup: $(READY)
 
 # torch first: the C++ library is built against the torch that it will run with.
 $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*)
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch 'setuptools>=77' wheel
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch $@

@@ -285,6 +285,7 @@ def main() -> None:
     if not set(codes) <= set(CODES):
         parser.error(f"--codes are {', '.join(CODES)}, not {options.codes}")
 
+    commit = adapter.commit(Path(__file__).parent)  # now: the code is imported, files may change
     official = adapter.load(options.official)
     study = STUDIES[options.data]
     columns = study.categorical or tuple(
@@ -326,7 +327,7 @@ def main() -> None:
             # Well above the number of threads: others were at work, and `seconds` says little.
             result["load_average"] = round(os.getloadavg()[1], 1)
             if code == "stem_fast":
-                result["commit"] = adapter.commit(Path(__file__).parent)
+                result["commit"] = commit
             runs[key] = result
             report = {
                 "command": command,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -30,7 +31,7 @@ def _lookup(
     column = tl.arange(0, WIDTH)
     inside = real[:, None] & (column < SPACES * DIM)[None, :]
     value = tl.load(weight + row[:, None] * (SPACES * DIM) + column[None, :], mask=inside)
-    place = (column // DIM) * pairs * DIM + column % DIM
+    place = (column // DIM).to(tl.int64) * pairs * DIM + column % DIM
     tl.store(out + place[None, :] + pair[:, None] * DIM, value, mask=inside)
 
 
@@ -42,17 +43,18 @@ def lookup(weight: Tensor, ids: Tensor, offsets: Tensor, spaces: int) -> Tensor:
     if out.numel():
         width = triton.next_power_of_2(spaces * dim)
         block = max(1, 2048 // width)
-        _lookup[(triton.cdiv(batch * fields, block),)](
-            weight.contiguous(),
-            ids.contiguous(),
-            offsets,
-            out,
-            batch * fields,
-            fields,
-            weight.shape[0],
-            SPACES=spaces,
-            DIM=dim,
-            WIDTH=width,
-            BLOCK=block,
-        )
+        with torch.cuda.device_of(weight):
+            _lookup[(triton.cdiv(batch * fields, block),)](
+                weight.contiguous(),
+                ids.contiguous(),
+                offsets.contiguous(),
+                out,
+                batch * fields,
+                fields,
+                weight.shape[0],
+                SPACES=spaces,
+                DIM=dim,
+                WIDTH=width,
+                BLOCK=block,
+            )
     return out

@@ -3,6 +3,7 @@ and one write of dy. Every sample belongs to one program, so results repeat bit 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -20,7 +21,7 @@ def _weights(
     logits, see, rows, batch, experts, gates, KP: tl.constexpr, EP: tl.constexpr, SUM: tl.constexpr
 ):
     """Softmax over what each gate sees: (p, pointers' offsets, mask), all [KP, ROWS, EP]."""
-    gate = tl.arange(0, KP)[:, None, None]
+    gate = tl.arange(0, KP)[:, None, None].to(tl.int64)
     expert = tl.arange(0, EP)[None, None, :]
     row = rows[None, :, None]
     inside = (gate < gates) & (row < batch) & (expert < experts)
@@ -47,6 +48,7 @@ def _mixture(
     out,  # [K, B, H]
     batch,
     width,
+    stride,  # B*H
     experts,
     gates,
     KP: tl.constexpr,
@@ -61,12 +63,14 @@ def _mixture(
     inside = (rows < batch)[:, None] & (columns < width)[None, :]
     place = rows[:, None] * width + columns[None, :]
     sums = tl.zeros([KP, ROWS, COLUMNS], dtype=SUM)
+    at = place  # of expert e; added up in int64, because e * stride can pass 2^31
     for e in range(experts):
-        value = tl.load(y + e * batch * width + place, mask=inside, other=0.0).to(SUM)
+        value = tl.load(y + at, mask=inside, other=0.0).to(SUM)
         sums += _column(p, e, EP)[:, :, None] * value[None, :, :]
-    gate = tl.arange(0, KP)[:, None, None]
+        at += stride
+    gate = tl.arange(0, KP)[:, None, None].to(tl.int64)
     tl.store(
-        out + gate * batch * width + place[None, :, :],
+        out + gate * stride + place[None, :, :],
         sums.to(out.dtype.element_ty),
         mask=(gate < gates) & inside[None, :, :],
     )
@@ -83,6 +87,7 @@ def _mixture_backward(
     dlogits,  # [K, B, E]
     batch,
     width,
+    stride,  # B*H
     experts,
     gates,
     KP: tl.constexpr,
@@ -93,28 +98,31 @@ def _mixture_backward(
 ):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     p, place, real = _weights(logits, see, rows, batch, experts, gates, KP, EP, SUM)
-    gate = tl.arange(0, KP)[:, None, None]
+    gate = tl.arange(0, KP)[:, None, None].to(tl.int64)
     expert = tl.arange(0, EP)[None, None, :]
     masks = tl.load(learn + gate, mask=gate < gates, other=0)
     taught = tl.where((masks >> expert) & 1 != 0, p, 0.0)
     dp = tl.zeros([KP, ROWS, EP], dtype=SUM)
+    first = rows * width  # of each row in grad[0], and in y[e] and dy[e]
+    start_e = first
     for e in range(experts):
         share = _column(taught, e, EP)[:, :, None]
         dot = tl.zeros([KP, ROWS], dtype=SUM)
         for start in range(0, width, COLUMNS):
             columns = start + tl.arange(0, COLUMNS)
             inside = (rows < batch)[:, None] & (columns < width)[None, :]
-            at = rows[:, None] * width + columns[None, :]
-            value = tl.load(y + e * batch * width + at, mask=inside, other=0.0).to(SUM)
+            at = start_e[:, None] + columns[None, :]
+            value = tl.load(y + at, mask=inside, other=0.0).to(SUM)
             # K*H gradients a sample, read again for each expert: they stay in the cache.
             g = tl.load(
-                grad + gate * batch * width + at[None, :, :],
+                grad + gate * stride + (first[:, None] + columns[None, :])[None, :, :],
                 mask=(gate < gates) & inside[None, :, :],
                 other=0.0,
             ).to(SUM)
             dot += tl.sum(g * value[None, :, :], axis=2)
             taught_value = tl.sum(g * share, axis=0).to(dy.dtype.element_ty)
-            tl.store(dy + e * batch * width + at, taught_value, mask=inside)
+            tl.store(dy + at, taught_value, mask=inside)
+        start_e += stride
         dp = tl.where(expert == e, dot[:, :, None], dp)
     mean = tl.sum(p * dp, axis=2)[:, :, None]
     tl.store(dlogits + place, (p * (dp - mean)).to(dlogits.dtype.element_ty), mask=real)
@@ -129,6 +137,7 @@ def _sizes(y: Tensor, logits: Tensor) -> dict[str, object]:
     return {
         "batch": batch,
         "width": width,
+        "stride": batch * width,
         "experts": experts,
         "gates": gates,
         "KP": kp,
@@ -136,8 +145,14 @@ def _sizes(y: Tensor, logits: Tensor) -> dict[str, object]:
         "ROWS": max(1, min(TILE // (kp * columns), TILE // (kp * ep), 16)),
         "COLUMNS": columns,
         "SUM": tl.float64 if y.dtype == torch.float64 else tl.float32,
-        "num_warps": 8 if kp * ep >= 512 else 4,
+        "num_warps": 8 if kp * ep >= 128 else 4,
     }
+
+
+@functools.lru_cache
+def _masks(device: torch.device, *masks: int) -> Tensor:
+    """Kept, because a copy to the device would make every step wait."""
+    return torch.tensor(masks, device=device)
 
 
 def mixture(y: Tensor, logits: Tensor, see: Sequence[int], learn: Sequence[int]) -> Tensor:
@@ -146,8 +161,10 @@ def mixture(y: Tensor, logits: Tensor, see: Sequence[int], learn: Sequence[int])
     out = y.new_empty(len(logits), *y.shape[1:])
     if out.numel():
         blocks = triton.cdiv(y.shape[1], sizes["ROWS"]), triton.cdiv(y.shape[2], sizes["COLUMNS"])
-        masks = torch.tensor(see, device=y.device)
-        _mixture[blocks](y.contiguous(), logits.contiguous(), masks, out, **sizes)
+        with torch.cuda.device_of(y):
+            _mixture[blocks](
+                y.contiguous(), logits.contiguous(), _masks(y.device, *see), out, **sizes
+            )
     return out
 
 
@@ -159,8 +176,15 @@ def mixture_backward(
     y, logits = y.contiguous(), logits.contiguous()
     dy, dlogits = torch.empty_like(y), torch.empty_like(logits)
     if dy.numel():
-        masks = torch.tensor([see, learn], device=y.device)
-        _mixture_backward[(triton.cdiv(y.shape[1], sizes["ROWS"]),)](
-            grad.contiguous(), y, logits, masks[0], masks[1], dy, dlogits, **sizes
-        )
+        with torch.cuda.device_of(y):
+            _mixture_backward[(triton.cdiv(y.shape[1], sizes["ROWS"]),)](
+                grad.contiguous(),
+                y,
+                logits,
+                _masks(y.device, *see),
+                _masks(y.device, *learn),
+                dy,
+                dlogits,
+                **sizes,
+            )
     return dy, dlogits

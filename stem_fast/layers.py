@@ -165,6 +165,8 @@ class EmbeddingArena(nn.Module):
                 torch.arange(batch + 1, device=given.device) * length,
             )
         values, offsets = given
+        if values.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"sequence {name!r} is {values.dtype}, expected int32 or int64")
         if len(offsets) != batch + 1 or int(offsets[0]) != 0 or int(offsets[-1]) != len(values):
             raise ValueError(
                 f"sequence {name!r}: offsets must be [{batch + 1}], from 0 to {len(values)}"

@@ -119,8 +119,9 @@ class STEMNet(nn.Module):
         wiring, num_experts = self.wiring, len(self.wiring.reads)
         if not num_experts:
             raise ValueError("the model has no expert")
-        if num_experts > 63:
-            raise ValueError(f"{num_experts} experts; a mask holds at most 63")
+        if max(num_experts, len(wiring.gates)) > 63:
+            gates = len(wiring.gates)
+            raise ValueError(f"{num_experts} experts and {gates} gates; at most 63 of each")
         if num_layers > 1 and len(wiring.see) != len(wiring.spaces):
             raise ValueError(f"{type(self).__name__} has one layer, num_layers is {num_layers}")
 

@@ -64,7 +64,8 @@ torch.library.register_autograd("stem_fast::lookup", _lookup_grad, setup_context
 
 def mixture(y: Tensor, logits: Tensor, see: Sequence[int], learn: Sequence[int]) -> Tensor:
     """The AFTB gated mixture with its asymmetric backward; see :func:`reference.mixture`."""
-    return torch.ops.stem_fast.mixture(y, logits, list(see), list(learn))
+    # Autocast can leave gates and experts in different types.
+    return torch.ops.stem_fast.mixture(y, logits.to(y.dtype), list(see), list(learn))
 
 
 @torch.library.register_fake("stem_fast::mixture")

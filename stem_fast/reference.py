@@ -115,7 +115,7 @@ def gate_weights(logits: Tensor, see: Sequence[int]) -> Tensor:
 
     Args:
         logits: [K, B, E].
-        see: K bit masks; bit e of ``see[k]`` says whether gate k sees expert e.
+        see: K bit masks, none of them 0; bit e of ``see[k]`` says whether gate k sees expert e.
 
     Returns:
         [K, B, E]; exactly 0 where the bit is 0.

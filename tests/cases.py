@@ -4,7 +4,22 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import pytest
 import torch
+
+# Tests of the ops run on every device there is.
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")],
+    ),
+]
+
+
+def to(device: str, arguments: Any) -> list[Any]:
+    """The arguments with every tensor on the device."""
+    return [a.to(device) if isinstance(a, torch.Tensor) else a for a in arguments]
 
 
 class LookupCase(NamedTuple):

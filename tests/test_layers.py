@@ -99,6 +99,11 @@ def test_bad_sequences(sequence: object, message: str) -> None:
             r"numeric has shape None, expected \[2, 1\] \(price\)",
         ),
         ((IDS, PRICE[:1], SEQUENCES), ValueError, r"numeric has shape \[1, 1\]"),
+        (
+            (IDS, PRICE, {**SEQUENCES, "tags": torch.ones(2, 1)}),
+            TypeError,
+            "sequence 'tags' is torch.float32, expected int32 or int64",
+        ),
         ((IDS, PRICE, {}), ValueError, r"sequences \[\] given, \['history', 'tags'\] expected"),
     ],
 )

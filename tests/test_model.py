@@ -307,7 +307,7 @@ def test_regularization_covers_tables_and_networks_apart() -> None:
         ({"num_layers": 0}, "num_layers is 0, must be at least 1"),
         ({"num_shared_experts": -1}, "num_shared_experts is -1, must not be negative"),
         ({"num_shared_experts": 0, "num_specific_experts": 0}, "the model has no expert"),
-        ({"num_shared_experts": 61}, "64 experts; a mask holds at most 63"),
+        ({"num_shared_experts": 61}, "64 experts and 4 gates; at most 63 of each"),
         ({"expert_hidden_units": ()}, "expert_hidden_units is empty"),
         ({"gate_hidden_units": (4, 0)}, r"gate_hidden_units is \[4, 0\], must be positive"),
         ({"net_dropout": 1.0}, r"net_dropout is 1.0, must be in \[0, 1\)"),

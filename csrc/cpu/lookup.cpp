@@ -11,6 +11,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 
@@ -26,12 +27,16 @@ template <typename Id>
 void gather(const char* weight, const Id* ids, const int64_t* offsets, char* out, int64_t rows,
             int64_t batch, int64_t fields, int64_t spaces, size_t chunk) {
   const size_t row_bytes = spaces * chunk;
+  // An exception inside parallel_for would lose its message.
+  std::atomic<int64_t> bad{-1};
   torch::stable::parallel_for(0, batch, kGrain / (fields + 1) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       for (int64_t f = 0; f < fields; ++f) {
         const int64_t row = offsets[f] + static_cast<int64_t>(ids[b * fields + f]);
-        STD_TORCH_CHECK(row >= 0 && row < rows, "lookup: id ", ids[b * fields + f], " of field ", f,
-                        " at row ", b, " is outside the arena of ", rows, " rows");
+        if (row < 0 || row >= rows) {
+          bad = b * fields + f;
+          return;
+        }
         const char* source = weight + row * row_bytes;
         for (int64_t g = 0; g < spaces; ++g) {
           std::memcpy(out + ((g * batch + b) * fields + f) * chunk, source + g * chunk, chunk);
@@ -39,6 +44,9 @@ void gather(const char* weight, const Id* ids, const int64_t* offsets, char* out
       }
     }
   });
+  const int64_t at = bad;
+  STD_TORCH_CHECK(at < 0, "lookup: id ", ids[at], " of field ", at % fields, " at row ", at / fields,
+                  " is outside the arena of ", rows, " rows");
 }
 
 Tensor lookup(const Tensor& weight_in, const Tensor& ids_in, const Tensor& offsets_in,

@@ -41,7 +41,8 @@ constexpr int kGateTile = 4;
 // Values of y a thread handles before another is worth waking.
 constexpr int64_t kGrain = 32768;
 
-#if defined(__x86_64__) && defined(__linux__)
+// One function for each instruction set, chosen at run time. Older compilers do not know the names.
+#if defined(__x86_64__) && defined(__linux__) && !defined(__clang__) && __GNUC__ >= 12
 #define MULTIVERSION \
   __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
