@@ -11,7 +11,8 @@ demo: $(READY)  ## train STEM-Net, single-task and shared-bottom models on made 
 	$(FIT) --model stem --num-shared-experts 2 --out runs/demo/stem
 	$(FIT) --model single --out runs/demo/single
 	$(FIT) --model shared_bottom --out runs/demo/shared_bottom
-	$(BIN)/stem-fast compare runs/demo/stem runs/demo/single runs/demo/shared_bottom
+	$(BIN)/stem-fast compare runs/demo/stem runs/demo/single runs/demo/shared_bottom \
+	  --json runs/demo/comparison.json
 
 test: $(READY)  ## all tests
 	$(BIN)/python -m pytest

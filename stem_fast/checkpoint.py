@@ -12,10 +12,12 @@ Every change is one rename, so a process killed at any moment leaves no RUN or o
 from __future__ import annotations
 
 import dataclasses
+import glob
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from stem_fast.cache import DAY
 from stem_fast.config import TrainingConfig
 from stem_fast.model import MODELS, STEMNet
 from stem_fast.schema import DataError, Encoding, nearest
@@ -45,11 +48,10 @@ def create_run(
 ) -> None:
     """Write a complete run folder in one step, with an empty history and no metrics yet.
 
-    With ``overwrite`` an earlier run is replaced as a whole. Raises DataError if PATH holds files
-    and ``overwrite`` is off, or if it holds anything that is not a run's.
+    With ``overwrite`` an earlier run is replaced as a whole. Raises DataError as ``prepare`` does.
     """
     path = Path(path).absolute()
-    refuse_existing(path, overwrite=overwrite)
+    prepare(path, overwrite=overwrite)
     _refuse_mismatch(path, model, encoding)
     config = {
         "version": VERSION,
@@ -57,8 +59,7 @@ def create_run(
         "config": model.config,
         "training": dataclasses.asdict(training),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    work = _work_folder(path)
     new, old = work / "new", work / "old"
     try:
         new.mkdir()
@@ -109,8 +110,43 @@ def replacing(path: str | Path) -> Iterator[Path]:
         raise
 
 
+def prepare(path: str | Path, *, overwrite: bool) -> None:
+    """Make PATH's parent, and find out by trying whether a run can be written there.
+
+    What a killed ``create_run`` left is cleared away; an old run that it had set aside comes back.
+    Raises DataError if the place cannot be written to, if PATH holds files and ``overwrite`` is
+    off, or if it holds anything that is not a run's.
+    """
+    path = Path(path).absolute()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _work_folder(path).rmdir()
+        _restore(path)
+    except OSError as error:
+        raise DataError(
+            f"{path}: a run cannot be written there ({error}): choose another --out."
+        ) from error
+    if path.is_mount():
+        raise DataError(f"{path} is a mount point, not to be replaced: name a folder inside it.")
+    refuse_existing(path, overwrite=overwrite)
+
+
+def _work_folder(path: Path) -> Path:
+    return Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+
+
+def _restore(path: Path) -> None:
+    # Eight characters are mkdtemp's: ".run.*" would match the folders of a run "run.b" too.
+    for work in path.parent.glob(f".{glob.escape(path.name)}.????????.partial"):
+        if (work / "old").exists() and not path.exists():
+            os.rename(work / "old", path)
+            shutil.rmtree(work, ignore_errors=True)
+        elif time.time() - work.stat().st_mtime > DAY:  # surely no living process's
+            shutil.rmtree(work, ignore_errors=True)
+
+
 def refuse_existing(path: str | Path, *, overwrite: bool) -> None:
-    """Raise DataError if a new run cannot take the name PATH."""
+    """Raise DataError if PATH is a file, or holds files that a new run may not replace."""
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise DataError(f"{path} is a file: --out names the folder of the new run.")
@@ -162,9 +198,27 @@ def read_config(path: Path) -> dict[str, Any]:
             f"{VERSION}: use the release that made the run, or fit again."
         )
     name = config["model"]
-    if name not in MODELS:
+    if not isinstance(name, str) or name not in MODELS:
         raise DataError(f"{path / CONFIG}: unknown model {name!r}.{nearest(str(name), MODELS)}")
     return config
+
+
+def read_metrics(path: Path) -> dict[str, Any]:
+    """The checked metrics.json of the run folder PATH."""
+    result = read_json(path / METRICS)
+    tasks = result.get("tasks") if isinstance(result, dict) else None
+    if (
+        not isinstance(tasks, dict)
+        or type(result.get("rows")) is not int
+        or not all(isinstance(values, dict) for values in tasks.values())
+        or not all(
+            value is None or type(value) in (int, float)
+            for values in tasks.values()
+            for value in values.values()
+        )
+    ):
+        raise DataError(f"{path / METRICS} does not hold the metrics of a run: fit it again.")
+    return result
 
 
 def read_json(path: Path) -> Any:

@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import sys
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,6 +37,16 @@ class _Commands(TyperGroup):
             code = 2
         except (typer.Abort, KeyboardInterrupt):
             code = 130
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            reason, _, _ = str(error).partition("\n")
+            report.error(
+                "out of memory: lower --batch-size, or fit a smaller network with a lower "
+                "--embedding-dim, --expert-hidden-units or --num-shared-experts, or a higher "
+                f"--min-count ({reason})."
+            )
+            code = 2
         except Exception as error:
             # Usage errors: their class has moved between releases of typer, this method has not.
             if not hasattr(error, "format_message"):
@@ -44,6 +55,12 @@ class _Commands(TyperGroup):
                 report.error(message)
             code = 2
         sys.exit(code or 0)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """torch has a class for the memory of GPUs only; its CPU allocator is known by its words."""
+    words = ("DefaultCPUAllocator", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 app = typer.Typer(
@@ -143,7 +160,12 @@ def fit(
         _Int, _flag(_TRAINING, "epochs without progress", default=_OFFICIAL.patience)
     ] = None,
     monitor: Annotated[
-        _Text, _flag(_TRAINING, "auc, gauc, logloss, finish.auc ...", default=_OFFICIAL.monitor)
+        _Text,
+        _flag(
+            _TRAINING,
+            "auc, gauc, logloss, finish.auc ...",
+            default=f"{_OFFICIAL.monitor}; rmse if all tasks are regressions",
+        ),
     ] = None,
     task_weights: Annotated[_Text, _flag(_TRAINING, "one a task: 1,0.5")] = None,
     seed: Annotated[_Int, _flag(_TRAINING, "of weights, shuffles", default=_OFFICIAL.seed)] = None,
@@ -158,8 +180,8 @@ def _fit(settings: FitSettings) -> None:
     config, schema = settings.training, settings.schema
     # All that can be refused without reading data is refused first.
     training.check(config, schema.labels)
-    checkpoint.refuse_existing(settings.out, overwrite=settings.overwrite)
     device = _device(settings.device)
+    checkpoint.prepare(settings.out, overwrite=settings.overwrite)
 
     console = report.console()
     with console.status("reading and encoding the tables"):
@@ -167,8 +189,8 @@ def _fit(settings: FitSettings) -> None:
         torch.manual_seed(config.seed)
         model = _build(settings, encoding)
         train, valid = (
-            data.load(path, encoding, cache=settings.cache, joins=settings.joins)
-            for path in (settings.train, settings.valid)
+            data.load(path, encoding, cache=settings.cache, joins=settings.joins, weight=weight)
+            for path, weight in ((settings.train, True), (settings.valid, False))
         )
     size = sum(parameter.numel() for parameter in model.parameters())
     console.print(
@@ -240,6 +262,8 @@ def _device(name: str) -> torch.device:
     kind, _, index = name.partition(":")
     if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
         raise DataError(f"device is {name!r}: give auto, cpu, cuda or cuda:N.")
+    if kind == "cpu" and name != "cpu":
+        raise DataError(f"device is {name!r}: cpu takes no index, give cpu.")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise DataError(
             f"device is {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices: "
@@ -259,9 +283,10 @@ def evaluate(
     device: _Device = "auto",
 ) -> None:
     """Score a run on labelled data."""
+    _refuse_folder(json)
     model, encoding, config = checkpoint.load_run(run, _device(device))
     with report.console().status(f"evaluating {table}"):
-        rows = data.load(table, encoding, cache=cache, joins=_joins(join))
+        rows = data.load(table, encoding, cache=cache, joins=_joins(join), weight=False)
         result = training.evaluate(
             model, rows, batch_size=batch_size or config.batch_size, device=_device(device)
         )
@@ -296,6 +321,11 @@ def predict(
     report.console().print(f"{len(rows):,} rows of {', '.join(columns)} written to {out}")
 
 
+def _refuse_folder(json: Path | None) -> None:
+    if json is not None and json.is_dir():
+        raise DataError(f"--json is {json}, a folder: name a file.")
+
+
 def _joins(texts: list[str] | None) -> tuple[data.Join, ...]:
     return tuple(parse_join("join", text) for text in texts or ())
 
@@ -303,15 +333,24 @@ def _joins(texts: list[str] | None) -> tuple[data.Join, ...]:
 @app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders")],
+    json: Annotated[Path | None, typer.Option(help="write them, and the machine, here too")] = None,
 ) -> None:
     """Show the validation metrics of several runs side by side."""
+    _refuse_folder(json)
     names = [run.name for run in runs]
     rows = {}
     for run in runs:
         model = checkpoint.read_config(run)["model"]
         name = run.name if names.count(run.name) == 1 else str(run)
-        rows[name] = (model, checkpoint.read_json(run / checkpoint.METRICS))
+        rows[name] = (model, checkpoint.read_metrics(run))
     report.print_comparison(rows)
+    if json is not None:
+        results = {
+            name: {"config": checkpoint.read_config(run), "metrics": metrics}
+            for run, (name, (_, metrics)) in zip(runs, rows.items(), strict=True)
+        }
+        date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        checkpoint.save_json(json, {"date": date, "machine": _machine(), "runs": results})
 
 
 @app.command("synth")
@@ -331,6 +370,10 @@ def make_synthetic(
 @app.command()
 def doctor() -> None:
     """Versions, devices, and which backends are available (and why not)."""
+    report.print_pairs(_machine())
+
+
+def _machine() -> dict[str, str]:
     rows = {"python": platform.python_version()}
     for package in ("stem_fast", "torch", "triton", "numpy", "pyarrow"):
         try:
@@ -342,6 +385,6 @@ def doctor() -> None:
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     without = "no device found" if torch.version.cuda else "torch is built without CUDA"
     rows["cuda"] = ", ".join(names) or without
-    for number, (backend, state) in enumerate(ops.backends().items()):
-        rows[f"backend {backend}"] = f"{state} (in use)" if number == 0 else state
-    report.print_pairs(rows)
+    for backend, state in ops.backends().items():
+        rows[f"backend {backend}"] = state
+    return rows

@@ -88,7 +88,7 @@ def _boolean(key: str, value: Any) -> bool:
 
 
 def _model(key: str, value: Any) -> str:
-    if value not in MODELS:
+    if not isinstance(value, str) or value not in MODELS:
         raise _refuse(key, value, f"one of {', '.join(MODELS)}{nearest(str(value), MODELS)}")
     return value
 
@@ -206,7 +206,8 @@ def fit_settings(flags: Mapping[str, Any], file: Path | None = None) -> FitSetti
     """Settings from a YAML file and the flags that were given, which override it.
 
     A key whose value is None (YAML: null) counts as not given. Raises DataError naming the key and
-    the value for anything unknown, missing or out of range.
+    the value for anything unknown, missing or out of range. The default monitor is "auc", or "rmse"
+    where every task is a regression.
     """
     given = {} if file is None else read_yaml(file)
     for key in given:
@@ -227,12 +228,16 @@ def fit_settings(flags: Mapping[str, Any], file: Path | None = None) -> FitSetti
     if "pooling" in given:
         pooling = _pooling("pooling", given["pooling"])
         schema["sequences"] = _with_pooling(schema.get("sequences"), pooling)
+    columns = Schema.from_dict(schema)
+    training = take(_TRAINING)
+    if set(columns.labels.values()) == {"regression"}:
+        training.setdefault("monitor", "rmse")
     return FitSettings(
         **files,
-        schema=Schema.from_dict(schema),
+        schema=columns,
         model=_model("model", given.get("model", "stem")),
         network=take(_NETWORK),
-        training=TrainingConfig(**take(_TRAINING)),
+        training=TrainingConfig(**training),
     )
 
 
@@ -243,7 +248,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise DataError(f"no configuration file {path}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, no such date
         raise DataError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise DataError(f"{path} must hold `key: value` lines, found {content!r}.")
@@ -256,6 +261,10 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(
+                    None, None, "a key must be text, not a list or mapping", key.start_mark
+                )
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key '{key.value}' stands twice", key.start_mark
@@ -274,10 +283,15 @@ def _with_pooling(sequences: Any, pooling: str) -> Any:
             {"name": name, **(options or {})} if isinstance(options or {}, Mapping) else options
             for name, options in sequences.items()
         ]
-    items = [{"name": item} if isinstance(item, str) else item for item in sequences or ()]
-    if not any(isinstance(item, Mapping) and "pooling" not in item for item in items):
+    sequences = sequences or ()
+    if not isinstance(sequences, Sequence) or not all(
+        isinstance(item, (str, Mapping)) for item in sequences
+    ):
+        return sequences  # for Schema to refuse
+    items = [{"name": item} if isinstance(item, str) else item for item in sequences]
+    if not any("pooling" not in item for item in items):
         raise DataError(
             f"pooling is {pooling!r}, but there is no sequence that does not name its own: "
             "leave it out."
         )
-    return [{"pooling": pooling, **item} if isinstance(item, Mapping) else item for item in items]
+    return [{"pooling": pooling, **item} for item in items]

@@ -113,14 +113,17 @@ def fit_encoding(path: str | Path, schema: Schema, *, joins: Sequence[Join] = ()
 
     Ids as in FuxiCTR's tokenizer: values sorted by (-count, text), those with at least
     ``schema.min_count`` occurrences kept; columns that share a table add their counts.
-    Raises DataError for absent columns, bad numbers or labels, no rows, or a label without values.
+    Raises DataError for absent columns, bad numbers or labels, no rows, a label without values, or
+    a header or delimiter where every table it could apply to is Parquet.
     """
     owners = table_owners(schema)
     delimiters = {sequence.name: sequence.delimiter for sequence in schema.sequences}
     counts = {owner: _Counts() for owner in owners}
     moments = {name: _Moments() for name in schema.numeric}
     labelled = np.zeros(len(schema.tasks), bool)
-    for block in _blocks(Table(path, schema.header, schema.delimiter), schema, joins, labels=True):
+    source = Table(path, schema.header, schema.delimiter)
+    _refuse_ignored(schema, [source, *(Table(join.path) for join in joins)])
+    for block in _blocks(source, schema, joins, labels=True, weight=True):
         for owner, columns in owners.items():
             for name in columns:
                 if name in delimiters:
@@ -156,12 +159,14 @@ def load(
     cache: str | Path | None = None,
     joins: Sequence[Join] = (),
     labels: bool = True,
+    weight: bool = True,
 ) -> Dataset:
     """Encode a table, or map the cache entry of an earlier call with the same content.
 
     The entry is named by a hash of the content of every file and of the encoding, so a changed
     source is encoded anew; a damaged entry is rebuilt; an interrupted one never shows.
-    ``labels=False`` needs and reads no label, group or weight column.
+    ``labels=False`` needs and reads no label, group or weight column, ``weight=False`` no weight
+    column: only training uses it.
     ``cache`` is the folder of all entries, by default that of ``cache_root``.
     Raises DataError as ``fit_encoding`` does.
     """
@@ -171,12 +176,14 @@ def load(
     before = [table.signature() for table in tables]
     keys = [join.key for join in joins]
     contents = [table.content() for table in tables]
-    identity = json.dumps([CACHE_VERSION, contents, keys, encoding.to_dict(), labels])
+    weight = weight and labels and schema.weight is not None
+    identity = json.dumps([CACHE_VERSION, contents, keys, encoding.to_dict(), labels, weight])
     entry = cache_root(cache) / hashlib.blake2b(identity.encode(), digest_size=20).hexdigest()
     arrays = read_entry(entry)
     if arrays is None:
         with write_entry(entry) as writer:
-            _encode(_blocks(source, schema, joins, labels), encoding, labels, writer)
+            blocks = _blocks(source, schema, joins, labels, weight)
+            _encode(blocks, encoding, labels, weight, writer)
             if [table.signature() for table in tables] != before:
                 raise DataError(f"{path}: the data changed while it was read: try again.")
         arrays = read_entry(entry)
@@ -196,10 +203,28 @@ def load(
     )
 
 
-def _blocks(table: Table, schema: Schema, joins: Sequence[Join], labels: bool) -> Iterator[Block]:
+def _refuse_ignored(schema: Schema, tables: Sequence[Table]) -> None:
+    """A header is the first table's, the delimiter that of the side tables too."""
+    kinds = [table.kind for table in tables]
+    for key, value, used in (
+        ("header", schema.header, kinds[0] != ".parquet"),
+        ("delimiter", schema.delimiter, any(kind != ".parquet" for kind in kinds)),
+    ):
+        if value is not None and not used:
+            raise DataError(
+                f"{key} is {value!r}, but {tables[0].path} is Parquet, which has none: "
+                "leave it out."
+            )
+
+
+def _blocks(
+    table: Table, schema: Schema, joins: Sequence[Join], labels: bool, weight: bool
+) -> Iterator[Block]:
     columns = [*schema.features]
     if labels:
-        columns += [*schema.tasks, *(name for name in (schema.group, schema.weight) if name)]
+        columns += [*schema.tasks, *([schema.group] if schema.group else [])]
+    if weight and schema.weight is not None:
+        columns.append(schema.weight)
     return read_blocks(table, columns, joins)
 
 
@@ -341,7 +366,9 @@ def _weights(block: Block, name: str) -> np.ndarray:
     return weights
 
 
-def _encode(blocks: Iterable[Block], encoding: Encoding, labels: bool, writer: Writer) -> None:
+def _encode(
+    blocks: Iterable[Block], encoding: Encoding, labels: bool, weight: bool, writer: Writer
+) -> None:
     schema = encoding.schema
     vocabularies = {name: pa.array(v, TEXT) for name, v in encoding.vocabularies.items()}
     standards = list(zip(schema.numeric, encoding.numeric_mean, encoding.numeric_std, strict=True))
@@ -368,7 +395,7 @@ def _encode(blocks: Iterable[Block], encoding: Encoding, labels: bool, writer: W
             writer.append(f"sequence{i}_offsets", offsets)
         if labels:
             writer.append("labels", _labels(block, schema))
-        if labels and schema.weight is not None:
+        if weight and schema.weight is not None:
             writer.append("weight", _weights(block, schema.weight))
         if labels and schema.group is not None:
             distinct = block.distinct(schema.group, block.column(schema.group))

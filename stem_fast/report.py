@@ -144,7 +144,8 @@ def print_metrics(result: Mapping[str, Any], title: str) -> None:
 def print_comparison(runs: Mapping[str, tuple[str, Mapping[str, Any]]]) -> None:
     """Runs side by side, from name -> (model, metrics.json): a column a run, a row a task's metric.
 
-    The best values of each row are marked with a star, judged by the digits that are shown.
+    The best values of each row are marked with a star, judged by the digits that are shown, where
+    at least two runs have the metric.
     """
     results = [result for _, result in runs.values()]
     table = Table("task", "metric", box=box.SIMPLE_HEAD, caption="* best of the row")
@@ -164,16 +165,16 @@ def print_comparison(runs: Mapping[str, tuple[str, Mapping[str, Any]]]) -> None:
 
 
 def _starred(metric: str, values: Sequence[float | None]) -> list[Text]:
-    """Each value as text, the best of those that are defined in bold and with a star."""
+    """Each value as text; of two or more defined ones the best in bold and with a star."""
     texts = [number(value) for value in values]
     # Judged as printed, so that of two equal numbers never one alone is marked.
     costs = [
         math.inf if value is None else _cost(metric, float(text))
         for value, text in zip(values, texts, strict=True)
     ]
-    best = min(costs)
+    best = min(costs) if sum(map(math.isfinite, costs)) > 1 else -math.inf
     return [
-        Text(f"{text} *", style="bold") if cost == best < math.inf else Text(f"{text}  ")
+        Text(f"{text} *", style="bold") if cost == best else Text(f"{text}  ")
         for text, cost in zip(texts, costs, strict=True)
     ]
 

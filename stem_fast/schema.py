@@ -107,9 +107,15 @@ class Schema:
         _check_positive("min_count", self.min_count)
         _check_distinct(self.header or (), "header names column '{}' twice.")
         if self.delimiter is not None and not (
-            isinstance(self.delimiter, str) and len(self.delimiter) == 1
+            isinstance(self.delimiter, str)
+            and len(self.delimiter) == 1
+            and self.delimiter.isascii()
+            and self.delimiter not in '\n\r"'
         ):
-            raise DataError(f"delimiter must be one character, not {self.delimiter!r}.")
+            raise DataError(
+                "delimiter must be one ASCII character, no line end and no quote, "
+                f"not {self.delimiter!r}."
+            )
 
     def _check_columns(self) -> None:
         if not self.features:

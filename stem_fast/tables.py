@@ -1,13 +1,17 @@
 """Read tables (CSV, TSV, Parquet; files or folders) as blocks of Arrow columns, with side tables.
 
 Text cells are never interpreted ("007" stays "007"), and values of every type are compared by
-their text, so a CSV and a Parquet file of one table mean the same.
+their text. A CSV and a Parquet file of one table mean the same for columns of text, of integers,
+and of floats that the CSV writes as integers ("2"; Parquet's 2.0 is "2" too). They differ where a
+program writes another text than Arrow does: pandas writes 2.0 as "2.0", and true as "True" (Arrow:
+"true"). Write such columns as integers.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +31,7 @@ SUFFIXES = (*DELIMITERS, *(f"{suffix}.gz" for suffix in DELIMITERS), ".parquet")
 TEXT = pa.large_string()
 # Text that means "missing", in CSV cells, Parquet strings and list elements alike.
 MISSING = pa.array(["", "NULL", "\\N", "NaN", "nan"], TEXT)
+INVALID_UTF8 = re.compile(r"column #(\d+): Row #(\d+): .*invalid UTF8")  # pyarrow's words
 NUMBERS = (
     pa.types.is_integer,
     pa.types.is_floating,
@@ -117,10 +122,17 @@ class Table:
                     with self._csv(file, columns, refuse) as reader:
                         yield from reader
             except pa.ArrowInvalid as error:
+                # The reader numbers rows from 1, and the header line is one of them.
+                first = 1 if self.header is not None else 2
+                if invalid := INVALID_UTF8.search(str(error)):
+                    column, row = self.names(file)[int(invalid[1])], int(invalid[2]) - first
+                    raise DataError(
+                        f"{file}: column '{column}', row {row}: is not valid UTF-8: save the file "
+                        "as UTF-8."
+                    ) from error
                 if not ragged:
                     raise
-                # The reader numbers rows from 1, and the header line is one of them.
-                row = ragged[0].number - (1 if self.header is not None else 2)
+                row = ragged[0].number - first
                 raise DataError(
                     f"{file}: row {row}: expected {ragged[0].expected_columns} columns, found "
                     f"{ragged[0].actual_columns}: {ragged[0].text[:200]!r}."

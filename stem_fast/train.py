@@ -116,7 +116,7 @@ def train_step(
 ) -> Tensor:
     """One official step: loss + L2, backward, clip to the global norm, update.
 
-    Returns the loss, L2 included, as a detached scalar on the model's device; nothing waits.
+    Returns the loss, L2 included, as a detached scalar on the model's device.
     """
     if batch.labels is None:
         raise DataError("the data was loaded without labels, so it cannot train.")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -115,6 +117,44 @@ def test_a_folder_that_is_no_run_is_never_replaced(tmp_path: Path, overwrite: bo
     with pytest.raises(DataError, match="is a file: --out names the folder"):
         checkpoint.refuse_existing(tmp_path / "thesis.tex", overwrite=overwrite)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_place_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"file/run: a run cannot be written there \(.*another"):
+        checkpoint.prepare(tmp_path / "file" / "run", overwrite=False)
+
+    def denied(**_: object) -> None:
+        raise PermissionError("denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.tempfile, "mkdtemp", denied)
+        with pytest.raises(DataError, match=r"run: a run cannot be written there \(denied\)"):
+            checkpoint.prepare(tmp_path / "run", overwrite=False)
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "disk")
+    (tmp_path / "disk").mkdir()
+    with pytest.raises(DataError, match=r"disk is a mount point, .*: name a folder inside it"):
+        checkpoint.prepare(tmp_path / "disk", overwrite=True)
+    checkpoint.prepare(tmp_path / "disk" / "new" / "run", overwrite=False)
+    assert list((tmp_path / "disk").rglob("*")) == [tmp_path / "disk" / "new"]
+
+
+def test_what_a_killed_replacement_left(run: Path) -> None:
+    def leave(name: str, days: float) -> Path:
+        left = run.parent / name
+        (left / "new").mkdir(parents=True)
+        os.utime(left, (then := time.time() - 86400 * days, then))
+        return left
+
+    stale, fresh = leave(".run.abcdefg1.partial", 2), leave(".run.abcdefg2.partial", 0)
+    other = leave(".run.b.abcdefg3.partial", 2)  # of the run "run.b"
+    aside = leave(".run.abcdefg4.partial", 0)
+    run.rename(aside / "old")
+    with pytest.raises(DataError, match="already holds a run"):
+        checkpoint.prepare(run, overwrite=False)
+    assert (checkpoint.load_run(run)[0].embedding.weight[1:] == 5).all()
+    assert sorted(run.parent.iterdir()) == sorted([other, fresh, run])
+    assert not stale.exists()
 
 
 # ---- interruptions -------------------------------------------------------------------------
@@ -251,6 +291,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
         "encoding version 99 is not supported",
     ),
     "unknown model": (edit(lambda c: c.update(model="stm")), "unknown model 'stm'.*'stem'"),
+    "model list": (edit(lambda c: c.update(model=["x"])), r"unknown model \['x'\]"),
     "model option": (
         edit(lambda c: c["config"].update(width=3)),
         "describes no 'stem' run: .*width",
@@ -291,6 +332,23 @@ def test_refused(run: Path, case: str) -> None:
     damage(run)
     with pytest.raises(DataError, match=message):
         checkpoint.load_run(run)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        '{"a": 1}',
+        '{"rows": 1, "tasks": []}',
+        '{"rows": "1", "tasks": {}}',
+        '{"rows": 1, "tasks": {"click": 1}}',
+        '{"rows": 1, "tasks": {"click": {"auc": "high"}}}',
+    ],
+)
+def test_metrics_of_another_form(run: Path, content: str) -> None:
+    (run / "metrics.json").write_text(content)
+    with pytest.raises(DataError, match=r"metrics.json does not hold the metrics of a run"):
+        checkpoint.read_metrics(run)
 
 
 def test_no_folder(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
-from stem_fast import checkpoint, config, report, train
+from stem_fast import checkpoint, config, ops, report, train
 from stem_fast.cli import app
 from stem_fast.schema import DataError, SequenceField
 
@@ -182,6 +182,7 @@ def test_every_model(model: str) -> None:
 
 
 def test_regression_weights_and_monitor() -> None:
+    pq.write_table(table(150, 1).drop_columns(["weight"]), "valid.parquet")  # no metric needs it
     fit(
         labels="is_click,seconds:regression",
         weight="weight",
@@ -193,6 +194,7 @@ def test_regression_weights_and_monitor() -> None:
     assert list(tasks["seconds"]) == ["rmse", "mae"]
     history = read("run/history.json")
     assert history[0]["monitor"] == history[0]["metrics"]["tasks"]["seconds"]["rmse"]
+    assert stem_fast("evaluate", "run", "--data", "valid.parquet").exit_code == 0
     stem_fast("predict", "run", "--data", "valid.parquet", "--out", "p.parquet")
     assert pq.read_table("p.parquet")["seconds"].to_numpy().max() > 1  # a value, no probability
 
@@ -338,6 +340,7 @@ def test_values_have_their_types() -> None:
         ("batch_norm", "yes", "true or false"),
         ("overwrite", 1, "true or false"),
         ("hidden_activations", 3, "a text"),
+        ("model", ["stem"], "one of stem, single"),
         ("model", "stm", "one of stem, single, shared_bottom, mmoe, ple Did you mean 'stem'?"),
         ("pooling", "max", "mean or sum"),
         ("join", "users.parquet", "FILE:KEY"),
@@ -355,6 +358,21 @@ def test_bad_values_name_key_and_value(key: str, value: Any, rule: str) -> None:
     assert rule in str(error.value)
 
 
+def test_the_default_monitor_is_a_metric_that_the_tasks_have() -> None:
+    file = {key: value for key, value in FILE.items() if key != "monitor"}
+    for labels, monitor in (("a:regression,b:regression", "rmse"), ("a,b:regression", "auc")):
+        given = {**file, "labels": labels, "out": "run"}
+        assert config.fit_settings(given).training.monitor == monitor
+    given["labels"], given["monitor"] = "a:regression", "mae"
+    assert config.fit_settings(given).training.monitor == "mae"
+
+
+@pytest.mark.parametrize("sequences", [5, [5], {"seen": 5}, True])
+def test_pooling_beside_sequences_of_a_wrong_type(sequences: Any) -> None:
+    with pytest.raises(DataError, match=r"sequences? must be a "):
+        settings(sequences=sequences, pooling="sum")
+
+
 def test_pooling_that_would_be_ignored_is_refused() -> None:
     for sequences in (None, [{"name": "seen", "pooling": "mean"}]):
         with pytest.raises(DataError, match="pooling is 'sum', but there is no sequence"):
@@ -370,6 +388,9 @@ def test_pooling_that_would_be_ignored_is_refused() -> None:
         ("3: 4", "c.yaml: unknown key '3'"),
         ("epochs: 3\nepochs: 4", "c.yaml is not valid YAML: key 'epochs' stands twice"),
         ("labels: {a: binary, a: binary}", "key 'a' stands twice"),
+        ("? [a, b]\n: 3", "c.yaml is not valid YAML: a key must be text, not a list or mapping"),
+        ("labels: {? {a: b} : binary}", "a key must be text, not a list or mapping"),
+        ("group: 2022-13-01", "c.yaml is not valid YAML: month must be in 1..12"),
         ("epochs: [", "c.yaml is not valid YAML"),
         ("- epochs", "c.yaml must hold `key: value` lines"),
         ("", "c.yaml must hold `key: value` lines"),
@@ -402,6 +423,10 @@ def test_bad_files(text: str, message: str) -> None:
         ({"hidden_activations": "rellu"}, ["--model stem: ", "rellu"]),
         ({"device": "tpu"}, ["device is 'tpu': give auto, cpu, cuda or cuda:N"]),
         ({"device": "cuda:99"}, ["device is 'cuda:99'", "stem-fast doctor"]),
+        ({"device": "cpu:7"}, ["device is 'cpu:7': cpu takes no index, give cpu."]),
+        ({"header": "a,b"}, ["header is ('a', 'b'), but train.parquet is Parquet"]),
+        ({"delimiter": "é"}, ["delimiter must be one ASCII character"]),
+        ({"out": "train.parquet/run"}, ["train.parquet/run: a run cannot be written there"]),
         ({"epochs": "x"}, ["--epochs"]),
         ({"epoch": 3}, ["--epoch"]),
         ({"batch_size": 0}, ["batch_size is 0"]),
@@ -435,7 +460,11 @@ def test_other_commands_refuse() -> None:
     refused(stem_fast("predict", "run", *data, "--out", "p.csv", "--join", "x"), "join is 'x'")
     pq.write_table(table(5, 0).drop_columns(["is_click"]), "unlabelled.parquet")
     refused(stem_fast("evaluate", "run", "--data", "unlabelled.parquet"), "is_click")
+    refused(stem_fast("evaluate", "run", *data, "--json", "."), "--json is ., a folder: name a")
     refused(stem_fast("compare", "run", "nope"), "nope has no config.json")
+    refused(stem_fast("compare", "run", "--json", "."), "--json is ., a folder: name a file.")
+    Path("run/metrics.json").write_text("[]")
+    refused(stem_fast("compare", "run"), "metrics.json does not hold the metrics of a run")
     Path("run/metrics.json").unlink()
     refused(stem_fast("compare", "run"), "run has no metrics.json", "whose fit has ended")
     refused(stem_fast("fitt"), "fitt")
@@ -447,6 +476,17 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(train, "fit", broken)
     assert isinstance(fit(ok=False).exception, RuntimeError)
+
+
+def test_a_network_too_large_is_no_bug(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = ("out of memory: lower --batch-size, or", "--embedding-dim", "--min-count")
+    refused(fit(ok=False, embedding_dim=10**12), *said, "DefaultCPUAllocator")
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nMore words.")
+
+    monkeypatch.setattr(train, "fit", full)
+    refused(fit(ok=False), *said, "(CUDA out of memory.).")
 
 
 # ---- interruptions -------------------------------------------------------------------------
@@ -533,14 +573,18 @@ def test_compare_marks_the_best() -> None:
     last = {"auc": 0.4, "gauc": None, "logloss": 0.4}
     for name, values in {"a": metrics, "b": other, "sub/b": last}.items():
         Path(name, "metrics.json").write_text(json.dumps({"rows": 9, "tasks": {"[like]": values}}))
-    result = stem_fast("compare", "a", "b", "sub/b")
+    result = stem_fast("compare", "a", "b", "sub/b", "--json", "out/c.json")
     assert result.exit_code == 0, result.output
+    written = json.loads(Path("out/c.json").read_text())
+    assert written["runs"]["a"]["metrics"]["tasks"]["[like]"] == metrics
+    assert written["runs"]["sub/b"]["config"]["model"] == "single"
+    assert written["machine"]["torch"] == torch.__version__
     lines = [line.split() for line in result.stdout.splitlines()]
     assert ["a", "b", "sub/b"] in lines
     rows = [line for line in lines if line[:1] == ["[like]"]]
     assert rows == [
         ["[like]", "auc", "0.50000", "*", "0.50000", "*", "0.40000"],
-        ["[like]", "gauc", "-", "0.40000", "*", "-"],
+        ["[like]", "gauc", "-", "0.40000", "-"],
         ["[like]", "logloss", "0.50000", "0.60000", "0.40000", "*"],
         ["[like]", "pcoc", "1.20000", "0.90000", "*", "-"],
     ]
@@ -570,8 +614,8 @@ def test_doctor() -> None:
     for name in ("python", "stem_fast", "torch", "triton", "numpy", "pyarrow", "cpu", "cuda"):
         assert shown[name]
     assert shown["torch"] == torch.__version__
-    assert "(in use)" in result.stdout
-    assert "backend reference" in result.stdout
+    for backend, state in ops.backends().items():
+        assert f"backend {backend} {state}" in " ".join(result.stdout.split())
 
 
 def test_help() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import tempfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -375,6 +376,39 @@ def test_labels_are_not_needed_to_predict(tmp_path: Path, table: pa.Table) -> No
     assert batch.labels is batch.weight is None
     with refused("bare.parquet: no column 'click', 'time', 'g', 'w'."):
         load(bare, encoding)
+
+
+def test_the_weight_is_needed_to_train_only(tmp_path: Path, table: pa.Table) -> None:
+    pa.parquet.write_table(table, tmp_path / "a.parquet")
+    pa.parquet.write_table(table.drop_columns(["w"]), tmp_path / "bare.parquet")
+    encoding = fit_encoding(tmp_path / "a.parquet", SCHEMA)
+    full = load(tmp_path / "a.parquet", encoding)
+    assert full.weight is not None
+    for name in ("a", "bare"):  # "a" after an entry with weights was made
+        same(load(tmp_path / f"{name}.parquet", encoding, weight=False), replace(full, weight=None))
+    with refused("bare.parquet: no column 'w'."):
+        load(tmp_path / "bare.parquet", encoding)
+
+
+@pytest.mark.parametrize(("key", "value"), [("header", ("y", "user")), ("delimiter", ";")])
+def test_what_parquet_would_ignore_is_refused(tmp_path: Path, key: str, value: Any) -> None:
+    log = parquet(tmp_path / "log.parquet", y=[1, 0], user=[7, 8])
+    age = parquet(tmp_path / "age.parquet", user=[7, 8], age=[1, 2])
+    schema = Schema.from_dict({"labels": "y", "categorical": "user,age", key: value})
+    with refused(f"{key} is {value!r}, but {log} is Parquet, which has none: leave it out."):
+        fit_encoding(log, schema, joins=[Join(age, "user")])
+    csv = tmp_path / "log.csv"
+    csv.write_text("1;7\n0;8\n" if key == "header" else "y;user\n1;7\n0;8\n")
+    schema = replace(schema, delimiter=";")
+    fit_encoding(csv, schema, joins=[Join(age, "user")])
+
+
+def test_the_delimiter_of_a_side_table_beside_parquet(tmp_path: Path) -> None:
+    log = parquet(tmp_path / "log.parquet", y=[1, 0], user=[7, 8])
+    (tmp_path / "age.csv").write_text("user;age\n7;x\n8;x\n")
+    schema = Schema({"y": "binary"}, ("age",), min_count=1, delimiter=";")
+    found = fit_encoding(log, schema, joins=[Join(tmp_path / "age.csv", "user")])
+    assert found.vocabularies == {"age": ["x"]}
 
 
 def test_joined_columns_are_features_like_others(tmp_path: Path) -> None:

@@ -311,9 +311,17 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     damaged.write_bytes(gzip.compress(b"x,y\n" + b"1,2\n" * 9999)[:-40])
     with refused("a.csv.gz: cannot be read: "):
         blocks(damaged, "x")
-    (tmp_path / "latin.csv").write_bytes(b"x,y\n1,2\n\xff,2\n")
-    with refused("latin.csv: cannot be read: "):
-        blocks(tmp_path / "latin.csv", "x")
+
+
+def test_invalid_utf8_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "CSV_BYTES", 64)
+    path = tmp_path / "latin.csv"
+    path.write_bytes(b"x,y\n" + b"1,2\n" * 50 + b"1,\xff\n")
+    with refused("latin.csv: column 'y', row 50: is not valid UTF-8: save the file as UTF-8."):
+        blocks(path, "y")
+    with refused("latin.csv: column 'b', row 51: is not valid UTF-8"):
+        blocks(path, "a b", header=("a", "b"))  # now the first line is a row
+    assert values(path, "x") == ["1"] * 51
 
 
 def test_folders_that_cannot_be_read(tmp_path: Path) -> None:
