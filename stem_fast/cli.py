@@ -349,8 +349,12 @@ def compare(
             name: {"config": checkpoint.read_config(run), "metrics": metrics}
             for run, (name, (_, metrics)) in zip(runs, rows.items(), strict=True)
         }
-        date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        checkpoint.save_json(json, {"date": date, "machine": _machine(), "runs": results})
+        made = {
+            "command": " ".join(["stem-fast", *sys.argv[1:]]),
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "machine": _machine(),
+        }
+        checkpoint.save_json(json, {**made, "runs": results})
 
 
 @app.command("synth")
