@@ -16,13 +16,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from stem_fast.layers import GroupedMLP
-from stem_fast.model import STEMNet
+
+if TYPE_CHECKING:
+    from stem_fast.model import STEMNet
 
 _TABLE = "embedding_layer.embedding_layer.embedding_layers.{}.weight"
 
@@ -32,7 +34,6 @@ def to_official(model: STEMNet) -> dict[str, Tensor]:
 
     The tensors are copies, so training the model on does not change them.
     """
-    _require_stem(type(model))
     return {key: tensor.clone() for key, tensor in _views(model)}
 
 
@@ -64,7 +65,6 @@ def from_official(
     Raises:
         ValueError: keys that are missing, not known, or whose sizes contradict each other.
     """
-    _require_stem(cls)
     tables = {
         match[1]: tensor
         for key, tensor in state_dict.items()
@@ -206,8 +206,3 @@ def _views(model: STEMNet) -> Iterator[tuple[str, Tensor]]:
             yield from mlp(f"stem_layers.{layer}.gate.{gate}", gate, gates)
     for task in range(tasks):
         yield from mlp(f"tower.{task}", task, model.towers)
-
-
-def _require_stem(cls: type[STEMNet]) -> None:
-    if cls.wire is not STEMNet.wire:
-        raise TypeError(f"{cls.__name__} has no official STEM checkpoint; only STEMNet has")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stem_fast import ops, reference
+from stem_fast import fuxictr, ops, reference
 from stem_fast.layers import EmbeddingArena, GroupedMLP
 
 Sequences = Mapping[str, Tensor | tuple[Tensor, Tensor]]
@@ -363,15 +363,18 @@ class STEMNet(nn.Module):
             options: what a checkpoint does not tell (sequences, pooling, kinds, activation and
                 dropout), see :func:`stem_fast.fuxictr.from_official`.
         """
-        from stem_fast import fuxictr
-
+        cls._require_stem()
         return fuxictr.from_official(cls, state_dict, tasks=tasks, fields=fields, **options)
 
     def to_official(self) -> dict[str, Tensor]:
         """The state dict that the official code's STEM loads; see :mod:`stem_fast.fuxictr`."""
-        from stem_fast import fuxictr
-
+        self._require_stem()
         return fuxictr.to_official(self)
+
+    @classmethod
+    def _require_stem(cls) -> None:
+        if cls.wire is not STEMNet.wire:
+            raise TypeError(f"{cls.__name__} has no official STEM checkpoint; only STEMNet has")
 
 
 def expert_inputs(tasks: int, specific: int, shared: int) -> tuple[int, ...]:
