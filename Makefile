@@ -8,7 +8,7 @@ FIT := $(BIN)/stem-fast fit --config bench/demo.yaml --overwrite
 
 demo: $(READY)  ## train STEM-Net, single-task and shared-bottom models on made data, and compare
 	$(BIN)/stem-fast synth --seed 1 --out runs/demo/data --overwrite
-	$(FIT) --model stem --num-shared-experts 2 --out runs/demo/stem
+	$(FIT) --model stem --num-shared-experts 2 --gate-hidden-units 32 --out runs/demo/stem
 	$(FIT) --model single --out runs/demo/single
 	$(FIT) --model shared_bottom --out runs/demo/shared_bottom
 	$(BIN)/stem-fast compare runs/demo/stem runs/demo/single runs/demo/shared_bottom \

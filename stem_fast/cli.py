@@ -77,14 +77,15 @@ def main() -> None:
     app()
 
 
-def _flag(panel: str, text: str, *names: str, default: object = None) -> Any:
+def _flag(panel: str, text: str, *names: str, default: object = None, **extra: Any) -> Any:
     text = text if default is None else f"{text} (default {default})"
-    return typer.Option(*names, help=text, rich_help_panel=panel, show_default=False)
+    return typer.Option(*names, help=text, rich_help_panel=panel, show_default=False, **extra)
 
 
 _DATA, _COLUMNS, _NETWORK, _TRAINING = "Data", "Columns", "Network", "Training"
 _OFFICIAL = TrainingConfig()
 _Text = str | None
+_List = list[str] | None  # comma-separated, and may be given several times
 _Int = int | None
 _Float = float | None
 _Bool = bool | None
@@ -92,7 +93,10 @@ _Join = Annotated[
     list[str] | None,
     _flag(_DATA, "FILE:KEY, a side table joined on a column; may be given several times"),
 ]
-_Cache = Annotated[Path | None, _flag(_DATA, "folder for encoded data")]
+_Cache = Annotated[
+    Path | None,
+    _flag(_DATA, "folder for encoded data", default="$STEM_FAST_CACHE, ~/.cache/stem_fast"),
+]
 _Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
 _Run = Annotated[Path, typer.Argument(metavar="RUN", help="run folder, made by fit --out")]
 _BatchSize = Annotated[int | None, typer.Option(min=1, help="rows (default: as in training)")]
@@ -111,32 +115,47 @@ def fit(
     overwrite: Annotated[_Bool, _flag(_DATA, "replace a run", "--overwrite")] = None,
     join: _Join = None,
     cache: _Cache = None,
-    labels: Annotated[_Text, _flag(_COLUMNS, "tasks: is_click,watch_time:regression")] = None,
-    categorical: Annotated[_Text, _flag(_COLUMNS, "columns looked up in a vocabulary")] = None,
-    numeric: Annotated[_Text, _flag(_COLUMNS, "columns standardised as numbers")] = None,
+    labels: Annotated[
+        _List, _flag(_COLUMNS, "tasks: is_click,watch_time:regression", metavar="A,B")
+    ] = None,
+    categorical: Annotated[
+        _List, _flag(_COLUMNS, "columns looked up in a vocabulary", metavar="A,B")
+    ] = None,
+    numeric: Annotated[
+        _List, _flag(_COLUMNS, "columns standardised as numbers", metavar="A,B")
+    ] = None,
     sequences: Annotated[
-        _Text,
+        _List,
         _flag(
             _COLUMNS,
             "list columns: watch_seq=video_id (shares video_id's vocabulary),tags",
             "--sequence",
             "--sequences",
+            metavar="A,B",
         ),
     ] = None,
     pooling: Annotated[_Text, _flag(_COLUMNS, "of the sequences: mean or sum")] = None,
     group: Annotated[_Text, _flag(_COLUMNS, "column that gAUC groups by")] = None,
     weight: Annotated[_Text, _flag(_COLUMNS, "column of sample weights")] = None,
     min_count: Annotated[_Int, _flag(_COLUMNS, "rarer values become unknown", default=10)] = None,
-    header: Annotated[_Text, _flag(_COLUMNS, "column names of a file without them")] = None,
+    header: Annotated[
+        _List, _flag(_COLUMNS, "column names of a file without them", metavar="A,B")
+    ] = None,
     delimiter: Annotated[_Text, _flag(_COLUMNS, "of text files (default: by suffix)")] = None,
     model: Annotated[_Text, _flag(_NETWORK, ", ".join(MODELS), default="stem")] = None,
     embedding_dim: Annotated[_Int, _flag(_NETWORK, "of each embedding space", default=16)] = None,
     num_layers: Annotated[_Int, _flag(_NETWORK, "of experts and gates", default=1)] = None,
     num_shared_experts: Annotated[_Int, _flag(_NETWORK, "default: the model's")] = None,
     num_specific_experts: Annotated[_Int, _flag(_NETWORK, "a task; default: the model's")] = None,
-    expert_hidden_units: Annotated[_Text, _flag(_NETWORK, "widths", default="512,512,512")] = None,
-    gate_hidden_units: Annotated[_Text, _flag(_NETWORK, "widths", default="128,64")] = None,
-    tower_hidden_units: Annotated[_Text, _flag(_NETWORK, "widths", default="128,64")] = None,
+    expert_hidden_units: Annotated[
+        _List, _flag(_NETWORK, "widths", default="512,512,512", metavar="A,B")
+    ] = None,
+    gate_hidden_units: Annotated[
+        _List, _flag(_NETWORK, "widths, where there are gates", default="128,64", metavar="A,B")
+    ] = None,
+    tower_hidden_units: Annotated[
+        _List, _flag(_NETWORK, "widths", default="128,64", metavar="A,B")
+    ] = None,
     hidden_activations: Annotated[_Text, _flag(_NETWORK, "by name", default="relu")] = None,
     net_dropout: Annotated[_Float, _flag(_NETWORK, "after hidden layers", default=0)] = None,
     batch_norm: Annotated[
@@ -167,12 +186,16 @@ def fit(
             default=f"{_OFFICIAL.monitor}; rmse if all tasks are regressions",
         ),
     ] = None,
-    task_weights: Annotated[_Text, _flag(_TRAINING, "one a task: 1,0.5")] = None,
+    task_weights: Annotated[_List, _flag(_TRAINING, "one a task: 1,0.5", metavar="A,B")] = None,
     seed: Annotated[_Int, _flag(_TRAINING, "of weights, shuffles", default=_OFFICIAL.seed)] = None,
     device: Annotated[_Text, _flag(_TRAINING, "auto, cpu, cuda or cuda:N", default="auto")] = None,
 ) -> None:
     """Train a model with early stopping and keep its best weights in a run folder."""
     given = {k: v for k, v in context.params.items() if k != "config" and v not in (None, (), [])}
+    lists = {
+        k: ",".join(v) for k, v in given.items() if isinstance(v, (list, tuple)) and k != "join"
+    }
+    given |= lists
     _fit(fit_settings(given, config))
 
 
@@ -239,7 +262,7 @@ def _fit(settings: FitSettings) -> None:
 
 def _build(settings: FitSettings, encoding: Encoding) -> STEMNet:
     try:
-        return MODELS[settings.model](
+        model = MODELS[settings.model](
             encoding.vocab_sizes,
             encoding.schema.tasks,
             numeric=encoding.schema.numeric,
@@ -250,6 +273,9 @@ def _build(settings: FitSettings, encoding: Encoding) -> STEMNet:
         )
     except ValueError as error:
         raise DataError(f"--model {settings.model}: {error}.") from error
+    if "gate_hidden_units" in settings.network and not model.wiring.gates:
+        raise DataError(f"gate_hidden_units is given, but {settings.model} has no gates: drop it.")
+    return model
 
 
 def _device(name: str) -> torch.device:

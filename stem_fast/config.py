@@ -89,7 +89,8 @@ def _boolean(key: str, value: Any) -> bool:
 
 def _model(key: str, value: Any) -> str:
     if not isinstance(value, str) or value not in MODELS:
-        raise _refuse(key, value, f"one of {', '.join(MODELS)}{nearest(str(value), MODELS)}")
+        hint = nearest(str(value), MODELS)
+        raise DataError(f"{key} is {value!r}: give one of {', '.join(MODELS)}.{hint}")
     return value
 
 
@@ -276,22 +277,28 @@ class _Loader(yaml.SafeLoader):
 def _with_pooling(sequences: Any, pooling: str) -> Any:
     """The YAML or text form of ``sequences``, with ``pooling`` where a field names none."""
     if isinstance(sequences, str):
-        fields = parse_sequences(sequences)
-        sequences = [{"name": field.name, "shares": field.shares} for field in fields]
+        sequences = [sequences]
     elif isinstance(sequences, Mapping):
-        sequences = [
-            {"name": name, **(options or {})} if isinstance(options or {}, Mapping) else options
-            for name, options in sequences.items()
-        ]
+        sequences = [_named(name, options) for name, options in sequences.items()]
     sequences = sequences or ()
     if not isinstance(sequences, Sequence) or not all(
         isinstance(item, (str, Mapping)) for item in sequences
     ):
         return sequences  # for Schema to refuse
-    items = [{"name": item} if isinstance(item, str) else item for item in sequences]
+    items: list[Any] = []
+    for item in sequences:
+        fields = parse_sequences(item) if isinstance(item, str) else ()
+        items += [{"name": f.name, "shares": f.shares} for f in fields] if fields else [item]
     if not any("pooling" not in item for item in items):
         raise DataError(
             f"pooling is {pooling!r}, but there is no sequence that does not name its own: "
             "leave it out."
         )
     return [{"pooling": pooling, **item} for item in items]
+
+
+def _named(name: str, options: Any) -> Any:
+    """An entry of the mapping form, as the list form has it."""
+    if isinstance(options, str):
+        return {"name": name, "shares": options}
+    return {"name": name, **(options or {})} if isinstance(options or {}, Mapping) else options

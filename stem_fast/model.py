@@ -299,7 +299,8 @@ class STEMNet(nn.Module):
 
         Args:
             logits: [B, T], the model's output.
-            labels: [B, T]; NaN is a missing label, which trains the row's other tasks only.
+            labels: [B, T], 0 or 1 for binary tasks (not checked here: it would make every step
+                wait); NaN is a missing label, which trains the row's other tasks only.
             task_weights: [T], a factor on each task's loss.
             sample_weights: [B], a factor on each row's loss; the mean still divides by the number
                 of labels, so that a row's weight does not depend on its batch.

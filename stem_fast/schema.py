@@ -155,8 +155,9 @@ class Schema:
     def from_dict(cls, mapping: Mapping[str, Any]) -> Schema:
         """A schema from plain YAML or JSON types.
 
-        labels       list, mapping label -> kind, or the text that ``parse_labels`` reads
-        sequences    list of names or mappings, mapping name -> options, or ``parse_sequences`` text
+        labels       mapping label -> kind, or (a list of) the text that ``parse_labels`` reads
+        sequences    mapping name -> options or the field it shares, list of mappings with a name,
+                     or (a list of) the text that ``parse_sequences`` reads
         categorical, numeric, header    list, or comma-separated text
 
         Raises DataError for an unknown key (naming the nearest known one) or a wrong type.
@@ -278,9 +279,18 @@ def _labels(key: str, value: Any) -> dict[str, str]:
         return parse_labels(value)
     if isinstance(value, Mapping):
         return dict(value)
-    names = _names(key, value)
-    _check_distinct(names, "labels name '{}' twice.")
-    return dict.fromkeys(names, "binary")
+    if not isinstance(value, Sequence):
+        raise DataError(f"{key} must be a list of column names, not {value!r}.")
+    labels: dict[str, str] = {}
+    for item in value:
+        if isinstance(item, Mapping):
+            added = dict(item)
+        else:
+            _check_name(key, item)
+            added = parse_labels(item)
+        _check_distinct([*labels, *added], "labels name '{}' twice.")
+        labels |= added
+    return labels
 
 
 def _sequences(key: str, value: Any) -> tuple[SequenceField, ...]:
@@ -288,23 +298,25 @@ def _sequences(key: str, value: Any) -> tuple[SequenceField, ...]:
         return parse_sequences(value)
     if isinstance(value, Mapping):
         value = [
-            {"name": name, **_check_keys(SequenceField, f"sequence '{name}'", options or {})}
+            {"name": name, "shares": options}
+            if isinstance(options, str)
+            else {"name": name, **_check_keys(SequenceField, f"sequence '{name}'", options or {})}
             for name, options in value.items()
         ]
     if not isinstance(value, Sequence):
         raise DataError(f"{key} must be a list or a mapping, not {value!r}.")
-    return tuple(_sequence(item) for item in value)
+    return tuple(field for item in value for field in _sequence(item))
 
 
-def _sequence(item: Any) -> SequenceField:
+def _sequence(item: Any) -> tuple[SequenceField, ...]:
     if isinstance(item, SequenceField):
-        return item
+        return (item,)
     if isinstance(item, str):
-        return SequenceField(item)
+        return parse_sequences(item)
     options = _check_keys(SequenceField, "sequence", item)
     if "name" not in options:
         raise DataError(f"a sequence has no name: {dict(options)!r}.")
-    return SequenceField(**options)
+    return (SequenceField(**options),)
 
 
 def _names(key: str, value: Any) -> tuple[str, ...]:

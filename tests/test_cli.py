@@ -171,7 +171,8 @@ def test_same_seed_same_bytes() -> None:
 
 @pytest.mark.parametrize("model", ["single", "shared_bottom", "mmoe", "ple"])
 def test_every_model(model: str) -> None:
-    fit(model=model, num_shared_experts=None)
+    gates = [4] if model in ("mmoe", "ple") else None
+    fit(model=model, num_shared_experts=None, gate_hidden_units=gates)
     loaded, _, _ = checkpoint.load_run("run")
     assert read("run/config.json")["model"] == model
     result = stem_fast("predict", "run", "--data", "valid.parquet", "--out", "p.parquet")
@@ -281,6 +282,14 @@ FILE = {
 }
 
 
+def test_a_list_flag_given_twice_adds_up() -> None:
+    Path("c.yaml").write_text(yaml.safe_dump(FILE))
+    twice = ["--categorical", "user_id", "--categorical", "video_id"]
+    result = stem_fast("fit", "--config", "c.yaml", "--out", "run", "--epochs", 1, *twice)
+    assert result.exit_code == 0, result.output
+    assert list(read("run/config.json")["config"]["vocab_sizes"]) == ["user_id", "video_id"]
+
+
 def test_flags_override_the_file() -> None:
     Path("c.yaml").write_text(yaml.safe_dump(FILE) + "learning_rate: 1e-4\n".replace("l", "#l", 1))
     result = stem_fast("fit", "--config", "c.yaml", "--out", "run", "--epochs", 1, "--model", "ple")
@@ -341,7 +350,7 @@ def test_values_have_their_types() -> None:
         ("overwrite", 1, "true or false"),
         ("hidden_activations", 3, "a text"),
         ("model", ["stem"], "one of stem, single"),
-        ("model", "stm", "one of stem, single, shared_bottom, mmoe, ple Did you mean 'stem'?"),
+        ("model", "stm", "one of stem, single, shared_bottom, mmoe, ple. Did you mean 'stem'?"),
         ("pooling", "max", "mean or sum"),
         ("join", "users.parquet", "FILE:KEY"),
         ("join", [3], "FILE:KEY"),
@@ -427,6 +436,10 @@ def test_bad_files(text: str, message: str) -> None:
         ({"header": "a,b"}, ["header is ('a', 'b'), but train.parquet is Parquet"]),
         ({"delimiter": "é"}, ["delimiter must be one ASCII character"]),
         ({"out": "train.parquet/run"}, ["train.parquet/run: a run cannot be written there"]),
+        (
+            {"model": "shared_bottom", "num_shared_experts": None},
+            ["gate_hidden_units is given, but shared_bottom has no gates: drop it."],
+        ),
         ({"epochs": "x"}, ["--epochs"]),
         ({"epoch": 3}, ["--epoch"]),
         ({"batch_size": 0}, ["batch_size is 0"]),
@@ -567,7 +580,7 @@ def test_progress_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_compare_marks_the_best() -> None:
     for name in ("a", "b", "sub/b"):
-        fit(name, epochs=1, model="single", num_shared_experts=None)
+        fit(name, epochs=1, model="single", num_shared_experts=None, gate_hidden_units=None)
     metrics = {"auc": 0.5, "gauc": None, "logloss": 0.5, "pcoc": 1.2}
     other = {"auc": 0.500001, "gauc": 0.4, "logloss": 0.6, "pcoc": 0.9}
     last = {"auc": 0.4, "gauc": None, "logloss": 0.4}

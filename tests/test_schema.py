@@ -74,6 +74,26 @@ def test_list_of_labels_is_binary_in_order() -> None:
     assert schema.tasks == ("b", "a")
 
 
+@pytest.mark.parametrize(
+    "labels",
+    [
+        "a,b:regression",
+        ["a", "b:regression"],
+        ["a", {"b": "regression"}],
+        {"a": "binary", "b": "regression"},
+    ],
+)
+def test_every_form_names_a_regression_label(labels: Any) -> None:
+    schema = Schema.from_dict({"labels": labels, "categorical": ["x"]})
+    assert schema.labels == {"a": "binary", "b": "regression"}
+
+
+@pytest.mark.parametrize("sequences", ["s=x,t", ["s=x", "t"], {"s": "x", "t": None}])
+def test_every_form_shares_a_table(sequences: Any) -> None:
+    schema = Schema.from_dict({"labels": ["y"], "categorical": ["x"], "sequences": sequences})
+    assert schema.sequences == (SequenceField("s", shares="x"), SequenceField("t"))
+
+
 def test_null_means_not_given() -> None:
     mapping = {"labels": ["y"], "categorical": "x", "numeric": None, "sequences": None}
     schema = Schema.from_dict(mapping)
