@@ -1,11 +1,47 @@
-"""Multi-table embedding lookup: one contiguous read an id, all spaces at once."""
+"""Multi-table embedding lookup: one contiguous read a row, all spaces and their sums at once; its
+gradient for the rows of a batch alone. Every sum has a fixed order: results repeat bit for bit."""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
+
+TILE = 1024  # values of a tile of rows, 8 a thread: addresses take registers too
+# Occurrences of one row that one program adds up. A row of thousands (a gender, a popular video)
+# would keep one program at work long after the others.
+CHUNK = 128
+
+
+@triton.jit
+def _write(value, slot, real, x, z, sums, stride, SPACES, DIM, SP, DP, SUMS: tl.constexpr):
+    """Writes slots [N] of x and z from rows [N, SP, DP]."""
+    space, column = tl.arange(0, SP), tl.arange(0, DP)
+    inside = real[:, None, None] & (space < SPACES)[None, :, None] & (column < DIM)[None, None, :]
+    place = slot[:, None] * DIM + column[None, :]  # [N, DP]
+    at = space.to(tl.int64)[None, :, None] * stride + place[:, None, :]
+    tl.store(x + at, value.to(x.dtype.element_ty), mask=inside)
+    value = tl.where(inside, value, 0.0)
+    flat = real[:, None] & (column < DIM)[None, :]
+    for k in tl.static_range(SUMS):
+        named = (tl.load(sums + k) >> space) & 1 != 0
+        added = tl.sum(tl.where(named[None, :, None], value, 0.0), axis=1)
+        tl.store(z + k * stride + place, added.to(z.dtype.element_ty), mask=flat)
+
+
+@triton.jit
+def _read(weight, row, real, SPACES, DIM, SP, DP, SUM):
+    """Rows [N] of the arena as [N, SP, DP], zero where there is nothing."""
+    space, column = tl.arange(0, SP), tl.arange(0, DP)
+    inside = real[:, None, None] & (space < SPACES)[None, :, None] & (column < DIM)[None, None, :]
+    at = row[:, None, None] * (SPACES * DIM) + space[None, :, None] * DIM + column[None, None, :]
+    return tl.load(weight + at, mask=inside, other=0.0).to(SUM)
 
 
 @triton.jit
@@ -13,48 +49,371 @@ def _lookup(
     weight,  # [R, SPACES*DIM]
     ids,  # [B, F], flat
     offsets,  # [F]
-    out,  # [SPACES, B, F*DIM]
+    sums,  # [SUMS]
+    x,  # [SPACES, B, slots*DIM]
+    z,  # [SUMS, B, slots*DIM]
     pairs,  # B*F
     fields,
+    slots,  # of a sample: F + S
     rows,
+    stride,  # B*slots*DIM
     SPACES: tl.constexpr,
     DIM: tl.constexpr,
-    WIDTH: tl.constexpr,  # a power of two >= SPACES*DIM
+    SP: tl.constexpr,  # powers of two
+    DP: tl.constexpr,
+    SUMS: tl.constexpr,
+    SUM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     pair = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     real = pair < pairs
     row = tl.load(ids + pair, mask=real, other=0).to(tl.int64)
     row += tl.load(offsets + pair % fields, mask=real, other=0)
-    # The model has checked the ids; this keeps a wrong one from reading foreign memory.
+    # check_ids has seen the ids; this keeps a wrong one from reading foreign memory.
     row = tl.minimum(tl.maximum(row, 0), rows - 1)
-    column = tl.arange(0, WIDTH)
-    inside = real[:, None] & (column < SPACES * DIM)[None, :]
-    value = tl.load(weight + row[:, None] * (SPACES * DIM) + column[None, :], mask=inside)
-    place = (column // DIM).to(tl.int64) * pairs * DIM + column % DIM
-    tl.store(out + place[None, :] + pair[:, None] * DIM, value, mask=inside)
+    value = _read(weight, row, real, SPACES, DIM, SP, DP, SUM)
+    slot = pair // fields * slots + pair % fields
+    _write(value, slot, real, x, z, sums, stride, SPACES, DIM, SP, DP, SUMS)
 
 
-def lookup(weight: Tensor, ids: Tensor, offsets: Tensor, spaces: int) -> Tensor:
+@triton.jit
+def _pool(
+    weight,  # [R, SPACES*DIM]
+    bag_rows,  # [n]
+    bounds,  # [S, B+1]
+    weights,  # [n]
+    sums,  # [SUMS]
+    x,  # [SPACES, B, slots*DIM]
+    z,  # [SUMS, B, slots*DIM]
+    batch,
+    fields,
+    slots,
+    rows,
+    values,  # n
+    stride,
+    mean,
+    WEIGHTED: tl.constexpr,
+    SPACES: tl.constexpr,
+    DIM: tl.constexpr,
+    SP: tl.constexpr,
+    DP: tl.constexpr,
+    SUMS: tl.constexpr,
+    SUM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    sample, field = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    bound = bounds + field * (batch + 1).to(tl.int64) + sample
+    begin = tl.minimum(tl.maximum(tl.load(bound), 0), values)
+    end = tl.minimum(tl.maximum(tl.load(bound + 1), begin), values)
+    total = tl.zeros([SP, DP], dtype=SUM)
+    count = tl.zeros([], dtype=tl.int64)
+    for start in range(begin, end, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        row = tl.load(bag_rows + at, mask=at < end, other=0).to(tl.int64)
+        real = row != 0
+        row = tl.minimum(tl.maximum(row, 0), rows - 1)
+        value = _read(weight, row, real, SPACES, DIM, SP, DP, SUM)
+        if WEIGHTED:
+            factor = tl.load(weights + at, mask=at < end, other=0.0).to(SUM)
+            value *= factor[:, None, None]
+        total += tl.sum(value, axis=0)
+        count += tl.sum(real.to(tl.int64), axis=0)
+    if (mean >> field) & 1 != 0:
+        total /= tl.maximum(count, 1).to(SUM)
+    slot = sample * slots + fields + field + tl.zeros([1], dtype=tl.int64)
+    _write(total[None, :, :], slot, slot >= 0, x, z, sums, stride, SPACES, DIM, SP, DP, SUMS)
+
+
+@triton.jit
+def _terms(
+    grad_x, grad_z, sums, sources, scales, begin, end, stride,
+    SCALED: tl.constexpr, SPACES: tl.constexpr, DIM: tl.constexpr, SP: tl.constexpr,
+    DP: tl.constexpr, SUMS: tl.constexpr, SUM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sum of the gradients of occurrences begin..end, [SP, DP]."""
+    space, column = tl.arange(0, SP), tl.arange(0, DP)
+    total = tl.zeros([SP, DP], dtype=SUM)
+    for start in range(begin, end, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        slot = tl.load(sources + i, mask=i < end, other=0).to(tl.int64)
+        place = slot[:, None] * DIM + column[None, :]  # [BLOCK, DP]
+        flat = (i < end)[:, None] & (column < DIM)[None, :]
+        inside = flat[:, None, :] & (space < SPACES)[None, :, None]
+        at = space.to(tl.int64)[None, :, None] * stride + place[:, None, :]
+        grad = tl.load(grad_x + at, mask=inside, other=0.0).to(SUM)
+        for k in tl.static_range(SUMS):
+            named = ((tl.load(sums + k) >> space) & 1).to(SUM)
+            added = tl.load(grad_z + k * stride + place, mask=flat, other=0.0).to(SUM)
+            grad += added[:, None, :] * named[None, :, None]
+        if SCALED:
+            factor = tl.load(scales + i, mask=i < end, other=0.0).to(SUM)
+            grad *= factor[:, None, None]
+        total += tl.sum(grad, axis=0)
+    return total
+
+
+@triton.jit
+def _partials(
+    grad_x, grad_z, sums, segments, sources, scales, partials, unique, stride,
+    SCALED: tl.constexpr, SPACES: tl.constexpr, DIM: tl.constexpr, SP: tl.constexpr,
+    DP: tl.constexpr, SUMS: tl.constexpr, SUM: tl.constexpr, BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Sums of the chunks of occurrences that belong to one row; see _row_gradients."""
+    begin = tl.program_id(0) * CHUNK
+    low, high = (
+        tl.zeros([], tl.int32),
+        unique,
+    )  # segments[low] <= begin < segments[high], or the end
+    while high - low > 1:
+        middle = (low + high) // 2
+        right = tl.load(segments + middle) <= begin
+        low = tl.where(right, middle, low)
+        high = tl.where(right, high, middle)
+    if tl.load(segments + low + 1) >= begin + CHUNK:
+        total = _terms(
+            grad_x, grad_z, sums, sources, scales, begin, begin + CHUNK, stride,
+            SCALED, SPACES, DIM, SP, DP, SUMS, SUM, BLOCK,
+        )  # fmt: skip
+        at = tl.arange(0, SP)[:, None] * DP + tl.arange(0, DP)[None, :]
+        tl.store(partials + tl.program_id(0).to(tl.int64) * (SP * DP) + at, total)
+
+
+@triton.jit
+def _row_gradients(
+    grad_x,  # [SPACES, B, slots*DIM]
+    grad_z,  # [SUMS, B, slots*DIM]
+    sums,  # [SUMS]
+    segments,  # [U+1]
+    sources,  # [m]
+    scales,  # [m]
+    partials,  # [m // CHUNK, SP, DP], of the chunks within one row
+    out,  # [U, SPACES*DIM]
+    stride,
+    SCALED: tl.constexpr,
+    SPACES: tl.constexpr,
+    DIM: tl.constexpr,
+    SP: tl.constexpr,
+    DP: tl.constexpr,
+    SUMS: tl.constexpr,
+    SUM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    begin, end = tl.load(segments + row), tl.load(segments + row + 1)
+    first, last = (begin + CHUNK - 1) // CHUNK, end // CHUNK  # whole chunks
+    whole = last > first
+    head = tl.where(whole, first * CHUNK, end)
+    total = _terms(
+        grad_x, grad_z, sums, sources, scales, begin, head, stride,
+        SCALED, SPACES, DIM, SP, DP, SUMS, SUM, BLOCK,
+    )  # fmt: skip
+    space, column = tl.arange(0, SP)[:, None], tl.arange(0, DP)[None, :]
+    if whole:
+        for chunk in range(first, last):
+            at = tl.cast(chunk, tl.int64) * (SP * DP) + space * DP + column
+            total += tl.load(partials + at)
+        total += _terms(
+            grad_x, grad_z, sums, sources, scales, last * CHUNK, end, stride,
+            SCALED, SPACES, DIM, SP, DP, SUMS, SUM, BLOCK,
+        )  # fmt: skip
+    at = row * (SPACES * DIM) + space * DIM + column
+    inside = (space < SPACES) & (column < DIM)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _check_ids(
+    ids,  # [B, F], flat
+    sizes,  # [F]
+    bad,  # [F]
+    out,  # [B, F], flat
+    pairs,
+    fields,
+    BLOCK: tl.constexpr,
+):
+    pair = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    real = pair < pairs
+    value = tl.load(ids + pair, mask=real, other=0).to(tl.int64)
+    size = tl.load(sizes + pair % fields, mask=real, other=1)
+    outside = real & ((value < 0) | (value >= size))
+    low = tl.minimum(tl.maximum(value, -(1 << 31)), (1 << 31) - 1) & 0xFFFFFFFF
+    tl.atomic_min(bad + pair % fields, (pair // fields) << 32 | low, mask=outside)
+    tl.store(out + pair, tl.where(outside, size - 1, value).to(out.dtype.element_ty), mask=real)
+
+
+def _sizes(dtype: torch.dtype, spaces: int, dim: int, sums: int) -> dict[str, Any]:
+    """Compile-time constants that the kernels share."""
+    sp, dp = triton.next_power_of_2(spaces), triton.next_power_of_2(dim)
+    return {
+        "SPACES": spaces,
+        "DIM": dim,
+        "SP": sp,
+        "DP": dp,
+        "SUMS": sums,
+        "SUM": tl.float64 if dtype == torch.float64 else tl.float32,
+    }
+
+
+def _tile(sizes: dict[str, Any]) -> dict[str, int]:
+    """Of the kernels that add up gradients: a warp a row, four where a row is wide."""
+    width = sizes["SP"] * sizes["DP"]
+    return {
+        "BLOCK": max(1, min(8, TILE // width)),
+        "CHUNK": CHUNK,
+        "num_warps": 1 if width <= 128 else 4,
+    }
+
+
+@functools.lru_cache
+def _masks(device: torch.device, *masks: int) -> Tensor:
+    """Kept, because a copy to the device would make every step wait."""
+    return torch.tensor(masks, dtype=torch.int64, device=device)
+
+
+def lookup(
+    weight: Tensor,
+    ids: Tensor,
+    offsets: Tensor,
+    spaces: int,
+    sums: Sequence[int],
+    bags: Sequence[Tensor],
+    mean: int,
+) -> tuple[Tensor, Tensor]:
     """Triton version of :func:`stem_fast.reference.lookup` (same arguments and result)."""
     batch, fields = ids.shape
+    sequences = len(bags[1]) if bags else 0
     dim = weight.shape[1] // spaces
-    out = weight.new_empty(spaces, batch, fields * dim)
-    if out.numel():
-        width = triton.next_power_of_2(spaces * dim)
-        block = max(1, 2048 // width)
-        with torch.cuda.device_of(weight):
+    width = (fields + sequences) * dim
+    x, z = weight.new_empty(spaces, batch, width), weight.new_empty(len(sums), batch, width)
+    weight, masks = weight.contiguous(), _masks(weight.device, *sums)
+    sizes = _sizes(weight.dtype, spaces, dim, len(sums))
+    shape = {
+        "fields": fields,
+        "slots": fields + sequences,
+        "rows": len(weight),
+        "stride": batch * width,
+    }
+    block = max(1, TILE // (sizes["SP"] * sizes["DP"]))
+    with torch.cuda.device_of(weight):
+        if batch * fields:
             _lookup[(triton.cdiv(batch * fields, block),)](
-                weight.contiguous(),
+                weight,
                 ids.contiguous(),
                 offsets.contiguous(),
-                out,
-                batch * fields,
-                fields,
-                weight.shape[0],
-                SPACES=spaces,
-                DIM=dim,
-                WIDTH=width,
+                masks,
+                x,
+                z,
+                pairs=batch * fields,
+                **shape,
+                **sizes,
                 BLOCK=block,
+            )
+        if batch * sequences:
+            rows, bounds, *weights = (part.contiguous() for part in bags)
+            _pool[(batch, sequences)](
+                weight,
+                rows,
+                bounds,
+                weights[0] if weights else rows,
+                masks,
+                x,
+                z,
+                batch=batch,
+                values=len(rows),
+                mean=mean,
+                **shape,
+                WEIGHTED=bool(weights),
+                **sizes,
+                BLOCK=min(block, 16),
+            )
+    return x, z
+
+
+def row_plan(
+    ids: Tensor, offsets: Tensor, bags: Sequence[Tensor], mean: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`stem_fast.reference.row_plan` without waiting for the device: sizes depend on shapes
+    alone, and rows past the last are row 0 with empty segments. Sorting is torch's."""
+    batch, fields = ids.shape
+    slots = fields + (len(bags[1]) if bags else 0)
+    padding = torch.iinfo(torch.int64).max  # sorts after every row
+    first = torch.arange(batch, device=ids.device) * slots
+    row = torch.where(ids == 0, padding, ids + offsets).flatten()
+    slot = (first[:, None] + torch.arange(fields, device=ids.device)).flatten()
+    scale = None
+    if bags:
+        scale = torch.ones_like(row, dtype=torch.float64)
+        rows, bounds = bags[:2]
+        place = torch.arange(len(rows), device=ids.device)
+        owner = torch.full_like(place, -1)
+        factor = torch.zeros_like(place, dtype=torch.float64)
+        before = F.pad((rows != 0).cumsum(0), (1, 0))  # rows that are not padding, before each
+        for s, bound in enumerate(bounds):
+            sample = torch.searchsorted(bound, place, right=True) - 1
+            here = (sample >= 0) & (sample < batch)
+            sample = sample.clamp(0, max(batch - 1, 0))
+            owner = torch.where(here, sample * slots + fields + s, owner)
+            count = before[bound].diff().clamp(min=1)
+            share = 1 / count[sample].double() if mean >> s & 1 else 1.0
+            factor = torch.where(here, share, factor)
+        if len(bags) > 2:
+            factor = factor * bags[2]
+        row = torch.cat([row, torch.where((rows == 0) | (owner < 0), padding, rows.long())])
+        slot, scale = torch.cat([slot, owner]), torch.cat([scale, factor])
+    row, order = torch.sort(row, stable=True)
+    real = row != padding
+    new = real & F.pad(row[1:] != row[:-1], (1, 0), value=True) if len(row) else real
+    # Occurrences that begin no row go to a place past the end, which is cut off.
+    unique = torch.where(new, new.cumsum(0) - 1, len(row))
+    rows = torch.zeros(len(row) + 1, dtype=torch.int64, device=ids.device)
+    rows.scatter_(0, unique, row)
+    segments = real.sum().int().repeat(len(row) + 2)
+    begin = torch.arange(len(row), device=ids.device, dtype=torch.int32)
+    segments.scatter_(0, torch.where(new, unique, len(row) + 1), begin)
+    scales = torch.empty(0, dtype=torch.float64, device=ids.device)
+    if scale is not None:
+        scales = scale[order]
+    return rows[:-1], segments[:-1], slot[order].int(), scales
+
+
+def row_gradients(
+    grad_x: Tensor,
+    grad_z: Tensor,
+    sums: Sequence[int],
+    segments: Tensor,
+    sources: Tensor,
+    scales: Tensor,
+    dim: int,
+) -> Tensor:
+    """Triton version of :func:`stem_fast.reference.row_gradients`."""
+    spaces, unique, m = len(grad_x), len(segments) - 1, len(sources)
+    out = grad_x.new_empty(unique, spaces * dim)
+    if not out.numel():
+        return out
+    grad_x, grad_z, masks = grad_x.contiguous(), grad_z.contiguous(), _masks(grad_x.device, *sums)
+    sizes = _sizes(grad_x.dtype, spaces, dim, len(sums))
+    sizes |= {"SCALED": len(scales) > 0, **_tile(sizes)}
+    dtype = torch.float64 if grad_x.dtype == torch.float64 else torch.float32
+    partials = grad_x.new_empty(m // CHUNK, sizes["SP"], sizes["DP"], dtype=dtype)
+    stride = grad_x[0].numel()
+    plan = segments, sources, scales, partials
+    with torch.cuda.device_of(grad_x):
+        if len(partials):
+            _partials[(len(partials),)](grad_x, grad_z, masks, *plan, unique, stride, **sizes)
+        _row_gradients[(unique,)](grad_x, grad_z, masks, *plan, out, stride, **sizes)
+    return out
+
+
+def check_ids(ids: Tensor, sizes: Tensor, bad: Tensor) -> Tensor:
+    """Triton version of :func:`stem_fast.reference.check_ids`."""
+    ids = ids.contiguous()
+    out = torch.empty_like(ids)
+    if out.numel():
+        block = 256
+        with torch.cuda.device_of(ids):
+            _check_ids[(triton.cdiv(out.numel(), block),)](
+                ids, sizes, bad, out, out.numel(), ids.shape[1], BLOCK=block
             )
     return out

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stem_fast import ops, reference
+
+_NEVER = torch.iinfo(torch.int64).max  # no bad id was seen
 
 ACTIVATIONS = {
     "relu": nn.ReLU,
@@ -22,6 +25,11 @@ ACTIVATIONS = {
     "softplus": nn.Softplus,
     "identity": nn.Identity,
 }
+
+
+def _runs_ahead(tensor: Tensor) -> bool:
+    """Whether looking at a tensor's values makes the device wait."""
+    return tensor.is_cuda
 
 
 class EmbeddingArena(nn.Module):
@@ -39,10 +47,20 @@ class EmbeddingArena(nn.Module):
     ``weight`` is [R, G*D], R the sum of all vocabularies: a row holds the G embeddings of one
     value side by side. ``numeric_weight`` is [N, G*D], None without numeric fields. They are drawn
     from N(0, 1e-4^2) and xavier_normal as in the official code; padding rows are zero.
+
+    ``sparse`` (default False) asks for a sparse COO gradient of ``weight``, of the batch's rows
+    alone, instead of a dense one; for optimizers that know it. ``bounds`` says what happens on
+    CUDA to ids outside their vocabulary: "raise" (default) reads the unknown value instead and
+    notes the id for :meth:`raise_bad_ids`, so that no step waits; "clamp" reads the unknown value;
+    "off" does not look, for ids known to be right (a wrong one reads another row). On CPU they
+    always raise at once.
     """
 
     offsets: Tensor
     sizes: Tensor
+    bad: Tensor
+    sparse = False
+    bounds: Literal["raise", "clamp", "off"] = "raise"
 
     def __init__(
         self,
@@ -58,7 +76,7 @@ class EmbeddingArena(nn.Module):
         self.numeric = tuple(numeric)
         self.sequences = dict(sequences)
         self.pooling = dict(pooling)
-        self.spaces = spaces
+        self.spaces, self.dim = spaces, dim
         own = {name: size for name, size in sequences.items() if isinstance(size, int)}
         self.tables: dict[str, slice] = {}
         rows = 0
@@ -80,8 +98,9 @@ class EmbeddingArena(nn.Module):
         )
         starts = [self.tables[name].start for name in self.categorical]
         self.register_buffer("offsets", torch.tensor(starts, dtype=torch.int64), persistent=False)
-        sizes = torch.tensor(list(vocab_sizes.values()), dtype=torch.int64)
-        self.register_buffer("sizes", sizes, persistent=False)
+        sizes = [table.stop - table.start for table in self.tables.values()]
+        self.register_buffer("sizes", torch.tensor(sizes, dtype=torch.int64), persistent=False)
+        self.register_buffer("bad", torch.full((len(sizes),), _NEVER), persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -97,49 +116,94 @@ class EmbeddingArena(nn.Module):
         ids: Tensor,
         numeric: Tensor | None = None,
         sequences: Mapping[str, Tensor | tuple[Tensor, Tensor]] | None = None,
-    ) -> Tensor:
-        """ids [B, F], numeric [B, N], sequences -> [G, B, fields, D], in the order categorical,
-        numeric, sequence. Raises IndexError for an id outside its vocabulary."""
-        self._check_ids(ids)
-        batch = len(ids)
-        parts = []
-        if self.categorical:
-            x = ops.lookup(self.weight, ids, self.offsets, self.spaces)
-            parts.append(x.unflatten(2, (len(self.categorical), -1)))
+        sums: Sequence[int] = (),
+    ) -> tuple[Tensor, Tensor]:
+        """Embeddings of a batch, and sums of them over spaces.
+
+        Args:
+            ids: int32 or int64 [B, F].
+            numeric: float [B, N].
+            sequences: name -> padded ids [B, L], or jagged (values [n], offsets [B+1]).
+            sums: K bit masks over the spaces.
+
+        Returns:
+            x [G, B, fields, D] in the order categorical, numeric, sequence, and
+            z [K, B, fields, D], ``z[k]`` the sum of ``x[g]`` over the bits g of ``sums[k]``.
+
+        Raises:
+            IndexError: on CPU, an id outside its vocabulary.
+            ValueError, TypeError: inputs of another shape, type or set of names.
+        """
+        ids = self._check_ids(ids)
+        bags, mean = self._bags(sequences or {}, len(ids), ids.dtype)
+        plan = None
+        if self.sparse and self.weight.requires_grad and torch.is_grad_enabled():
+            plan = ops.row_plan(ids, self.offsets, bags, mean)
+        both = ops.lookup(self.weight, ids, self.offsets, self.spaces, sums, bags, mean, plan)
+        fields = len(self.categorical) + len(self.sequences)
+        x, z = (part.unflatten(2, (fields, self.dim)) for part in both)
         if self.numeric_weight is not None:
-            values = self._check_numeric(numeric, batch).to(self.numeric_weight.dtype)
-            scaled = values[:, :, None] * self.numeric_weight
-            parts.append(scaled.unflatten(2, (self.spaces, -1)).permute(2, 0, 1, 3))
+            values = self._check_numeric(numeric, len(ids)).to(self.numeric_weight.dtype)
+            scaled = (values[:, :, None] * self.numeric_weight).unflatten(2, (self.spaces, -1))
+            x = self._insert(x, scaled.permute(2, 0, 1, 3))
+            z = self._insert(z, reference.space_sums(scaled.permute(2, 0, 1, 3), sums))
         elif numeric is not None:
             raise ValueError("numeric values were given, but the model has no numeric field")
-        given = dict(sequences or {})
-        if given.keys() != self.sequences.keys():
-            raise ValueError(f"sequences {sorted(given)} given, {sorted(self.sequences)} expected")
-        for name in self.sequences:
-            values, offsets = self._jagged(name, given[name], batch)
-            first, pooling = self.tables[name].start, self.pooling[name]
-            pooled = reference.bag(self.weight, values, offsets, first, self.spaces, pooling)
-            parts.append(pooled[:, :, None])
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        return x, z
 
-    def _check_ids(self, ids: Tensor) -> None:
-        if ids.dim() != 2 or ids.shape[1] != len(self.categorical):
-            expected = f"[B, {len(self.categorical)}] ({', '.join(self.categorical)})"
+    def _insert(self, x: Tensor, numeric: Tensor) -> Tensor:
+        """Numeric fields between the categorical and the sequence fields."""
+        categorical = len(self.categorical)
+        return torch.cat([x[:, :, :categorical], numeric, x[:, :, categorical:]], 2)
+
+    def raise_bad_ids(self) -> None:
+        """On CUDA, wait for the device and raise IndexError for the first id that was outside its
+        vocabulary since the last call (``bounds`` "raise"); training does so once an epoch."""
+        if not _runs_ahead(self.bad) or self.bounds != "raise":
+            return
+        for name, place in zip(self.tables, self.bad.tolist(), strict=True):
+            if place != _NEVER:
+                self.bad.fill_(_NEVER)
+                value = (place & 0xFFFFFFFF) - (place >> 31 & 1) * 2**32
+                at = "value" if name in self.sequences else "row"
+                raise self._outside(name, value, place >> 32, at)
+
+    def _check_ids(self, ids: Tensor) -> Tensor:
+        fields = len(self.categorical)
+        if ids.dim() != 2 or ids.shape[1] != fields:
+            expected = f"[B, {fields}] ({', '.join(self.categorical)})"
             raise ValueError(f"ids have shape {list(ids.shape)}, expected {expected}")
         if ids.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"ids are {ids.dtype}, expected int32 or int64")
+        return self._in_bounds(ids, self.categorical, slice(fields))
+
+    def _in_bounds(
+        self, ids: Tensor, names: Sequence[str], fields: slice, bounds: Tensor | None = None
+    ) -> Tensor:
+        """ids [B, n] of the n named fields, checked: on CUDA replaced and noted, on CPU raised.
+
+        ``bounds`` are the offsets of a sequence field, whose ids are [values, 1].
+        """
+        if _runs_ahead(ids):
+            if self.bounds == "off":
+                return ids
+            return ops.check_ids(ids, self.sizes[fields], self.bad[fields])
         if torch.compiler.is_compiling():
-            return  # a data-dependent raise would break the graph; the kernels keep memory safe
-        bad = (ids < 0) | (ids >= self.sizes)
+            return ids  # a data-dependent raise would break the graph; the kernels check the arena
+        bad = (ids < 0) | (ids >= self.sizes[fields])
         if bad.any():
             row, field = bad.nonzero()[0].tolist()
-            raise self._outside(self.categorical[field], ids[row, field], row)
+            value = int(ids[row, field])
+            if bounds is not None:
+                row = int(torch.searchsorted(bounds, row, right=True)) - 1
+            raise self._outside(names[field], value, row)
+        return ids
 
-    def _outside(self, name: str, value: Tensor, row: int) -> IndexError:
+    def _outside(self, name: str, value: int, place: int, at: str = "row") -> IndexError:
         table = self.tables[name]
         size = table.stop - table.start
         return IndexError(
-            f"field {name!r}: id {value.item()} at row {row} is outside its vocabulary of {size} "
+            f"field {name!r}: id {value} at {at} {place} is outside its vocabulary of {size} "
             f"(0 is padding, {size - 1} is unknown)"
         )
 
@@ -151,10 +215,30 @@ class EmbeddingArena(nn.Module):
             raise ValueError(f"numeric has shape {got}, expected {expected} ({names})")
         return numeric
 
+    def _bags(
+        self,
+        given: Mapping[str, Tensor | tuple[Tensor, Tensor]],
+        batch: int,
+        dtype: torch.dtype,
+    ) -> tuple[list[Tensor], int]:
+        """All sequences as the bags, and the mask of means, of :func:`reference.lookup`."""
+        if given.keys() != self.sequences.keys():
+            raise ValueError(f"sequences {sorted(given)} given, {sorted(self.sequences)} expected")
+        rows, bounds, mean, length = [], [], 0, 0
+        for s, name in enumerate(self.sequences):
+            values, offsets = self._jagged(name, given[name], batch)
+            first = self.tables[name].start
+            rows.append(torch.where(values == 0, 0, values + first).to(dtype))
+            bounds.append(offsets + length)
+            length += len(values)
+            mean |= (self.pooling[name] == "mean") << s
+        return [torch.cat(rows), torch.stack(bounds)] if rows else [], mean
+
     def _jagged(
         self, name: str, given: Tensor | tuple[Tensor, Tensor], batch: int
     ) -> tuple[Tensor, Tensor]:
         """A padded [B, L] or jagged (values [n], offsets [B+1]) sequence, checked, as jagged."""
+        padded = isinstance(given, Tensor)
         if isinstance(given, Tensor):
             if given.dim() != 2 or len(given) != batch:
                 shape = list(given.shape)
@@ -167,18 +251,16 @@ class EmbeddingArena(nn.Module):
         values, offsets = given
         if values.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"sequence {name!r} is {values.dtype}, expected int32 or int64")
-        if len(offsets) != batch + 1 or int(offsets[0]) != 0 or int(offsets[-1]) != len(values):
-            raise ValueError(
-                f"sequence {name!r}: offsets must be [{batch + 1}], from 0 to {len(values)}"
-            )
-        if (offsets.diff() < 0).any():
-            raise ValueError(f"sequence {name!r}: offsets decrease")
-        bad = (values < 0) | (values >= self.tables[name].stop - self.tables[name].start)
-        if bad.any():
-            position = int(bad.nonzero()[0])
-            row = int(torch.searchsorted(offsets, position, right=True)) - 1
-            raise self._outside(name, values[position], row)
-        return values, offsets
+        if len(offsets) != batch + 1:
+            raise ValueError(f"sequence {name!r}: offsets must be [{batch + 1}]")
+        if not (padded or _runs_ahead(offsets) or torch.compiler.is_compiling()):
+            if int(offsets[0]) != 0 or int(offsets[-1]) != len(values):
+                raise ValueError(f"sequence {name!r}: offsets must be from 0 to {len(values)}")
+            if (offsets.diff() < 0).any():
+                raise ValueError(f"sequence {name!r}: offsets decrease")
+        field = list(self.tables).index(name)
+        checked = self._in_bounds(values[:, None], [name], slice(field, field + 1), offsets)
+        return checked[:, 0], offsets.long()
 
 
 class GroupedLinear(nn.Module):
@@ -191,7 +273,7 @@ class GroupedLinear(nn.Module):
         for one in self.weight.detach():
             nn.init.xavier_normal_(one)
 
-    def forward(self, x: Tensor, reads: Sequence[int]) -> Tensor:
+    def forward(self, x: Tensor | Sequence[Tensor], reads: Sequence[int]) -> Tensor:
         return reference.grouped_linear(x, reads, self.weight, self.bias)
 
 
@@ -308,18 +390,13 @@ class GroupedMLP(nn.Module):
             blocks.append(GroupedLinear(groups, inputs, outputs))
         self.blocks = nn.ModuleList(blocks)
 
-    def forward(self, x: Tensor, reads: Sequence[int] | None = None) -> Tensor:
-        """x [N, B, I] -> [n, B, O]; network e reads ``x[reads[e]]`` (default: its own, ``x[e]``).
-
-        With fewer reads than networks only the first ones run.
-        """
-        for block in self.blocks:
-            if isinstance(block, GroupedLinear):
-                x = block(x, range(len(x)) if reads is None else reads)
-                reads = None
-            else:
-                x = block(x)
-        return x
+    def forward(self, x: Tensor | Sequence[Tensor], reads: Sequence[int]) -> Tensor:
+        """N inputs [B, I] -> [n, B, O]; the first n networks run, e reads ``x[reads[e]]``."""
+        first, *rest = self.blocks  # the first is linear
+        y: Tensor = first(x, reads)
+        for block in rest:
+            y = block(y, range(len(y))) if isinstance(block, GroupedLinear) else block(y)
+        return y
 
     def official(self, group: int) -> Iterator[tuple[str, Tensor]]:
         """(key within MLP_Block, view of network ``group``'s tensor) of every parameter, buffer."""

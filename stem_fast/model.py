@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -119,9 +120,11 @@ class STEMNet(nn.Module):
         wiring, num_experts = self.wiring, len(self.wiring.reads)
         if not num_experts:
             raise ValueError("the model has no expert")
-        if max(num_experts, len(wiring.gates)) > 63:
-            gates = len(wiring.gates)
-            raise ValueError(f"{num_experts} experts and {gates} gates; at most 63 of each")
+        if num_experts > ops.MAX_EXPERTS or len(wiring.gates) > ops.MAX_GATES:
+            raise ValueError(
+                f"{num_experts} experts and {len(wiring.gates)} gates; "
+                f"at most {ops.MAX_EXPERTS} and {ops.MAX_GATES}"
+            )
         if num_layers > 1 and len(wiring.see) != len(wiring.spaces):
             raise ValueError(f"{type(self).__name__} has one layer, num_layers is {num_layers}")
 
@@ -218,25 +221,38 @@ class STEMNet(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """Logits [B, T], and each layer's gate logits [K, B, E] (empty for models without)."""
         wiring = self.wiring
-        x = self.embedding(ids, numeric, sequences)  # [G, B, fields, D]
+        # Nobody reads the last layer's shared output: its gate, after the tasks', is not run.
+        live = [len(wiring.see)] * (len(self.experts) - 1) + [max(wiring.towers) + 1]
+        sums = self._sums(live[0])
+        masks = [sum(1 << wiring.spaces[n] for n in names) for names in sums]
+        x, z = self.embedding(ids, numeric, sequences, masks)  # [G or len(sums), B, fields, D]
         if self.order != list(range(len(self.order))):
-            x = x[:, :, self.order]
-        x = x.flatten(2)  # [G, B, fields*D]
-        if wiring.spaces != tuple(range(len(x))):
-            x = x[list(wiring.spaces)]  # [N, B, fields*D]
+            x, z = x[:, :, self.order], z[:, :, self.order]
+        spaces = x.flatten(2).unbind()  # G of [B, fields*D]
+        inputs = [spaces[g] for g in wiring.spaces]
+        added = dict(zip(sums, z.flatten(2).unbind(), strict=True))
         gate_logits = []
         for layer, experts in enumerate(self.experts):
-            last = layer + 1 == len(self.experts)
-            # Nobody reads the last layer's shared output: its gate, after the tasks', is not run.
-            live = max(wiring.towers) + 1 if last else len(wiring.see)
-            y = experts(x, wiring.reads)  # [E, B, H]
+            y = experts(inputs, wiring.reads)  # [E, B, H]
+            gates, see = wiring.gates[: live[layer]], wiring.see[: live[layer]]
             if not wiring.gates:
-                x = y[[mask.bit_length() - 1 for mask in wiring.see[:live]]]
+                outputs = y.unbind()
+                inputs = [outputs[mask.bit_length() - 1] for mask in see]
                 continue
-            inputs = reference.gate_inputs(x, wiring.gates[:live])
-            gate_logits.append(self.gate_mlps[layer](inputs, range(live)))  # [K, B, E]
-            x = ops.mixture(y, gate_logits[-1], wiring.see[:live], wiring.learn[:live])
-        return self.towers(x, wiring.towers)[:, :, 0].T, gate_logits
+            if layer:
+                added = {
+                    names: functools.reduce(torch.add, [inputs[n] for n in names])
+                    for names in self._sums(live[layer])
+                }
+            reads = [added[names] if names in added else inputs[names[0]] for names in gates]
+            gate_logits.append(self.gate_mlps[layer](reads, range(len(reads))))  # [K, B, E]
+            mixed = ops.mixture(y, gate_logits[-1], see, wiring.learn[: live[layer]])  # [K, B, H]
+            inputs = list(mixed.unbind())
+        return self.towers(inputs, wiring.towers)[:, :, 0].T, gate_logits
+
+    def _sums(self, live: int) -> list[tuple[int, ...]]:
+        """The inputs that the first ``live`` gates read the sums of."""
+        return [names for names in self.wiring.gates[:live] if len(names) > 1]
 
     def predict(
         self, ids: Tensor, numeric: Tensor | None = None, sequences: Sequences | None = None

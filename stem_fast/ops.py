@@ -4,8 +4,9 @@ Calling an op takes three hops: the function here, PyTorch's dispatcher, the ker
 every op is :mod:`stem_fast.reference`; the C++ library overrides it on CPU, Triton on CUDA.
 
 ``STEM_FAST_BACKEND``, read at import, chooses: ``auto`` (the fastest on each device), or
-``reference``, ``cpp``, ``triton``. A backend that is asked for and not there is an ImportError,
-never a silent fallback. With ``TRITON_INTERPRET=1`` a chosen ``triton`` runs on CPU, slowly.
+``reference``, ``cpp``, ``triton``, ``cuda`` (C++). A backend that is asked for and not there is an
+ImportError, never a silent fallback. With ``TRITON_INTERPRET=1`` a chosen ``triton`` runs on CPU,
+slowly.
 """
 
 from __future__ import annotations
@@ -13,67 +14,197 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from stem_fast import reference
 
+MAX_EXPERTS, MAX_GATES = 64, 16  # what every backend of the mixture takes
+
 _library = torch.library.Library("stem_fast", "DEF")
-_library.define("lookup(Tensor weight, Tensor ids, Tensor offsets, int spaces) -> Tensor")
-_library.define("lookup_backward(Tensor grad, Tensor ids, Tensor offsets, int rows) -> Tensor")
-_library.define("mixture(Tensor y, Tensor logits, int[] see, int[] learn) -> Tensor")
-_library.define(
-    "mixture_backward(Tensor grad, Tensor y, Tensor logits, int[] see, int[] learn)"
-    " -> (Tensor, Tensor)"
-)
-for _name in ("lookup", "lookup_backward", "mixture", "mixture_backward"):
+SCHEMAS = {
+    "lookup": "(Tensor weight, Tensor ids, Tensor offsets, int spaces, int[] sums, Tensor[] bags,"
+    " int mean) -> (Tensor, Tensor)",
+    "lookup_backward": "(Tensor grad_x, Tensor grad_z, int[] sums, Tensor ids, Tensor offsets,"
+    " Tensor[] bags, int mean, int rows) -> Tensor",
+    "row_plan": "(Tensor ids, Tensor offsets, Tensor[] bags, int mean)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "row_gradients": "(Tensor grad_x, Tensor grad_z, int[] sums, Tensor segments, Tensor sources,"
+    " Tensor scales, int dim) -> Tensor",
+    "check_ids": "(Tensor ids, Tensor sizes, Tensor(a!) bad) -> Tensor",
+    "mixture": "(Tensor y, Tensor logits, int[] see, int[] learn) -> Tensor",
+    "mixture_backward": "(Tensor grad, Tensor y, Tensor logits, int[] see, int[] learn)"
+    " -> (Tensor, Tensor)",
+}
+for _name, _schema in SCHEMAS.items():
+    _library.define(_name + _schema)
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
 
 
-def lookup(weight: Tensor, ids: Tensor, offsets: Tensor, spaces: int) -> Tensor:
-    """Embeddings of categorical fields, all spaces in one pass; see :func:`reference.lookup`."""
-    return torch.ops.stem_fast.lookup(weight, ids, offsets, spaces)
+class RowPlan(NamedTuple):
+    """Which arena rows a batch reads, and where; see :func:`reference.row_plan`."""
+
+    rows: Tensor  # int64 [U]
+    segments: Tensor  # int32 [U+1]
+    sources: Tensor  # int32 [m]
+    scales: Tensor  # float64 [m] or [0]
 
 
-@torch.library.register_fake("stem_fast::lookup")
-def _lookup_fake(weight: Tensor, ids: Tensor, offsets: Tensor, spaces: int) -> Tensor:
+def lookup(
+    weight: Tensor,
+    ids: Tensor,
+    offsets: Tensor,
+    spaces: int,
+    sums: Sequence[int] = (),
+    bags: Sequence[Tensor] = (),
+    mean: int = 0,
+    plan: RowPlan | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Embeddings of all fields in all spaces, and sums of spaces, in one pass.
+
+    Arguments and results as in :func:`reference.lookup`. ``weight`` gets a dense gradient; with
+    the batch's ``plan`` a sparse COO one, already coalesced on CPU: indices are the plan's rows,
+    values the output of :func:`reference.row_gradients`.
+
+    Raises:
+        ValueError: weights of bags that require a gradient (they are constants here).
+        RuntimeError: sizes or types that don't fit; on CPU, a row outside the arena.
+    """
+    if any(part.requires_grad for part in bags):
+        raise ValueError("the weights of bags get no gradient: detach them")
+    arguments = (weight, ids, offsets, spaces, list(sums), list(bags), mean)
+    if plan is None:
+        return torch.ops.stem_fast.lookup(*arguments)
+    return _SparseLookup.apply(plan, *arguments)
+
+
+def row_plan(ids: Tensor, offsets: Tensor, bags: Sequence[Tensor] = (), mean: int = 0) -> RowPlan:
+    """Which arena rows a batch reads, and where; see :func:`reference.row_plan`."""
+    return RowPlan(*torch.ops.stem_fast.row_plan(ids, offsets, list(bags), mean))
+
+
+def check_ids(ids: Tensor, sizes: Tensor, bad: Tensor) -> Tensor:
+    """Ids within their vocabularies, without waiting; see :func:`reference.check_ids`."""
+    return torch.ops.stem_fast.check_ids(ids, sizes, bad)
+
+
+def _lookup_fake(
+    weight: Tensor,
+    ids: Tensor,
+    offsets: Tensor,
+    spaces: int,
+    sums: list[int],
+    bags: list[Tensor],
+    mean: int,
+) -> tuple[Tensor, Tensor]:
     batch, fields = ids.shape
-    return weight.new_empty(spaces, batch, fields * (weight.shape[1] // spaces))
+    width = (fields + (len(bags[1]) if bags else 0)) * (weight.shape[1] // spaces)
+    return weight.new_empty(spaces, batch, width), weight.new_empty(len(sums), batch, width)
 
 
-@torch.library.register_fake("stem_fast::lookup_backward")
-def _lookup_backward_fake(grad: Tensor, ids: Tensor, offsets: Tensor, rows: int) -> Tensor:
-    return grad.new_empty(rows, grad.shape[0] * (grad.shape[2] // ids.shape[1]))
+def _lookup_backward_fake(
+    grad_x: Tensor,
+    grad_z: Tensor,
+    sums: list[int],
+    ids: Tensor,
+    offsets: Tensor,
+    bags: list[Tensor],
+    mean: int,
+    rows: int,
+) -> Tensor:
+    fields = ids.shape[1] + (len(bags[1]) if bags else 0)
+    return grad_x.new_empty(rows, len(grad_x) * (grad_x.shape[2] // fields))
 
 
-def _lookup_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    weight, ids, offsets, _ = inputs
-    ctx.save_for_backward(ids, offsets)
+def _row_plan_fake(
+    ids: Tensor, offsets: Tensor, bags: list[Tensor], mean: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    context = torch.library.get_ctx()
+    rows, read = context.new_dynamic_size(), context.new_dynamic_size()
+    return (
+        ids.new_empty(rows, dtype=torch.int64),
+        ids.new_empty(rows + 1, dtype=torch.int32),
+        ids.new_empty(read, dtype=torch.int32),
+        ids.new_empty(read if bags else 0, dtype=torch.float64),
+    )
+
+
+def _row_gradients_fake(
+    grad_x: Tensor,
+    grad_z: Tensor,
+    sums: list[int],
+    segments: Tensor,
+    sources: Tensor,
+    scales: Tensor,
+    dim: int,
+) -> Tensor:
+    return grad_x.new_empty(len(segments) - 1, len(grad_x) * dim)
+
+
+def _check_ids_fake(ids: Tensor, sizes: Tensor, bad: Tensor) -> Tensor:
+    return torch.empty_like(ids)
+
+
+def _lookup_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    weight, ids, offsets, _, ctx.sums, bags, ctx.mean = inputs
+    ctx.save_for_backward(ids, offsets, *bags)
     ctx.rows = weight.shape[0]
 
 
-def _lookup_grad(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-    ids, offsets = ctx.saved_tensors
-    return torch.ops.stem_fast.lookup_backward(grad, ids, offsets, ctx.rows), None, None, None
+def _lookup_grad(ctx: Any, grad_x: Tensor, grad_z: Tensor) -> tuple[Any, ...]:
+    ids, offsets, *bags = ctx.saved_tensors
+    dense = torch.ops.stem_fast.lookup_backward(
+        grad_x, grad_z, ctx.sums, ids, offsets, bags, ctx.mean, ctx.rows
+    )
+    # To torch.library every empty list is a list of tensors, and wants a list of gradients.
+    return dense, None, None, None, None if ctx.sums else [], [None] * len(bags), None
 
 
 torch.library.register_autograd("stem_fast::lookup", _lookup_grad, setup_context=_lookup_setup)
 
 
+class _SparseLookup(torch.autograd.Function):
+    """:func:`lookup` with a gradient of the plan's rows alone."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: RowPlan, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(*plan)
+        ctx.shape, ctx.spaces, ctx.sums = weight.shape, rest[2], rest[3]
+        return torch.ops.stem_fast.lookup(weight, *rest)
+
+    @staticmethod
+    def backward(ctx: Any, grad_x: Tensor, grad_z: Tensor) -> tuple[Any, ...]:
+        rows, *plan = ctx.saved_tensors
+        values = torch.ops.stem_fast.row_gradients(
+            grad_x, grad_z, ctx.sums, *plan, ctx.shape[1] // ctx.spaces
+        )
+        # A CUDA plan repeats row 0, with zeros.
+        gradient = torch.sparse_coo_tensor(
+            rows[None], values, ctx.shape, is_coalesced=not values.is_cuda, check_invariants=False
+        )
+        return None, gradient, *(None,) * 6
+
+
 def mixture(y: Tensor, logits: Tensor, see: Sequence[int], learn: Sequence[int]) -> Tensor:
-    """The AFTB gated mixture with its asymmetric backward; see :func:`reference.mixture`."""
+    """The AFTB gated mixture with its asymmetric backward; see :func:`reference.mixture`.
+
+    At most 64 experts and 16 gates. The sums are in float32 (float64 for float64).
+    """
     # Autocast can leave gates and experts in different types.
-    return torch.ops.stem_fast.mixture(y, logits.to(y.dtype), list(see), list(learn))
+    return torch.ops.stem_fast.mixture(y, logits.to(y.dtype), _signed(see), _signed(learn))
 
 
-@torch.library.register_fake("stem_fast::mixture")
+def _signed(masks: Sequence[int]) -> list[int]:
+    """Masks as the int64 of the same bits: expert 63 is the sign."""
+    return [mask - (mask >> 63 << 64) for mask in masks]
+
+
 def _mixture_fake(y: Tensor, logits: Tensor, see: list[int], learn: list[int]) -> Tensor:
     return y.new_empty(logits.shape[0], *y.shape[1:])
 
 
-@torch.library.register_fake("stem_fast::mixture_backward")
 def _mixture_backward_fake(
     grad: Tensor, y: Tensor, logits: Tensor, see: list[int], learn: list[int]
 ) -> tuple[Tensor, Tensor]:
@@ -92,17 +223,48 @@ def _mixture_grad(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
 
 torch.library.register_autograd("stem_fast::mixture", _mixture_grad, setup_context=_mixture_setup)
 
+for _name in SCHEMAS:
+    torch.library.register_fake(f"stem_fast::{_name}", globals()[f"_{_name}_fake"])
+
+
+def _lookup_backward(
+    grad_x: Tensor,
+    grad_z: Tensor,
+    sums: list[int],
+    ids: Tensor,
+    offsets: Tensor,
+    bags: list[Tensor],
+    mean: int,
+    rows: int,
+) -> Tensor:
+    """:func:`reference.lookup_backward` by the device's own plan and row gradients."""
+    fields = ids.shape[1] + (len(bags[1]) if bags else 0)
+    named, *plan = torch.ops.stem_fast.row_plan(ids, offsets, bags, mean)
+    values = torch.ops.stem_fast.row_gradients(
+        grad_x, grad_z, sums, *plan, grad_x.shape[2] // fields
+    )
+    return grad_x.new_zeros(rows, values.shape[1]).index_copy_(0, named, values)
+
 
 def _load_cpp() -> str:
     """Load the C++ library, which overrides the defaults on CPU. Returns its state."""
-    libraries = sorted(Path(__file__).parent.glob("_cpp.*"))
+    state = _load_library("_cpp", "no C++ compiler was found at installation")
+    if state:
+        return state
+    _library.impl("lookup_backward", _lookup_backward, "CPU")
+    return "in use on cpu"
+
+
+def _load_library(name: str, missing: str) -> str:
+    """Load a compiled library of this package. Returns why it is not loaded, or nothing."""
+    libraries = sorted(Path(__file__).parent.glob(f"{name}.*"))
     if not libraries:
-        return "not built (no C++ compiler was found at installation)"
+        return f"not built ({missing})"
     try:
         torch.ops.load_library(libraries[0])
     except OSError as error:
         return f"built, but does not load: {error}"
-    return "in use on cpu"
+    return ""
 
 
 def _load_triton() -> str:
@@ -117,19 +279,38 @@ def _load_triton() -> str:
             raise
         return "triton is not installed"
     device = "CPU" if interpreted else "CUDA"
-    _library.impl("lookup", lookup.lookup, device)
-    _library.impl("mixture", mixture.mixture, device)
-    _library.impl("mixture_backward", mixture.mixture_backward, device)
+    for module, names in (
+        (lookup, ("lookup", "row_plan", "row_gradients", "check_ids")),
+        (mixture, ("mixture", "mixture_backward")),
+    ):
+        for name in names:
+            _library.impl(name, getattr(module, name), device)
+    _library.impl("lookup_backward", _lookup_backward, device)
     return f"in use on {device.lower()}"
+
+
+def _load_cuda() -> str:
+    """Load the CUDA C++ library, which overrides the defaults on CUDA. Returns its state."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    state = _load_library("_cuda", "no nvcc was found at installation")
+    if state:
+        return state
+    from stem_fast.kernels.lookup import row_plan  # sorting is torch's
+
+    _library.impl("row_plan", row_plan, "CUDA")
+    _library.impl("lookup_backward", _lookup_backward, "CUDA")
+    return "in use on cuda"
 
 
 def _load(choice: str) -> dict[str, str]:
     """Load what ``choice`` asks for. Returns every backend's state."""
-    loaders = {"cpp": _load_cpp, "triton": _load_triton}
+    loaders = {"cpp": _load_cpp, "triton": _load_triton, "cuda": _load_cuda}
     if choice not in ("auto", "reference", *loaders):
         known = ", ".join(["auto", "reference", *loaders])
         raise ImportError(f"STEM_FAST_BACKEND={choice!r} is none of {known}")
-    # The interpreter is for tests, which name triton.
+    # The interpreter is for tests, which name triton. Triton is CUDA's default until a GPU has
+    # shown which of the two is faster, op by op.
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     fastest = {"cpp"} if interpreted else {"cpp", "triton"}
     wanted = fastest if choice == "auto" else {choice}

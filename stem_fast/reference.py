@@ -18,78 +18,193 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def lookup(weight: Tensor, ids: Tensor, offsets: Tensor, spaces: int) -> Tensor:
-    """Embeddings of categorical fields, all spaces at once.
+def lookup(
+    weight: Tensor,
+    ids: Tensor,
+    offsets: Tensor,
+    spaces: int,
+    sums: Sequence[int] = (),
+    bags: Sequence[Tensor] = (),
+    mean: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Embeddings of all fields in all spaces, and sums of spaces.
 
     Args:
         weight: [R, G*D], the arena. A row holds the G embeddings of one feature value; the rows of
-            field f start at ``offsets[f]``.
+            field f start at ``offsets[f]``. Arena row 0 is a padding row.
         ids: int32 or int64 [B, F], 0 <= ids[b, f] < rows of field f. 0 is padding: it reads its
             row, which is kept at zero, and never trains it.
         offsets: int64 [F].
         spaces: G.
+        sums: K bit masks over the spaces; bit g says whether space g is in the sum.
+        bags: sequences of S further fields: none, or (rows, bounds) or (rows, bounds, weights).
+            rows: int32 or int64 [n], arena rows; 0 is padding and counts for nothing.
+            bounds: int64 [S, B+1]; bag (s, b) is ``rows[bounds[s, b] : bounds[s, b + 1]]``.
+            weights: float [n], a constant factor of each row.
+        mean: bit s says whether the bags of field s are divided by their count of rows that are
+            not padding (FuxiCTR's MaskedAveragePooling; without: MaskedSumPooling).
 
     Returns:
-        [G, B, F*D], field-major.
+        x [G, B, (F+S)*D], field-major; an empty bag is zeros.
+        z [K, B, (F+S)*D], ``z[k] = sum of x[g] over the spaces in sums[k]``.
     """
     rows = F.embedding(ids + offsets, weight)  # [B, F, G*D]
-    rows = torch.where((ids == 0)[..., None], rows.detach(), rows)
-    return rows.unflatten(2, (spaces, -1)).permute(2, 0, 1, 3).flatten(2)
+    parts = [torch.where((ids == 0)[..., None], rows.detach(), rows)]
+    batch = len(ids)
+    for s in range(len(bags[1]) if bags else 0):
+        row, sample, scale = _bag_rows(bags, mean, s)
+        pooled = weight.new_zeros(batch, weight.shape[1])
+        scaled = F.embedding(row, weight) * scale[:, None].to(weight.dtype)
+        parts.append(pooled.index_add(0, sample, scaled)[:, None])
+    x = torch.cat(parts, 1).unflatten(2, (spaces, -1)).permute(2, 0, 1, 3).flatten(2)
+    return x, space_sums(x, sums)
 
 
-def lookup_backward(grad: Tensor, ids: Tensor, offsets: Tensor, rows: int) -> Tensor:
+def lookup_backward(
+    grad_x: Tensor,
+    grad_z: Tensor,
+    sums: Sequence[int],
+    ids: Tensor,
+    offsets: Tensor,
+    bags: Sequence[Tensor],
+    mean: int,
+    rows: int,
+) -> Tensor:
     """Dense gradient of :func:`lookup` with respect to ``weight``.
 
     Args:
-        grad: [G, B, F*D], gradient of the output.
-        ids, offsets: as in :func:`lookup`.
+        grad_x, grad_z: [G, B, (F+S)*D] and [K, B, (F+S)*D], gradients of the outputs.
+        sums, ids, offsets, bags, mean: as in :func:`lookup`.
         rows: R.
 
     Returns:
-        [R, G*D]; zero for rows that no id names and for every field's padding row.
+        [R, G*D]; zero for rows that no id names and for padding rows.
     """
-    grad = grad.unflatten(2, (ids.shape[1], -1)).permute(1, 2, 0, 3).flatten(2)  # [B, F, G*D]
-    # Row 0 is a padding row, so it can stand for every field's padding, which gets no gradient.
-    index = torch.where(ids == 0, 0, ids + offsets)
-    return torch.ops.aten.embedding_dense_backward(grad, index, rows, 0, False)
+    fields = ids.shape[1] + (len(bags[1]) if bags else 0)
+    dim = grad_x.shape[2] // fields
+    dense = grad_x.new_zeros(rows, len(grad_x) * dim)
+    plan = row_plan(ids, offsets, bags, mean)
+    dense[plan[0]] = row_gradients(grad_x, grad_z, sums, *plan[1:], dim)
+    return dense
 
 
-def bag(
-    weight: Tensor, values: Tensor, offsets: Tensor, first_row: int, spaces: int, pooling: str
-) -> Tensor:
-    """Pooled embeddings of one sequence field (FuxiCTR's MaskedAveragePooling, MaskedSumPooling).
+def row_plan(
+    ids: Tensor, offsets: Tensor, bags: Sequence[Tensor] = (), mean: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Which arena rows a batch reads, and where; made once a batch.
+
+    A slot is one place of the lookup's output: slot ``b * (F+S) + f`` is field f of sample b.
 
     Args:
-        weight: [R, G*D], the arena.
-        values: int32 or int64 [n], the ids of all sequences one after another; 0 is padding and
-            counts for nothing.
-        offsets: int64 [B+1]; sequence b is ``values[offsets[b]:offsets[b+1]]``.
-        first_row: the arena row of the field's id 0.
-        spaces: G.
-        pooling: "mean" or "sum". An empty sequence pools to zeros.
+        ids, offsets, bags, mean: as in :func:`lookup`.
 
     Returns:
-        [G, B, D].
+        rows: int64 [U], the arena rows that the batch trains, ascending. No padding rows, except
+            that backends which can't wait for U (CUDA) append row 0 with an empty segment each.
+        segments: int32 [U+1]; row u is read at ``sources[segments[u] : segments[u + 1]]``.
+        sources: int32 [m], slots; within a row categorical fields first, then bags in their order.
+        scales: float64 [m], the factor of each: 1 for a categorical field, for a bag its weight
+            and the mean's divisor. Empty ([0]) without bags: every factor is 1.
     """
-    batch = len(offsets) - 1
-    sequence = torch.repeat_interleave(
-        torch.arange(batch, device=values.device), offsets.diff(), output_size=len(values)
+    batch, categorical = ids.shape
+    fields = categorical + (len(bags[1]) if bags else 0)
+    first = torch.arange(batch, device=ids.device) * fields
+    row = torch.where(ids == 0, 0, ids + offsets).flatten()
+    slot = (first[:, None] + torch.arange(categorical, device=ids.device)).flatten()
+    occurrences = [(row, slot, torch.ones_like(row, dtype=torch.float64))]
+    for s in range(fields - categorical):
+        row, sample, scale = _bag_rows(bags, mean, s)
+        occurrences.append((row.long(), first[sample] + categorical + s, scale))
+    row, slot, scale = (torch.cat(parts) for parts in zip(*occurrences, strict=True))
+    order = torch.argsort(row, stable=True)
+    order = order[row[order] != 0]
+    rows, counts = row[order].unique_consecutive(return_counts=True)
+    segments = F.pad(counts.cumsum(0), (1, 0)).int()
+    return rows, segments, slot[order].int(), scale[order] if bags else scale[:0]
+
+
+def row_gradients(
+    grad_x: Tensor,
+    grad_z: Tensor,
+    sums: Sequence[int],
+    segments: Tensor,
+    sources: Tensor,
+    scales: Tensor,
+    dim: int,
+) -> Tensor:
+    """Gradient of :func:`lookup` for the rows of a :func:`row_plan` alone.
+
+    Args:
+        grad_x, grad_z, sums: as in :func:`lookup_backward`.
+        segments, sources, scales: of the plan.
+        dim: D.
+
+    Returns:
+        [U, G*D], in the order of the plan's rows; zero for an empty segment.
+    """
+    grad = grad_x
+    for mask, part in zip(sums, grad_z.unbind(), strict=True):
+        named = [bool(mask >> g & 1) for g in range(len(grad))]
+        grad = grad + part * torch.tensor(named, device=part.device)[:, None, None]
+    slots = grad.unflatten(2, (-1, dim)).permute(1, 2, 0, 3).flatten(2).flatten(0, 1)
+    terms = slots[sources]  # [m, G*D]
+    if len(scales):
+        terms = terms * scales[:, None].to(terms.dtype)
+    row = torch.repeat_interleave(
+        torch.arange(len(segments) - 1, device=segments.device),
+        segments.diff(),
+        output_size=len(sources),
     )
-    real = values != 0
-    values, sequence = values[real], sequence[real]
-    rows = F.embedding(values + first_row, weight)
-    pooled = rows.new_zeros(batch, weight.shape[1]).index_add(0, sequence, rows)
-    if pooling == "mean":
-        length = torch.bincount(sequence, minlength=batch).clamp(min=1)
-        pooled = pooled / length[:, None].to(pooled.dtype)
-    return pooled.unflatten(1, (spaces, -1)).transpose(0, 1)
+    return terms.new_zeros(len(segments) - 1, terms.shape[1]).index_add(0, row, terms)
 
 
-def grouped_linear(x: Tensor, reads: Sequence[int], weight: Tensor, bias: Tensor) -> Tensor:
+def check_ids(ids: Tensor, sizes: Tensor, bad: Tensor) -> Tensor:
+    """Ids with those outside their vocabulary replaced by its last one, the unknown value.
+
+    Args:
+        ids: int32 or int64 [B, F].
+        sizes: int64 [F], rows of each field.
+        bad: int64 [F], changed in place: the least of itself and, over the field's ids that are
+            outside, ``b << 32 | id`` (the id clamped to 32 bits, signed). Nothing waits for it; see
+            :meth:`stem_fast.layers.EmbeddingArena.raise_bad_ids`.
+
+    Returns:
+        [B, F], of the type of ``ids``.
+    """
+    outside = (ids < 0) | (ids >= sizes)
+    value = ids.long().clamp(-(1 << 31), (1 << 31) - 1) & 0xFFFFFFFF
+    place = torch.arange(len(ids), device=ids.device)[:, None] << 32 | value
+    never = torch.iinfo(torch.int64).max
+    seen = torch.cat([torch.where(outside, place, never), bad[None]])
+    bad.copy_(seen.amin(0))
+    return torch.where(outside, sizes - 1, ids).to(ids.dtype)
+
+
+def _bag_rows(bags: Sequence[Tensor], mean: int, s: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(row, sample, float64 scale) of every row of the bags of field s that is not padding."""
+    rows, bounds = bags[0], bags[1][s]
+    batch = len(bounds) - 1
+    rows = rows[bounds[0] : bounds[-1]]
+    sample = torch.repeat_interleave(
+        torch.arange(batch, device=rows.device), bounds.diff(), output_size=len(rows)
+    )
+    scale = torch.ones_like(rows, dtype=torch.float64)
+    if len(bags) > 2:
+        scale = bags[2][bounds[0] : bounds[-1]].double()
+    real = rows != 0
+    rows, sample, scale = rows[real], sample[real], scale[real]
+    if mean >> s & 1:
+        scale = scale / torch.bincount(sample, minlength=batch).clamp(min=1)[sample]
+    return rows, sample, scale
+
+
+def grouped_linear(
+    x: Tensor | Sequence[Tensor], reads: Sequence[int], weight: Tensor, bias: Tensor
+) -> Tensor:
     """One linear layer of E networks that run side by side (experts, gates or towers).
 
     Args:
-        x: [N, B, I], the inputs there are.
+        x: [N, B, I], or N of [B, I]: the inputs there are.
         reads: indices into them: network e reads ``x[reads[e]]``; with fewer than E of them, only
             the first networks run.
         weight: [E, O, I].
@@ -99,15 +214,16 @@ def grouped_linear(x: Tensor, reads: Sequence[int], weight: Tensor, bias: Tensor
         [E, B, O].
     """
     # unbind and not indexing: the backward of x[n] fills a whole x with zeros each time.
-    inputs = x.unbind()
+    inputs = x.unbind() if isinstance(x, Tensor) else x
     networks = zip(reads, weight.unbind(), bias.unbind(), strict=False)
     return torch.stack([F.linear(inputs[n], w, b) for n, w, b in networks])
 
 
-def gate_inputs(x: Tensor, reads: Sequence[Sequence[int]]) -> Tensor:
-    """What the gates read: the sum of the inputs that each names. [N, B, I] -> [K, B, I]."""
+def space_sums(x: Tensor, sums: Sequence[int]) -> Tensor:
+    """``z[k] = sum of x[n] over the bits n of sums[k]``. [N, B, I] -> [K, B, I]."""
     inputs = x.unbind()
-    return torch.stack([torch.stack([inputs[n] for n in names]).sum(0) for names in reads])
+    named = [[inputs[n] for n in range(len(inputs)) if mask >> n & 1] for mask in sums]
+    return torch.stack([torch.stack(each).sum(0) for each in named]) if named else x[:0]
 
 
 def gate_weights(logits: Tensor, see: Sequence[int]) -> Tensor:

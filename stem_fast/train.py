@@ -237,6 +237,7 @@ def _train_epoch(
                     f"the loss is {losses[bad[0]].item()} in epoch {epoch}, step {int(bad[0]) + 1}:"
                     " try a lower --learning-rate, and look for extreme numeric values or labels."
                 )
+    model.embedding.raise_bad_ids()
     return losses.double().mean().item()
 
 
@@ -263,6 +264,7 @@ def predict(
         out[start:end] = model.predict(batch.ids, batch.numeric, batch.sequences)
         start = end
     model.train(training)
+    model.embedding.raise_bad_ids()
     return out.cpu().numpy()
 
 

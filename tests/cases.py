@@ -1,4 +1,5 @@
-"""One set of shapes and tensors for every test of the ops: values, gradients, opcheck, compile."""
+"""One set of shapes and tensors for every test of the ops (values, gradients, opcheck, compile),
+and one bound on errors."""
 
 from __future__ import annotations
 
@@ -19,7 +20,35 @@ DEVICES = [
 
 def to(device: str, arguments: Any) -> list[Any]:
     """The arguments with every tensor on the device."""
-    return [a.to(device) if isinstance(a, torch.Tensor) else a for a in arguments]
+
+    def move(a: Any) -> Any:
+        if isinstance(a, list):
+            return [move(each) for each in a]
+        return a.to(device) if isinstance(a, torch.Tensor) else a
+
+    return [move(a) for a in arguments]
+
+
+def assert_within(actual: torch.Tensor, own: torch.Tensor, exact: torch.Tensor) -> None:
+    """Errors at most twice torch's own.
+
+    Args:
+        actual: the result under test.
+        own: the reference's result in the same type.
+        exact: the reference's result in float64.
+    """
+    assert actual.shape == exact.shape
+    assert actual.dtype == own.dtype
+    if not exact.numel():
+        return
+    # Where torch happens to be exact, a few roundings of the largest result are no error either;
+    # in float64 many, because there "exact" is no better than ours.
+    roundings = {torch.float64: 64, torch.float32: 8}.get(actual.dtype, 1)
+    eps = torch.finfo(actual.dtype).eps * roundings
+    scale = exact.abs().amax().clamp(min=1.0)
+    bound = torch.maximum(2 * (own.double() - exact).abs().amax(), eps * scale)
+    error = (actual.double() - exact).abs().amax()
+    assert error <= bound, f"error {error:.3g}, bound {bound:.3g}"  # false for NaN
 
 
 class LookupCase(NamedTuple):
@@ -27,25 +56,46 @@ class LookupCase(NamedTuple):
     batch: int
     dim: int
     spaces: int
+    sums: tuple[int, ...] = ()
+    pooling: tuple[str, ...] = ()  # of sequence fields, which share the rows of all fields
+    length: int = 3  # of the longest sequence
+    weighted: bool = False
 
     def arguments(self, dtype: torch.dtype = torch.float64, ids: torch.dtype = torch.int64) -> Any:
-        """(weight, ids, offsets, spaces); ids repeat, and some are padding."""
+        """(weight, ids, offsets, spaces, sums, bags, mean); ids repeat, and some are padding."""
         draw = torch.Generator().manual_seed(hash(self) % 2**31)
         sizes = torch.tensor(self.vocab)
         offsets = sizes.cumsum(0) - sizes
+        total = int(sizes.sum())
         width = self.spaces * self.dim
-        weight = torch.randn(int(sizes.sum()), width, generator=draw, dtype=torch.float64)
+        weight = torch.randn(total, width, generator=draw, dtype=torch.float64)
         weight[offsets] = 0
         uniform = torch.rand(self.batch, len(self.vocab), generator=draw, dtype=torch.float64)
-        return weight.to(dtype), (uniform * sizes).to(ids), offsets, self.spaces
+        drawn = (uniform * sizes).to(ids)
+        bags: list[torch.Tensor] = []
+        if self.pooling:
+            shape = (len(self.pooling), self.batch)
+            lengths = torch.randint(0, self.length + 1, shape, generator=draw)
+            ends = torch.nn.functional.pad(lengths.cumsum(1), (1, 0))
+            before = lengths.sum(1).cumsum(0) - lengths.sum(1)
+            n = int(lengths.sum())
+            bags = [torch.randint(0, total, (n,), generator=draw).to(ids), before[:, None] + ends]
+            if self.weighted:
+                bags.append(torch.randn(n, generator=draw, dtype=torch.float64))
+        mean = sum(1 << s for s, name in enumerate(self.pooling) if name == "mean")
+        return weight.to(dtype), drawn, offsets, self.spaces, list(self.sums), bags, mean
 
 
 LOOKUPS = {
     "one": LookupCase((3,), 1, 1, 1),
-    "empty batch": LookupCase((3, 5), 0, 4, 2),
-    "odd": LookupCase((1, 2, 17), 7, 3, 5),
-    "many rows": LookupCase((1000, 10), 513, 16, 3),
-    "all equal": LookupCase((2, 2), 300, 5, 2),
+    "empty batch": LookupCase((3, 5), 0, 4, 2, (3,), ("sum",)),
+    "odd": LookupCase((1, 2, 17), 7, 3, 5, (0b10001, 0b01110, 0b00100)),
+    "many rows": LookupCase((300, 10), 101, 16, 3, (0b101, 0b110)),
+    "all equal": LookupCase((2, 2), 700, 5, 2, (0b11,)),
+    "sequences": LookupCase((7, 11), 29, 4, 3, (0b101, 0b110), ("mean", "sum", "mean")),
+    "weighted sequences": LookupCase((9,), 17, 16, 2, (0b11,), ("sum", "mean"), weighted=True),
+    "empty sequences": LookupCase((9,), 5, 3, 2, (), ("sum", "mean"), length=0),
+    "long sequences": LookupCase((50, 3), 11, 20, 2, (0b11,), ("mean",), length=200),
 }
 
 
@@ -87,6 +137,6 @@ MIXTURES = {
     "seeing less than all": MixtureCase(4, 2, 9, 6, (0b1011, 0b1101), (0b1001, 0b0100)),
     "teaching nobody": MixtureCase(3, 2, 4, 5, (7, 7), (0, 2)),
     "16 gates": MixtureCase(17, 16, 3, 8, *stem_masks(15, 1, 2)),
-    "63 experts": MixtureCase(63, 2, 3, 5, ((1 << 63) - 1,) * 2, (1 << 62, (1 << 62) - 1)),
+    "64 experts": MixtureCase(64, 2, 3, 5, ((1 << 64) - 1,) * 2, (1 << 63, (1 << 63) - 1)),
     "extreme logits": MixtureCase(5, 3, 11, 7, *stem_masks(2, 2, 1), scale=1e4),
 }

@@ -23,17 +23,30 @@ NAMES = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
 
 
 def sources() -> dict[str, tuple[ASTSource, int]]:
-    """Each kernel and its warps, in the paper's setting; the mixture at its limits too."""
+    """Each kernel and its warps, in the paper's setting; at wide rows and many gates too."""
     found = {}
     for dtype, name in NAMES.items():
-        for ids in ("*i32", "*i64"):
-            code = source(
-                lookup._lookup,
-                {"weight": name, "out": name, "ids": ids, "offsets": "*i64"},
-                {"SPACES": 3, "DIM": 16, "WIDTH": 64, "BLOCK": 32},
-            )
-            found[f"_lookup {name} {ids}"] = code, 4
-        for experts, gates, width in ((10, 2, 512), (24, 4, 256), (63, 16, 512)):
+        tables = dict.fromkeys(("weight", "weights", "x", "z", "grad_x", "grad_z", "out"), name)
+        whole = dict.fromkeys(("offsets", "sums", "bounds", "sizes", "bad"), "*i64")
+        plan = {"segments": "*i32", "sources": "*i32", "scales": "*fp64", "partials": "*fp32"}
+        ids = "*i64" if dtype == torch.float32 else "*i32"
+        pointers = tables | whole | plan | {"ids": ids, "bag_rows": ids}
+        for spaces, dim, sums in ((3, 16, 2), (9, 64, 8)):
+            sizes = lookup._sizes(dtype, spaces, dim, sums)
+            block = max(1, lookup.TILE // (sizes["SP"] * sizes["DP"]))
+            segments = sizes | lookup._tile(sizes) | {"SCALED": True}
+            for kernel, constants in (
+                (lookup._lookup, sizes | {"BLOCK": block}),
+                (lookup._pool, sizes | {"BLOCK": min(block, 16), "WEIGHTED": True}),
+                (lookup._partials, segments),
+                (lookup._row_gradients, segments),
+            ):
+                title = f"{kernel.fn.__name__} {name} {ids} G={spaces} D={dim}"
+                warps = constants.get("num_warps", 4)
+                found[title] = source(kernel, pointers, constants), warps
+        check = source(lookup._check_ids, pointers | {"out": ids}, {"BLOCK": 256})
+        found[f"_check_ids {ids}"] = check, 4
+        for experts, gates, width in ((10, 2, 512), (24, 4, 256), (64, 16, 512)):
             y = torch.empty(experts, 4096, width, dtype=dtype, device="meta")
             sizes = mixture._sizes(y, torch.empty(gates, 4096, experts, device="meta"))
             constants = {key: value for key, value in sizes.items() if key.isupper()}
@@ -51,7 +64,8 @@ def source(kernel: Any, pointers: dict[str, str], constants: dict[str, Any]) -> 
         name: "constexpr" if name in constants else pointers.get(name, "i32")
         for name in kernel.arg_names
     }
-    return ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    used = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    return ASTSource(fn=kernel, signature=signature, constexprs=used)
 
 
 def resources(code: ASTSource, warps: int, arch: int) -> dict[str, int]:

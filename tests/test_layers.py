@@ -29,8 +29,9 @@ SEQUENCES = {"history": torch.tensor([[3, 3, 0], [0, 0, 0]]), "tags": torch.tens
 def test_fields_stand_in_order_and_spaces_apart() -> None:
     layer = arena()
     nn.init.normal_(layer.weight)
-    x = layer(IDS, PRICE, SEQUENCES)
+    x, z = layer(IDS, PRICE, SEQUENCES, [0b11, 0b10])
     assert x.shape == (2, 2, 5, 3)
+    torch.testing.assert_close(z, torch.stack([x[0] + x[1], x[1]]))
     w, item, tags = layer.weight, 5, 9
     for space, columns in enumerate((slice(0, 3), slice(3, 6))):
         torch.testing.assert_close(x[space, 0, 0], w[1, columns])
@@ -47,7 +48,42 @@ def test_padded_and_jagged_sequences_agree() -> None:
         "history": (torch.tensor([3, 3], dtype=torch.int32), torch.tensor([0, 2, 2])),
         "tags": (torch.tensor([1, 2]), torch.tensor([0, 1, 2])),
     }
-    torch.testing.assert_close(layer(IDS, PRICE, SEQUENCES), layer(IDS, PRICE, jagged))
+    padded, _ = layer(IDS, PRICE, SEQUENCES)
+    torch.testing.assert_close(layer(IDS, PRICE, jagged)[0], padded)
+
+
+def test_dense_and_sparse_gradients_agree() -> None:
+    layer = arena()
+    gradients = []
+    for sparse in (False, True):
+        layer.sparse = sparse
+        x, z = layer(IDS, PRICE, SEQUENCES, [0b11])
+        gradients.append(torch.autograd.grad(x.cos().sum() + z.sin().sum(), layer.weight)[0])
+    dense, coo = gradients
+    assert coo.is_coalesced()
+    assert coo.indices()[0].tolist() == [1, 4, 7, 8, 10, 11]
+    torch.testing.assert_close(coo.to_dense(), dense)
+
+
+def test_bad_ids_on_a_device_are_named_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What CUDA does, on tensors of the CPU: replaced by the unknown value, noted, raised once."""
+    monkeypatch.setattr("stem_fast.layers._runs_ahead", lambda tensor: True)
+    layer = arena()
+    history = torch.tensor([[3, -5, 0], [0, 4, 0]])
+    x, _ = layer(torch.tensor([[1, 2], [9, 0]]), PRICE, {**SEQUENCES, "history": history})
+    clamped = torch.tensor([[3, 3, 0], [0, 3, 0]])
+    expected, _ = layer(torch.tensor([[1, 2], [4, 0]]), PRICE, {**SEQUENCES, "history": clamped})
+    torch.testing.assert_close(x, expected)
+    with pytest.raises(IndexError, match=r"'user': id 9 at row 1 is outside its voc.* of 5"):
+        layer.raise_bad_ids()
+    layer.raise_bad_ids()
+    layer(IDS, PRICE, {**SEQUENCES, "history": history})
+    with pytest.raises(IndexError, match="field 'history': id -5 at value 1 is outside"):
+        layer.raise_bad_ids()
+    layer.raise_bad_ids()
+    layer.bounds = "clamp"
+    layer(torch.tensor([[1, 2], [9, 0]]), PRICE, SEQUENCES)
+    layer.raise_bad_ids()
 
 
 def test_tables_start_small_with_padding_at_zero() -> None:
@@ -79,7 +115,8 @@ def test_ids_outside_the_vocabulary(ids: list[list[int]], message: str) -> None:
         ),
         ((torch.tensor([1, 9]), torch.tensor([0, 0, 2])), "id 9 at row 1 is outside"),
         (torch.tensor([[1, 2]]), r"sequence 'history' has shape \[1, 2\], expected \[2, L\]"),
-        ((torch.tensor([1, 2]), torch.tensor([0, 2])), r"offsets must be \[3\], from 0 to 2"),
+        ((torch.tensor([1, 2]), torch.tensor([0, 2])), r"offsets must be \[3\]"),
+        ((torch.tensor([1, 2]), torch.tensor([0, 1, 1])), "offsets must be from 0 to 2"),
         ((torch.tensor([1, 2]), torch.tensor([0, 3, 2])), "offsets decrease"),
     ],
 )
@@ -201,9 +238,9 @@ def test_dropout_stands_after_every_hidden_layer_only() -> None:
         "GroupedLinear", "ReLU", "Dropout", "GroupedLinear", "ReLU", "Dropout", "GroupedLinear"
     ]  # fmt: skip
     x = torch.randn(2, 50, 3)
-    assert not torch.equal(group(x), group(x))
+    assert not torch.equal(group(x, [0, 1]), group(x, [0, 1]))
     group.eval()
-    assert torch.equal(group(x), group(x))
+    assert torch.equal(group(x, [0, 1]), group(x, [0, 1]))
 
 
 def test_linear_layers_start_xavier_normal() -> None:

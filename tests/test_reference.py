@@ -16,56 +16,54 @@ from stem_fast import reference
 
 
 @pytest.mark.parametrize("case", LOOKUPS.values(), ids=LOOKUPS.keys())
-def test_lookup_reads_each_value(case: LookupCase) -> None:
-    weight, ids, offsets, spaces = case.arguments()
-    x = reference.lookup(weight, ids, offsets, spaces)
-    assert x.shape == (case.spaces, case.batch, len(case.vocab) * case.dim)
-    for g in range(case.spaces):
-        for b in range(min(case.batch, 5)):
-            row = [
-                weight[offsets[f] + ids[b, f], g * case.dim + d].item()
-                for f in range(len(case.vocab))
-                for d in range(case.dim)
-            ]
-            assert x[g, b].tolist() == row
+def test_lookup_reads_and_pools_each_value(case: LookupCase) -> None:
+    weight, ids, offsets, spaces, sums, bags, mean = case.arguments()
+    x, z = reference.lookup(weight, ids, offsets, spaces, sums, bags, mean)
+    fields = len(case.vocab) + len(case.pooling)
+    assert x.shape == (case.spaces, case.batch, fields * case.dim)
+    assert z.shape == (len(case.sums), case.batch, fields * case.dim)
+    rows = weight.view(-1, case.spaces, case.dim)
+    for b in range(min(case.batch, 5)):
+        parts = [rows[offsets[f] + ids[b, f]] for f in range(len(case.vocab))]
+        for s, pooling in enumerate(case.pooling):
+            places = range(bags[1][s, b], bags[1][s, b + 1])
+            real = [j for j in places if bags[0][j] != 0]
+            pooled = torch.zeros(case.spaces, case.dim, dtype=torch.float64)
+            for j in real:
+                pooled += rows[bags[0][j]] * (bags[2][j] if case.weighted else 1)
+            parts.append(pooled / max(len(real), 1) if pooling == "mean" else pooled)
+        expected = torch.cat(parts, 1)
+        torch.testing.assert_close(x[:, b], expected)
+        for k, mask in enumerate(case.sums):
+            named = [g for g in range(case.spaces) if mask >> g & 1]
+            torch.testing.assert_close(z[k, b], expected[named].sum(0))
 
 
 @pytest.mark.parametrize("case", LOOKUPS.values(), ids=LOOKUPS.keys())
 def test_lookup_backward_is_its_gradient_without_padding(case: LookupCase) -> None:
-    weight, ids, offsets, spaces = case.arguments()
+    weight, *rest = case.arguments()
+    ids, offsets, _, sums, bags, mean = rest
     weight.requires_grad_()
-    x = reference.lookup(weight, ids, offsets, spaces)
-    grad = torch.randn(x.shape, dtype=x.dtype)
-    (expected,) = torch.autograd.grad(x, weight, grad)
-    actual = reference.lookup_backward(grad, ids, offsets, len(weight))
+    outputs = reference.lookup(weight, *rest)
+    grads = [torch.randn_like(part) for part in outputs]
+    (expected,) = torch.autograd.grad(outputs, weight, grads)
+    actual = reference.lookup_backward(*grads, sums, ids, offsets, bags, mean, len(weight))
     torch.testing.assert_close(actual, expected)
-    assert not actual[offsets].any()
+    assert not actual[0].any()
+    if not bags:
+        assert not actual[offsets].any()
 
 
-def test_bag_pools_what_is_not_padding() -> None:
-    weight = torch.randn(9, 6, dtype=torch.float64)
-    values = torch.tensor([2, 0, 3, 3, 0, 0, 1])
-    offsets = torch.tensor([0, 4, 4, 6, 7])  # [2 0 3 3], [], [0 0], [1]
-    row = weight[4:]
-    total = torch.stack([row[2] + 2 * row[3], row[0] * 0, row[0] * 0, row[1]])
-    summed = reference.bag(weight, values, offsets, 4, 2, "sum")
-    torch.testing.assert_close(summed, total.view(4, 2, 3).transpose(0, 1))
-    total[0] /= 3
-    mean = reference.bag(weight, values, offsets, 4, 2, "mean")
-    torch.testing.assert_close(mean, total.view(4, 2, 3).transpose(0, 1))
-
-
-@pytest.mark.parametrize("pooling", ["mean", "sum"])
-def test_bag_gradient(pooling: str) -> None:
-    weight = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
-    values, offsets = torch.tensor([1, 4, 0, 4]), torch.tensor([0, 2, 2, 4])
-    assert torch.autograd.gradcheck(
-        lambda w: reference.bag(w, values, offsets, 1, 2, pooling), weight
-    )
-    (grad,) = torch.autograd.grad(
-        reference.bag(weight, values, offsets, 1, 2, pooling).sum(), weight
-    )
-    assert not grad[1].any(), "padding, id 0 of a field that starts at row 1, learns nothing"
+def test_row_plan_names_every_row_once_and_where_it_is_read() -> None:
+    ids = torch.tensor([[1, 2], [0, 2], [1, 0]])
+    bags = [torch.tensor([4, 0, 5, 4, 1]), torch.tensor([[0, 3, 3, 5]])]
+    plan = reference.row_plan(ids, torch.tensor([0, 3]), bags, 1)
+    rows, segments, sources, scales = (part.tolist() for part in plan)
+    assert rows == [1, 4, 5]
+    assert segments == [0, 3, 5, 8]
+    # Slots are 3 a sample: two fields and the bag.
+    assert sources == [0, 6, 8, 2, 8, 1, 4, 2]
+    assert scales == [1, 1, 0.5, 0.5, 0.5, 1, 1, 0.5]
 
 
 def test_grouped_linear_is_one_linear_each() -> None:
@@ -76,9 +74,10 @@ def test_grouped_linear_is_one_linear_each() -> None:
         torch.testing.assert_close(y[e], x[n] @ weight[e].T + bias[e])
 
 
-def test_gate_inputs_add_what_each_gate_names() -> None:
+def test_space_sums_add_what_each_mask_names() -> None:
     x = torch.randn(3, 4, 5)
-    out = reference.gate_inputs(x, [(0, 2), (1, 2), (2,)])
+    out = reference.space_sums(x, [0b101, 0b110, 0b100])
+    assert reference.space_sums(x, []).shape == (0, 4, 5)
     torch.testing.assert_close(out, torch.stack([x[0] + x[2], x[1] + x[2], x[2]]))
 
 
@@ -129,7 +128,7 @@ def test_mixture_gradcheck_with_live_and_frozen_experts_apart() -> None:
     assert [e for e in range(len(y)) if grad[e].any()] == taught
 
 
-@given(experts=st.integers(1, 63), gates=st.integers(1, 16), data=st.data())
+@given(experts=st.integers(1, 64), gates=st.integers(1, 16), data=st.data())
 def test_gate_weights_sum_to_one_over_what_is_seen(
     experts: int, gates: int, data: st.DataObject
 ) -> None:

@@ -20,11 +20,13 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <limits>
 #include <tuple>
 #include <type_traits>
 #include <vector>
+
+#include "buffers.h"
+#include "lanes.h"
 
 namespace {
 
@@ -34,49 +36,12 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int kMaxExperts = 64;
-constexpr int kMaxGates = 64;
+constexpr int kMaxGates = 16;
 // Gates whose sums stay in registers together; y, which one sample's further gates read again, is
 // in the first-level cache by then.
 constexpr int kGateTile = 4;
 // Values of y a thread handles before another is worth waking.
 constexpr int64_t kGrain = 32768;
-
-// One function for each instruction set, chosen at run time. Older compilers do not know the names.
-#if defined(__x86_64__) && defined(__linux__) && !defined(__clang__) && __GNUC__ >= 12
-#define MULTIVERSION \
-  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define MULTIVERSION
-#endif
-#define INLINE inline __attribute__((always_inline))
-
-template <typename T>
-using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-// 64 bytes of sums: one AVX-512 register, two AVX2 ones, four of the baseline's.
-template <typename A>
-struct Lanes {
-  static constexpr int n = 64 / sizeof(A);
-  typedef A type __attribute__((vector_size(64)));
-};
-
-template <typename T, typename V = typename Lanes<Sum<T>>::type>
-INLINE void load(const T* from, V& to) {
-  if constexpr (std::is_same_v<T, Sum<T>>) {
-    std::memcpy(&to, from, sizeof(V));
-  } else {
-    for (int i = 0; i < Lanes<Sum<T>>::n; ++i) to[i] = static_cast<float>(from[i]);
-  }
-}
-
-template <typename T, typename V = typename Lanes<Sum<T>>::type>
-INLINE void store(const V& from, T* to) {
-  if constexpr (std::is_same_v<T, Sum<T>>) {
-    std::memcpy(to, &from, sizeof(V));
-  } else {
-    for (int i = 0; i < Lanes<Sum<T>>::n; ++i) to[i] = static_cast<T>(from[i]);
-  }
-}
 
 // Softmax over the experts that are seen; 0 for the others.
 template <typename T, typename A = Sum<T>>
@@ -226,32 +191,20 @@ INLINE void backward(const T* grad, const T* y, const T* logits, const uint64_t*
 }
 
 // A template cannot be multiversioned, so each type has its entry.
-#define ENTRIES(T, name)                                                                          \
-  MULTIVERSION void forward_##name(const T* y, const T* logits, const uint64_t* see, T* out,      \
-                                   const Sizes& s, int64_t begin, int64_t end) {                  \
+#define ENTRIES(T)                                                                                \
+  MULTIVERSION void forward_entry(const T* y, const T* logits, const uint64_t* see, T* out,       \
+                                  const Sizes& s, int64_t begin, int64_t end) {                   \
     forward<T>(y, logits, see, out, s, begin, end);                                               \
   }                                                                                               \
-  MULTIVERSION void backward_##name(const T* grad, const T* y, const T* logits,                   \
-                                    const uint64_t* see, const uint64_t* learn, T* dy,            \
-                                    T* dlogits, Sum<T>* scratch, const Sizes& s, int64_t begin,   \
-                                    int64_t end) {                                                \
+  MULTIVERSION void backward_entry(const T* grad, const T* y, const T* logits,                    \
+                                   const uint64_t* see, const uint64_t* learn, T* dy, T* dlogits, \
+                                   Sum<T>* scratch, const Sizes& s, int64_t begin, int64_t end) { \
     backward<T>(grad, y, logits, see, learn, dy, dlogits, scratch, s, begin, end);                \
   }
-ENTRIES(double, double)
-ENTRIES(float, float)
-ENTRIES(BFloat16, bfloat16)
-ENTRIES(Half, half)
-
-template <typename F>
-void dispatch(ScalarType type, const F& run) {
-  switch (type) {
-    case ScalarType::Double: return run(double(), forward_double, backward_double);
-    case ScalarType::Float: return run(float(), forward_float, backward_float);
-    case ScalarType::BFloat16: return run(BFloat16(), forward_bfloat16, backward_bfloat16);
-    case ScalarType::Half: return run(Half(), forward_half, backward_half);
-    default: STD_TORCH_CHECK(false, "mixture: y must be a float64, 32 or 16 bit float tensor");
-  }
-}
+ENTRIES(double)
+ENTRIES(float)
+ENTRIES(BFloat16)
+ENTRIES(Half)
 
 std::vector<uint64_t> bits(const std::vector<int64_t>& masks) {
   return {masks.begin(), masks.end()};
@@ -281,11 +234,11 @@ Tensor mixture(const Tensor& y_in, const Tensor& logits_in, const std::vector<in
   const Tensor y = torch::stable::contiguous(y_in);
   const Tensor logits = torch::stable::contiguous(logits_in);
   const auto see = bits(see_in);
-  Tensor out = torch::stable::new_empty(y, {s.gates, s.batch, s.width});
-  dispatch(y.scalar_type(), [&](auto zero, auto run, auto) {
+  Tensor out = empty_kept(y, {s.gates, s.batch, s.width});
+  for_type(y.scalar_type(), "mixture", [&](auto zero) {
     using T = decltype(zero);
     torch::stable::parallel_for(0, s.batch, grain(s), [&](int64_t begin, int64_t end) {
-      run(static_cast<const T*>(y.const_data_ptr()),
+      forward_entry(static_cast<const T*>(y.const_data_ptr()),
           static_cast<const T*>(logits.const_data_ptr()), see.data(),
           static_cast<T*>(out.mutable_data_ptr()), s, begin, end);
     });
@@ -306,13 +259,13 @@ std::tuple<Tensor, Tensor> mixture_backward(const Tensor& grad_in, const Tensor&
   const Tensor y = torch::stable::contiguous(y_in);
   const Tensor logits = torch::stable::contiguous(logits_in);
   const auto see = bits(see_in), learn = bits(learn_in);
-  Tensor dy = torch::stable::new_empty(y, {s.experts, s.batch, s.width});
-  Tensor dlogits = torch::stable::new_empty(logits, {s.gates, s.batch, s.experts});
-  dispatch(y.scalar_type(), [&](auto zero, auto, auto run) {
+  Tensor dy = empty_kept(y, {s.experts, s.batch, s.width});
+  Tensor dlogits = empty_kept(logits, {s.gates, s.batch, s.experts});
+  for_type(y.scalar_type(), "mixture", [&](auto zero) {
     using T = decltype(zero);
     torch::stable::parallel_for(0, s.batch, grain(s), [&](int64_t begin, int64_t end) {
       std::vector<Sum<T>> scratch(std::is_same_v<T, Sum<T>> ? 0 : s.width);
-      run(static_cast<const T*>(grad.const_data_ptr()), static_cast<const T*>(y.const_data_ptr()),
+      backward_entry(static_cast<const T*>(grad.const_data_ptr()), static_cast<const T*>(y.const_data_ptr()),
           static_cast<const T*>(logits.const_data_ptr()), see.data(), learn.data(),
           static_cast<T*>(dy.mutable_data_ptr()), static_cast<T*>(dlogits.mutable_data_ptr()),
           scratch.data(), s, begin, end);

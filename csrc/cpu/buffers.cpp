@@ -1,0 +1,89 @@
+#include "buffers.h"
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdlib>
+#include <iterator>
+#include <map>
+#include <mutex>
+#include <unordered_map>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+namespace {
+
+constexpr size_t kSmall = size_t{1} << 18;  // malloc keeps what is smaller
+constexpr size_t kPage = size_t{1} << 16;
+constexpr size_t kHugePage = size_t{1} << 21;
+constexpr int64_t kIdle = 256;  // allocations after which an unused block is given back
+
+// Blocks handed out and taken back, smallest fit first.
+class Pool {
+ public:
+  void* take(size_t asked) {
+    const size_t unit = asked < kHugePage ? kPage : kHugePage;
+    const size_t bytes = (asked + unit - 1) / unit * unit;
+    const std::lock_guard lock(mutex_);
+    ++now_;
+    // No block twice as large: it would be missing where it fits.
+    if (auto fit = free_.lower_bound(bytes); fit != free_.end() && fit->first < 2 * bytes) {
+      fit = std::prev(free_.upper_bound(fit->first));  // of its size the last used: it may be cached
+      void* block = fit->second.first;
+      used_[block] = fit->first;
+      free_.erase(fit);
+      return block;
+    }
+    for (auto it = free_.begin(); it != free_.end();) {
+      const bool idle = now_ - it->second.second > kIdle;
+      if (idle) std::free(it->second.first);
+      it = idle ? free_.erase(it) : std::next(it);
+    }
+    void* block = std::aligned_alloc(unit, bytes);
+    STD_TORCH_CHECK(block != nullptr, "out of memory: ", bytes, " bytes");
+#ifdef __linux__
+    if (unit == kHugePage) madvise(block, bytes, MADV_HUGEPAGE);
+#endif
+    used_[block] = bytes;
+    return block;
+  }
+
+  void give_back(void* block) {
+    const std::lock_guard lock(mutex_);
+    const auto it = used_.find(block);
+    free_.emplace(it->second, std::pair{block, now_});
+    used_.erase(it);
+  }
+
+ private:
+  std::mutex mutex_;
+  int64_t now_ = 0;
+  std::multimap<size_t, std::pair<void*, int64_t>> free_;  // size -> block, when it came back
+  std::unordered_map<void*, size_t> used_;
+};
+
+Pool& pool() {
+  static Pool& instance = *new Pool;  // never destroyed: tensors may outlive static objects
+  return instance;
+}
+
+}  // namespace
+
+torch::stable::Tensor empty_kept(const torch::stable::Tensor& like,
+                                 const std::vector<int64_t>& sizes) {
+  size_t bytes = like.element_size();
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= std::max<int64_t>(sizes[i], 1);
+    bytes *= sizes[i];
+  }
+  if (bytes < kSmall) return torch::stable::new_empty(like, sizes);
+  return torch::stable::from_blob(pool().take(bytes), sizes, strides, like.device(),
+                                  like.scalar_type(), [](void* block) { pool().give_back(block); });
+}
