@@ -11,6 +11,10 @@
 #include <cstring>
 #include <type_traits>
 
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
 // One function for each instruction set, chosen at run time. Older compilers do not know the names.
 #if defined(__x86_64__) && defined(__linux__) && !defined(__clang__) && __GNUC__ >= 12
 #define MULTIVERSION \
@@ -25,11 +29,12 @@
 template <typename T>
 using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// 64 bytes of sums: one AVX-512 register, two AVX2 ones, four of the baseline's.
+// 32 bytes of sums: one AVX2 register, two of the baseline's. GCC keeps wider vectors than the
+// machine's in memory.
 template <typename A>
 struct Lanes {
-  static constexpr int n = 64 / sizeof(A);
-  typedef A type __attribute__((vector_size(64)));
+  static constexpr int n = 32 / sizeof(A);
+  typedef A type __attribute__((vector_size(32)));
 };
 
 template <typename T, typename V = typename Lanes<Sum<T>>::type>
@@ -48,6 +53,21 @@ INLINE void store(const V& from, T* to) {
   } else {
     for (int i = 0; i < Lanes<Sum<T>>::n; ++i) to[i] = static_cast<T>(from[i]);
   }
+}
+
+// Like store, but past the caches where the place allows it: no line is read to be overwritten.
+template <typename T, typename V = typename Lanes<Sum<T>>::type>
+INLINE void stream(const V& from, T* to) {
+#ifdef __SSE2__
+  if (reinterpret_cast<uintptr_t>(to) % 16 == 0) {
+    constexpr int parts = Lanes<Sum<T>>::n * sizeof(T) / sizeof(__m128i);
+    __m128i part[parts];
+    store(from, reinterpret_cast<T*>(part));
+    for (int i = 0; i < parts; ++i) _mm_stream_si128(reinterpret_cast<__m128i*>(to) + i, part[i]);
+    return;
+  }
+#endif
+  store(from, to);
 }
 
 // Calls run(a value of the type) for the types that the ops take.

@@ -37,9 +37,13 @@ using torch::stable::Tensor;
 
 constexpr int kMaxExperts = 64;
 constexpr int kMaxGates = 16;
-// Gates whose sums stay in registers together; y, which one sample's further gates read again, is
-// in the first-level cache by then.
+// Gates handled together; y, which a sample's further gates read again, is in the first-level cache.
 constexpr int kGateTile = 4;
+// Bytes of sums (forward) or gradients (backward) that stay in the first-level cache while one expert
+// after the other is read for a block of samples. Sample by sample the experts would be as many
+// streams, a power of two apart, that evict each other: half the speed.
+constexpr int64_t kBlock = 16384;
+constexpr int64_t kMaxSamples = 16;  // of a block
 // Values of y a thread handles before another is worth waking.
 constexpr int64_t kGrain = 32768;
 
@@ -61,131 +65,172 @@ struct Sizes {
   int64_t experts, gates, batch, width;
 };
 
-// out[k..k+n) of one sample; p is [K, E].
+// Adds one sample's y[e], weighed, to the sums of n gates; `first` says whether they start here.
 template <int n, typename T, typename A = Sum<T>>
-INLINE void mix(const T* y, const A* p, T* out, int64_t k, const Sizes& s) {
+INLINE void mix(const T* y, const A* weight, A* sums, int64_t stride, bool first, const Sizes& s) {
   constexpr int lanes = Lanes<A>::n;
-  const int64_t expert_stride = s.batch * s.width;
+  A w[n];
+  for (int i = 0; i < n; ++i) w[i] = weight[i * s.experts];
   int64_t h = 0;
   for (; h + lanes <= s.width; h += lanes) {
-    typename Lanes<A>::type sums[n] = {};
-    for (int64_t e = 0; e < s.experts; ++e) {
-      typename Lanes<A>::type value;
-      load(y + e * expert_stride + h, value);
-      for (int i = 0; i < n; ++i) sums[i] += p[(k + i) * s.experts + e] * value;
+    typename Lanes<A>::type value;
+    load(y + h, value);
+    for (int i = 0; i < n; ++i) {
+      typename Lanes<A>::type sum = {};
+      if (!first) load(sums + i * stride + h, sum);
+      sum += w[i] * value;
+      store(sum, sums + i * stride + h);
     }
-    for (int i = 0; i < n; ++i) store(sums[i], out + (k + i) * expert_stride + h);
   }
   for (; h < s.width; ++h) {
-    A sums[n] = {};
-    for (int64_t e = 0; e < s.experts; ++e) {
-      const A value = static_cast<A>(y[e * expert_stride + h]);
-      for (int i = 0; i < n; ++i) sums[i] += p[(k + i) * s.experts + e] * value;
+    for (int i = 0; i < n; ++i) {
+      A* sum = sums + i * stride + h;
+      *sum = (first ? A(0) : *sum) + w[i] * static_cast<A>(y[h]);
     }
-    for (int i = 0; i < n; ++i) out[(k + i) * expert_stride + h] = static_cast<T>(sums[i]);
   }
+}
+
+// Calls run(first gate, their number as a constant) for tiles of the gates.
+template <typename F>
+INLINE void for_gates(int64_t gates, const F& run) {
+  int64_t k = 0;
+  for (; k + kGateTile <= gates; k += kGateTile) {
+    run(k, std::integral_constant<int, kGateTile>());
+  }
+  switch (gates - k) {
+    case 3: return run(k, std::integral_constant<int, 3>());
+    case 2: return run(k, std::integral_constant<int, 2>());
+    case 1: return run(k, std::integral_constant<int, 1>());
+  }
+}
+
+int64_t samples_of_a_block(const Sizes& s, size_t size) {
+  const int64_t sample = std::max<int64_t>(s.gates * s.width * static_cast<int64_t>(size), 1);
+  return std::clamp<int64_t>(kBlock / sample, 1, kMaxSamples);
 }
 
 template <typename T, typename A = Sum<T>>
 INLINE void forward(const T* y, const T* logits, const uint64_t* see, T* out, const Sizes& s,
                     int64_t begin, int64_t end) {
-  A p[kMaxGates * kMaxExperts];
-  for (int64_t b = begin; b < end; ++b) {
-    for (int64_t k = 0; k < s.gates; ++k) {
-      softmax(logits + (k * s.batch + b) * s.experts, s.experts, see[k], p + k * s.experts);
+  const int64_t most = samples_of_a_block(s, sizeof(A)), weights = s.gates * s.experts;
+  std::vector<A> p(most * weights);
+  std::vector<A> scratch(std::is_same_v<T, A> ? 0 : s.gates * most * s.width);
+  for (int64_t b = begin; b < end; b += most) {
+    const int64_t samples = std::min(most, end - b);
+    for (int64_t i = 0; i < samples; ++i) {
+      for (int64_t k = 0; k < s.gates; ++k) {
+        softmax(logits + (k * s.batch + b + i) * s.experts, s.experts, see[k],
+                p.data() + i * weights + k * s.experts);
+      }
     }
-    const T* yb = y + b * s.width;
-    T* ob = out + b * s.width;
-    int64_t k = 0;
-    for (; k + kGateTile <= s.gates; k += kGateTile) mix<kGateTile>(yb, p, ob, k, s);
-    switch (s.gates - k) {
-      case 3: mix<3>(yb, p, ob, k, s); break;
-      case 2: mix<2>(yb, p, ob, k, s); break;
-      case 1: mix<1>(yb, p, ob, k, s); break;
+    A* sums;
+    int64_t stride;  // between the sums of two gates
+    if constexpr (std::is_same_v<T, A>) {
+      sums = out + b * s.width, stride = s.batch * s.width;
+    } else {
+      sums = scratch.data(), stride = most * s.width;
+    }
+    for (int64_t e = 0; e < s.experts; ++e) {
+      for (int64_t i = 0; i < samples; ++i) {
+        const T* row = y + (e * s.batch + b + i) * s.width;
+        const A* weight = p.data() + i * weights + e;
+        for_gates(s.gates, [&](int64_t k, auto tile) INLINE_LAMBDA {
+          mix<tile()>(row, weight + k * s.experts, sums + k * stride + i * s.width, stride, e == 0,
+                      s);
+        });
+      }
+    }
+    if constexpr (!std::is_same_v<T, A>) {
+      for (int64_t k = 0; k < s.gates; ++k) {
+        T* to = out + (k * s.batch + b) * s.width;
+        for (int64_t h = 0; h < samples * s.width; ++h) to[h] = static_cast<T>(sums[k * stride + h]);
+      }
     }
   }
 }
 
 // For gates k..k+n and expert e of one sample: dp[k, e], and their part of dy[e]. `first` says
-// whether dy[e], kept in sums so that it is rounded once, starts here.
+// whether dy[e] starts here, `last` whether it is whole: then it goes past the caches, which the
+// experts of a block would fill in vain.
 template <int n, typename T, typename A = Sum<T>>
-INLINE void unmix(const T* grad, const T* y, const A* taught, A* dp, A* dy, int64_t k, int64_t e,
-                  bool first, const Sizes& s) {
+INLINE void unmix(const T* grad, const T* y, const A* taught, A* dp, A* sums, T* dy, bool first,
+                  bool last, const Sizes& s) {
   constexpr int lanes = Lanes<A>::n;
   const int64_t stride = s.batch * s.width;
   typename Lanes<A>::type dots[n] = {};
   A tail[n] = {}, weight[n];
-  for (int i = 0; i < n; ++i) weight[i] = taught[(k + i) * s.experts + e];
+  for (int i = 0; i < n; ++i) weight[i] = taught[i * s.experts];
   int64_t h = 0;
   for (; h + lanes <= s.width; h += lanes) {
     typename Lanes<A>::type value, sum = {};
     load(y + h, value);
-    if (!first) load(dy + h, sum);
+    if (!first) load(sums + h, sum);
     for (int i = 0; i < n; ++i) {
       typename Lanes<A>::type g;
-      load(grad + (k + i) * stride + h, g);
+      load(grad + i * stride + h, g);
       dots[i] += g * value;
       sum += weight[i] * g;
     }
-    store(sum, dy + h);
+    if (last) {
+      stream(sum, dy + h);
+    } else {
+      store(sum, sums + h);
+    }
   }
   for (; h < s.width; ++h) {
-    A sum = first ? A(0) : dy[h];
+    A sum = first ? A(0) : sums[h];
     for (int i = 0; i < n; ++i) {
-      const A g = static_cast<A>(grad[(k + i) * stride + h]);
+      const A g = static_cast<A>(grad[i * stride + h]);
       tail[i] += g * static_cast<A>(y[h]);
       sum += weight[i] * g;
     }
-    dy[h] = sum;
+    if (last) {
+      dy[h] = static_cast<T>(sum);
+    } else {
+      sums[h] = sum;
+    }
   }
   for (int i = 0; i < n; ++i) {
     for (int j = 0; j < lanes; ++j) tail[i] += dots[i][j];
-    dp[(k + i) * s.experts + e] = tail[i];
+    dp[i * s.experts] = tail[i];
   }
 }
 
 template <typename T, typename A = Sum<T>>
 INLINE void backward(const T* grad, const T* y, const T* logits, const uint64_t* see,
-                     const uint64_t* learn, T* dy, T* dlogits, A* scratch, const Sizes& s,
-                     int64_t begin, int64_t end) {
-  A p[kMaxGates * kMaxExperts], taught[kMaxGates * kMaxExperts], dp[kMaxGates * kMaxExperts];
-  for (int64_t b = begin; b < end; ++b) {
-    for (int64_t k = 0; k < s.gates; ++k) {
-      A* row = p + k * s.experts;
-      softmax(logits + (k * s.batch + b) * s.experts, s.experts, see[k], row);
-      for (int64_t e = 0; e < s.experts; ++e) {
-        taught[k * s.experts + e] = learn[k] >> e & 1 ? row[e] : A(0);
+                     const uint64_t* learn, T* dy, T* dlogits, const Sizes& s, int64_t begin,
+                     int64_t end) {
+  const int64_t most = samples_of_a_block(s, sizeof(T)), weights = s.gates * s.experts;
+  std::vector<A> p(most * weights), taught(most * weights), dp(most * weights), sums(s.width);
+  for (int64_t b = begin; b < end; b += most) {
+    const int64_t samples = std::min(most, end - b);
+    for (int64_t i = 0; i < samples; ++i) {
+      for (int64_t k = 0; k < s.gates; ++k) {
+        const int64_t at = i * weights + k * s.experts;
+        softmax(logits + (k * s.batch + b + i) * s.experts, s.experts, see[k], p.data() + at);
+        for (int64_t e = 0; e < s.experts; ++e) {
+          taught[at + e] = learn[k] >> e & 1 ? p[at + e] : A(0);
+        }
       }
     }
-    const T* gb = grad + b * s.width;
     for (int64_t e = 0; e < s.experts; ++e) {
-      const T* ye = y + (e * s.batch + b) * s.width;
-      T* dye = dy + (e * s.batch + b) * s.width;
-      A* sums;
-      if constexpr (std::is_same_v<T, A>) {
-        sums = dye;
-      } else {
-        sums = scratch;
-      }
-      int64_t k = 0;
-      for (; k + kGateTile <= s.gates; k += kGateTile) {
-        unmix<kGateTile>(gb, ye, taught, dp, sums, k, e, k == 0, s);
-      }
-      switch (s.gates - k) {
-        case 3: unmix<3>(gb, ye, taught, dp, sums, k, e, k == 0, s); break;
-        case 2: unmix<2>(gb, ye, taught, dp, sums, k, e, k == 0, s); break;
-        case 1: unmix<1>(gb, ye, taught, dp, sums, k, e, k == 0, s); break;
-      }
-      if constexpr (!std::is_same_v<T, A>) {
-        for (int64_t h = 0; h < s.width; ++h) dye[h] = static_cast<T>(sums[h]);
+      for (int64_t i = 0; i < samples; ++i) {
+        const int64_t row = (e * s.batch + b + i) * s.width, at = i * weights + e;
+        for_gates(s.gates, [&](int64_t k, auto tile) INLINE_LAMBDA {
+          unmix<tile()>(grad + (k * s.batch + b + i) * s.width, y + row,
+                        taught.data() + at + k * s.experts, dp.data() + at + k * s.experts,
+                        sums.data(), dy + row, k == 0, k + tile() == s.gates, s);
+        });
       }
     }
-    for (int64_t k = 0; k < s.gates; ++k) {
-      const A *row = p + k * s.experts, *drow = dp + k * s.experts;
-      A dot = 0;
-      for (int64_t e = 0; e < s.experts; ++e) dot += row[e] * drow[e];
-      T* out = dlogits + (k * s.batch + b) * s.experts;
-      for (int64_t e = 0; e < s.experts; ++e) out[e] = static_cast<T>(row[e] * (drow[e] - dot));
+    for (int64_t i = 0; i < samples; ++i) {
+      for (int64_t k = 0; k < s.gates; ++k) {
+        const A *row = p.data() + i * weights + k * s.experts, *drow = dp.data() + (row - p.data());
+        A dot = 0;
+        for (int64_t e = 0; e < s.experts; ++e) dot += row[e] * drow[e];
+        T* out = dlogits + (k * s.batch + b + i) * s.experts;
+        for (int64_t e = 0; e < s.experts; ++e) out[e] = static_cast<T>(row[e] * (drow[e] - dot));
+      }
     }
   }
 }
@@ -198,8 +243,8 @@ INLINE void backward(const T* grad, const T* y, const T* logits, const uint64_t*
   }                                                                                               \
   MULTIVERSION void backward_entry(const T* grad, const T* y, const T* logits,                    \
                                    const uint64_t* see, const uint64_t* learn, T* dy, T* dlogits, \
-                                   Sum<T>* scratch, const Sizes& s, int64_t begin, int64_t end) { \
-    backward<T>(grad, y, logits, see, learn, dy, dlogits, scratch, s, begin, end);                \
+                                   const Sizes& s, int64_t begin, int64_t end) {                  \
+    backward<T>(grad, y, logits, see, learn, dy, dlogits, s, begin, end);                         \
   }
 ENTRIES(double)
 ENTRIES(float)
@@ -264,11 +309,10 @@ std::tuple<Tensor, Tensor> mixture_backward(const Tensor& grad_in, const Tensor&
   for_type(y.scalar_type(), "mixture", [&](auto zero) {
     using T = decltype(zero);
     torch::stable::parallel_for(0, s.batch, grain(s), [&](int64_t begin, int64_t end) {
-      std::vector<Sum<T>> scratch(std::is_same_v<T, Sum<T>> ? 0 : s.width);
       backward_entry(static_cast<const T*>(grad.const_data_ptr()), static_cast<const T*>(y.const_data_ptr()),
           static_cast<const T*>(logits.const_data_ptr()), see.data(), learn.data(),
           static_cast<T*>(dy.mutable_data_ptr()), static_cast<T*>(dlogits.mutable_data_ptr()),
-          scratch.data(), s, begin, end);
+          s, begin, end);
     });
   });
   return {dy, dlogits};
