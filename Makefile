@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 FIT := $(BIN)/stem-fast fit --config bench/demo.yaml --overwrite
 
-.PHONY: demo test lint format clean setup
+.PHONY: demo test bench lint format clean setup
 
 demo: $(READY)  ## train STEM-Net, single-task and shared-bottom models on made data, and compare
 	$(BIN)/stem-fast synth --seed 1 --out runs/demo/data --overwrite
@@ -16,6 +16,9 @@ demo: $(READY)  ## train STEM-Net, single-task and shared-bottom models on made 
 
 test: $(READY)  ## all tests
 	$(BIN)/python -m pytest
+
+bench: $(READY)  ## the ops against the official formulation and other libraries
+	$(BIN)/python -m bench.run --json bench/results/kernels_cpu.json
 
 lint: $(READY)  ## style and types
 	$(BIN)/ruff check .
@@ -36,4 +39,4 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*)
 	touch $@
 
 clean:
-	rm -rf .venv build runs *.egg-info stem_fast/_cpp.*
+	rm -rf .venv build runs *.egg-info stem_fast/_cpp.* stem_fast/_cuda.*

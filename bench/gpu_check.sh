@@ -1,0 +1,111 @@
+#!/usr/bin/env bash
+# Everything that needs an NVIDIA GPU, without network, inside 9 minutes:
+#
+#     bash bench/gpu_check.sh
+#
+# builds the CUDA library, runs the tests marked gpu (gradients among them) with each backend, checks
+# both with compute-sanitizer on small shapes, and runs the benchmarks. A stage that fails is noted
+# and the others still run. Leaves gpu_<device>_<date>.json, written anew after every stage, and the
+# log beside it, in $OUT (default bench/results). Exits with 1 if a stage failed.
+#
+# Needs python3 (or $PYTHON) with a CUDA build of torch, setuptools, pytest, pytest-benchmark, the
+# package's own dependencies, nvcc, and compute-sanitizer.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+python=${PYTHON:-python3}
+out=${OUT:-bench/results}
+limit=530 # seconds, for all stages together
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+
+device=$("$python" -c 'import torch; print(torch.cuda.get_device_name(0))') || {
+  echo "gpu_check: $python has no torch that sees a CUDA device" >&2
+  exit 1
+}
+name=gpu_$(tr -cs '[:alnum:]' _ <<<"${device,,}" | sed 's/_*$//')_$(date -u +%F)
+mkdir -p "$out"
+
+# report: the stages so far, and the benchmarks once there are some, as one JSON.
+report() {
+  "$python" - "$scratch" "$out/$name.json" "$device" <<'PYTHON'
+import datetime, json, os, pathlib, sys
+
+scratch, target, device = sys.argv[1:]
+stages = []
+for line in pathlib.Path(scratch, "stages").read_text().splitlines():
+    stage, code, seconds = line.split("\t")
+    outcome = {0: "passed", 124: "ran out of time", 137: "ran out of time"}.get(int(code), "failed")
+    stages.append({"stage": stage, "outcome": outcome, "exit": int(code), "seconds": int(seconds)})
+found = {
+    "command": "bash bench/gpu_check.sh",
+    "device": device,
+    "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    "passed": all(stage["exit"] == 0 for stage in stages),
+    "stages": stages,
+}
+benchmarks = pathlib.Path(scratch, "bench.json")
+if benchmarks.exists():
+    found |= {k: v for k, v in json.loads(benchmarks.read_text()).items() if k not in found}
+pathlib.Path(target + ".new").write_text(json.dumps(found, indent=2) + "\n")
+os.replace(target + ".new", target)
+PYTHON
+}
+
+# stage NAME SECONDS COMMAND...: run it within its seconds and those left of all.
+stage() {
+  local title=$1 seconds=$2 start=$SECONDS code
+  shift 2
+  if ((seconds > limit - SECONDS)); then seconds=$((limit - SECONDS)); fi
+  echo "=== $title"
+  if ((seconds > 0)); then
+    timeout --kill-after=5 "$seconds" "$@"
+    code=$?
+  else
+    code=124
+  fi
+  if ((code != 0)); then failed=1; fi
+  echo "=== $title: exit $code after $((SECONDS - start)) s"
+  printf '%s\t%s\t%s\n' "$title" "$code" "$((SECONDS - start))" >>"$scratch/stages"
+  report
+}
+
+about() {
+  nvidia-smi
+  nvcc --version
+  "$python" -VV
+  "$python" -m pip list
+  git log -1 --format=%H
+}
+
+# sanitize TOOL BACKEND
+sanitize() {
+  # Without torch's caching allocator every tensor has bounds of its own.
+  stage "$1, $2" 45 env STEM_FAST_BACKEND="$2" PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+    compute-sanitizer --tool "$1" --error-exitcode 9 --target-processes all \
+    "$python" -m pytest tests/test_ops.py -x -W default -m gpu -k odd
+}
+
+check() {
+  local failed=0 backend tool
+  : >"$scratch/stages"
+  about
+  # For this device alone: other architectures only take time here.
+  export TORCH_CUDA_ARCH_LIST
+  TORCH_CUDA_ARCH_LIST=$("$python" -c \
+    'import torch; print("%d.%d" % torch.cuda.get_device_capability(0))')
+  stage build 150 "$python" -m pip install --no-index --no-build-isolation --no-deps -v -e .
+  for backend in triton cuda; do
+    stage "tests, $backend" 90 env STEM_FAST_BACKEND="$backend" \
+      "$python" -m pytest tests -W default -m gpu --durations=5
+  done
+  for tool in memcheck racecheck; do
+    for backend in triton cuda; do sanitize "$tool" "$backend"; done
+  done
+  stage benchmarks 240 "$python" -m bench.run --device cuda --seconds 0.2 --threads "$(nproc)" \
+    --json "$scratch/bench.json"
+  return "$failed"
+}
+
+check 2>&1 | tee "$out/$name.log"
+exit "${PIPESTATUS[0]}"

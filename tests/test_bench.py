@@ -1,0 +1,253 @@
+"""The benchmark harness on tiny shapes: what it reports, and what it refuses to report."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import cases, memory, run, test_ops
+
+ROOT = Path(__file__).parents[1]
+TINY = cases.SETTINGS["tiny"]
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
+
+
+@pytest.mark.parametrize("op", cases.OPS)
+def test_every_contender_is_right_and_what_is_wrong_is_seen(op: str) -> None:
+    case = cases.OPS[op](TINY, "cpu")
+    assert {cases.OURS, *case.ceilings} < set(case.contenders)
+    for name, build in case.contenders.items():
+        if name in case.ceilings or "compiled" in name:  # compiling takes too long here
+            continue
+        try:
+            contender = build()
+        except cases.NotInstalledError:
+            continue
+        result = contender.run(*contender.prepare())
+        case.check(result)
+        tensors = [result] if isinstance(result, torch.Tensor) else list(result)
+        floats = [t for t in flat(tensors) if t.is_floating_point()]
+        floats[-1].detach()[0, -1] += 1e-3
+        with pytest.raises(AssertionError):
+            case.check(result)
+
+
+def flat(tensors: list[Any]) -> list[torch.Tensor]:
+    return [t for each in tensors for t in (each if isinstance(each, list) else [each])]
+
+
+def test_bytes_are_those_of_the_shapes() -> None:
+    s = TINY
+    experts, logits, out = (
+        4 * s.experts * s.batch * s.width,
+        4 * s.tasks * s.batch * s.experts,
+        4 * s.tasks * s.batch * s.width,
+    )
+    assert cases.mixture_forward(s, "cpu").moved == experts + logits + out
+    assert cases.mixture_forward_backward(s, "cpu").moved == 3 * (experts + logits) + 2 * out
+    x, z = (4 * n * s.batch * s.fields * s.dim for n in (s.spaces, s.tasks))
+    ids = 8 * s.batch * s.fields
+    assert cases.lookup_forward(s, "cpu").moved == 2 * x + z + ids
+    arena = 4 * s.rows * s.spaces * s.dim
+    assert cases.lookup_backward(s, "cpu").moved == x + z + ids + arena
+
+
+def test_ids_are_in_their_fields_and_follow_zipf() -> None:
+    ids = cases.zipf(1000, (50_000, 1), 1.1, torch.Generator().manual_seed(0))
+    assert int(ids.min()) == 1
+    assert int(ids.max()) <= 999
+    counts = ids.flatten().bincount(minlength=1000).double()
+    assert counts[1] / counts[2] == pytest.approx(2**1.1, rel=0.05)
+
+
+class Clock:
+    """In the place of pytest-benchmark's fixture: whether it was asked for a time."""
+
+    timed = False
+
+    def pedantic(self, *_: Any, **__: Any) -> None:
+        self.timed = True
+
+
+def test_a_wrong_result_is_never_timed() -> None:
+    case = cases.mixture_forward(TINY, "cpu")
+    right = case.contenders[cases.OURS]().run
+    case.contenders["wrong"] = lambda: cases.Contender(lambda: right() * 1.001)
+    entry, clock = test_ops.Entry(case, {}, set()), Clock()
+    for _ in range(2):  # nor in a later block
+        with pytest.raises(AssertionError):
+            test_ops.measure(clock, entry, "wrong")
+        assert not clock.timed
+    test_ops.measure(clock, entry, cases.OURS)
+    assert clock.timed
+
+
+@linux
+def test_a_run_with_a_red_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the processes: our mixture is broken, its peers and the lookup are not."""
+    Path(tmp_path, "broken.py").write_text(
+        "from stem_fast import ops\n"
+        "right = ops.mixture\n"
+        "ops.mixture = lambda *arguments: right(*arguments) * 1.001\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-p broken")
+    file = tmp_path / "results" / "bench.json"
+    contenders = ["--contenders", "official", "FBGEMM TBE"]
+    arguments = ["--ops", "lookup_forward", "mixture_forward", "--settings", "tiny", *contenders]
+    speed = ["--blocks", "2", "--seconds", "0.01", "--threads", "1"]
+    assert run.main(["--json", str(file), *arguments, *speed]) == 1
+    report = json.loads(file.read_text())
+    expected = {"command", "date", "commit", "machine", "versions", "settings", "runs"}
+    assert set(report) == expected
+    assert str(tmp_path) not in report["command"]
+    assert report["settings"] == {"tiny": TINY._asdict()}
+    assert set(report["runs"]) == {"default allocator", "warm allocator"}
+    for found in report["runs"].values():
+        results = {(r["op"], r["contender"]): r for r in found["results"]}
+        broken = results.pop(("mixture_forward", cases.OURS))
+        assert broken["status"] == "wrong"
+        assert "seconds" not in broken
+        assert "ours_faster" not in results["mixture_forward", "official"]
+        tbe = results.pop(("lookup_forward", "FBGEMM TBE"))
+        assert tbe["status"] in ("ok", "not installed")
+        for result in results.values():
+            assert result["status"] == "ok", result
+            assert result["rounds"] >= 6
+            low, high = result["block_seconds"]
+            assert low <= result["seconds"] <= high
+            rate = result["bytes"] / result["seconds"] / 1e9
+            assert result["gb_per_s"] == pytest.approx(rate)
+        ours = results["lookup_forward", cases.OURS]
+        ceiling = max(results["lookup_forward", name]["gb_per_s"] for name in cases.GATHERS)
+        assert ours["of_ceiling"] == pytest.approx(ours["gb_per_s"] / ceiling)
+    assert "| tiny | mixture_forward | stem_fast | wrong |  |  |" in run.markdown(run.rows(report))
+
+
+def test_the_table_says_what_the_file_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = {"setting": "tiktok", "op": "lookup_forward"}
+    ours = {"contender": "stem_fast", "status": "ok", "seconds": 0.002, "gb_per_s": 6.25}
+    peer = {"contender": "official", "status": "ok", "seconds": 0.005, "gb_per_s": 2.5}
+    results = [
+        {**common, **ours, "of_ceiling": 0.625},
+        {**common, **peer, "of_ceiling": 0.25, "ours_faster": 2.5},
+        {**common, "contender": "gather", "status": "ok", "seconds": 0.001, "gb_per_s": 10.0},
+        {**common, "contender": "TBE", "status": "not installed", "note": "not installed: fbgemm"},
+    ]
+    codes = {"activations": 2e6, "forward": 1e6, "backward": 3e6, "update": 4e6, "gradients": 1e6}
+    report = {
+        "date": "2026-01-02T03:04:05+00:00",
+        "commit": "abc",
+        "machine": {"processor": "CPU", "threads": 2},
+        "versions": {"torch": "2.13.0"},
+        "runs": {"default allocator": {"others_cores": 0.1, "results": results}},
+        "memory": {"codes": dict.fromkeys(memory.CODES, codes)},
+    }
+    file = tmp_path / "bench.json"
+    file.write_text(json.dumps(report))
+    assert run.main(["--table", str(file)]) == 0
+    assert capsys.readouterr().out.strip().splitlines() == [
+        "CPU, 2 threads, torch 2.13.0, commit abc, 2026-01-02T03:04:05+00:00; "
+        "other programs kept 0.1 cores busy",
+        "",
+        "| setting | op | contender | ms, default allocator | GB/s (of ceiling) | ours is faster |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| tiktok | lookup_forward | stem_fast | 2 | 6.2 (62%) |  |",
+        "| tiktok | lookup_forward | official | 5 | 2.5 (25%) | 2.50x |",
+        "| tiktok | lookup_forward | gather | 1 | 10.0 |  |",
+        "| tiktok | lookup_forward | TBE | not installed: fbgemm |  |  |",
+        "",
+        "| peak MB of a step | official | stem_fast |",
+        "| --- | --- | --- |",
+        "| activations | 2 | 2 |",
+        "| forward | 1 | 1 |",
+        "| backward | 3 | 3 |",
+        "| update | 4 | 4 |",
+        "| gradients | 1 | 1 |",
+    ]
+
+
+@linux
+def test_memory_of_a_step() -> None:
+    command = [sys.executable, "-m", "bench.memory", "--code", "stem_fast", "--setting", "tiny"]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    found = json.loads(finished.stdout)
+    assert found["adam_state"] == pytest.approx(2 * found["parameters"], rel=1e-3)
+    # The first two expert layers' outputs are there at the end of the forward, in any case.
+    experts = 4 * TINY.experts * TINY.batch * 2 * 512
+    assert found["forward"] >= experts
+    assert found["activations"] >= experts
+
+
+# A python3 that answers as one on a machine with a GPU would; report() runs for real.
+PYTHON_WITH_GPU = """#!/bin/bash
+case "$*" in
+  *get_device_name*) echo "NVIDIA Test 80GB" ;;
+  *get_device_capability*) echo 9.0 ;;
+  "- "*) exec {python} "$@" ;;
+  *"-m pytest"*) [ "$STEM_FAST_BACKEND" = triton ] ;;
+  *bench.run*) echo '{{"runs": {{}}, "command": "inner"}}' >"${{@: -1}}" ;;
+esac
+"""
+
+
+def test_gpu_check_goes_on_after_a_failure(tmp_path: Path) -> None:
+    scripts = {
+        "python-with-gpu": PYTHON_WITH_GPU.format(python=sys.executable),
+        "compute-sanitizer": "#!/bin/bash\n[ $2 != racecheck ]\n",
+    }
+    for name, text in scripts.items():
+        path = tmp_path / name
+        path.write_text(text)
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    environment = {
+        **os.environ,
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "PYTHON": "python-with-gpu",
+        "OUT": str(tmp_path / "out"),
+    }
+    finished = subprocess.run(
+        ["bash", str(ROOT / "bench/gpu_check.sh")], env=environment, capture_output=True, text=True
+    )
+    assert finished.returncode == 1
+    log, report = sorted((tmp_path / "out").iterdir(), key=lambda path: path.suffix, reverse=True)
+    assert log.name.startswith("gpu_nvidia_test_80gb_")
+    assert log.suffix == ".log"
+    found = json.loads(report.read_text())
+    assert found["device"] == "NVIDIA Test 80GB"
+    assert found["command"] == "bash bench/gpu_check.sh"
+    assert found["runs"] == {}
+    assert not found["passed"]
+    assert [(each["stage"], each["exit"]) for each in found["stages"]] == [
+        ("build", 0),
+        ("tests, triton", 0),
+        ("tests, cuda", 1),
+        ("memcheck, triton", 0),
+        ("memcheck, cuda", 0),
+        ("racecheck, triton", 1),
+        ("racecheck, cuda", 1),
+        ("benchmarks", 0),
+    ]
+
+
+def test_gpu_check_without_a_gpu() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    finished = subprocess.run(
+        ["bash", str(ROOT / "bench/gpu_check.sh")],
+        env={**os.environ, "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode == 1
+    assert "no torch that sees a CUDA device" in finished.stderr
