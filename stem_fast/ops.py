@@ -248,11 +248,7 @@ def _lookup_backward(
 
 def _load_cpp() -> str:
     """Load the C++ library, which overrides the defaults on CPU. Returns its state."""
-    state = _load_library("_cpp", "no C++ compiler was found at installation")
-    if state:
-        return state
-    _library.impl("lookup_backward", _lookup_backward, "CPU")
-    return "in use on cpu"
+    return _load_library("_cpp", "no C++ compiler was found at installation") or "in use on cpu"
 
 
 def _load_library(name: str, missing: str) -> str:

@@ -21,8 +21,10 @@
 #include <atomic>
 #include <bit>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "buffers.h"
@@ -65,16 +67,23 @@ INLINE void prefetch(const void* row, int64_t bytes) {
 
 // to[d] = the sum of from[g * dim + d] over the spaces of the mask. `fixed` is dim or 0.
 template <int fixed, typename S, typename T, typename A = Sum<T>>
-INLINE void sum_spaces(const S* from, uint64_t mask, T* to, int64_t dim) {
+INLINE void sum_spaces(const S* __restrict from, uint64_t mask, T* __restrict to, int64_t dim) {
   if constexpr (fixed) dim = fixed;
-  const S* first = from + std::countr_zero(mask) * dim;
-  if (std::has_single_bit(mask)) {
-    for (int64_t d = 0; d < dim; ++d) to[d] = static_cast<T>(first[d]);
-    return;
-  }
-  for (int64_t d = 0; d < dim; ++d) {
-    A sum = static_cast<A>(first[d]);
+  constexpr int lanes = Lanes<A>::n;
+  int64_t d = 0;
+  for (; d + lanes <= dim; d += lanes) {
+    typename Lanes<A>::type sum;
+    load(from + std::countr_zero(mask) * dim + d, sum);
     for (uint64_t rest = mask & (mask - 1); rest; rest &= rest - 1) {
+      typename Lanes<A>::type value;
+      load(from + std::countr_zero(rest) * dim + d, value);
+      sum += value;
+    }
+    store(sum, to + d);
+  }
+  for (; d < dim; ++d) {
+    A sum = 0;
+    for (uint64_t rest = mask; rest; rest &= rest - 1) {
       sum += static_cast<A>(from[std::countr_zero(rest) * dim + d]);
     }
     to[d] = static_cast<T>(sum);
@@ -83,10 +92,15 @@ INLINE void sum_spaces(const S* from, uint64_t mask, T* to, int64_t dim) {
 
 // Writes one slot of x and z from a row of the arena or from a pooled bag.
 template <int fixed, typename S, typename T>
-INLINE void write_slot(const S* row, T* x, T* z, const Sums& sums, int64_t stride, const Sizes& s) {
+INLINE void write_slot(const S* __restrict row, T* __restrict x, T* __restrict z, const Sums& sums,
+                       int64_t stride, const Sizes& s) {
   const int64_t dim = fixed ? fixed : s.dim;
   for (int64_t g = 0; g < s.spaces; ++g) {
-    for (int64_t d = 0; d < dim; ++d) x[g * stride + d] = static_cast<T>(row[g * dim + d]);
+    if constexpr (fixed && std::is_same_v<S, T>) {
+      std::memcpy(x + g * stride, row + g * dim, fixed * sizeof(T));
+    } else {
+      for (int64_t d = 0; d < dim; ++d) x[g * stride + d] = static_cast<T>(row[g * dim + d]);
+    }
   }
   for (size_t k = 0; k < sums.size(); ++k) sum_spaces<fixed>(row, sums[k], z + k * stride, dim);
 }
@@ -147,43 +161,58 @@ struct Plan {
   const int32_t *segments, *sources;
   const double* scales;  // nullptr: all 1
   std::vector<uint64_t> in;
+  const int64_t* rows = nullptr;  // of the table, where the result goes there
 };
 
-// Rows begin..end of the plan.
+// Rows begin..end of the plan, written to their places in the table or one after another.
 template <int fixed, typename T, typename A = Sum<T>>
 INLINE void reduce(const T* grad_x, const T* grad_z, int64_t sums, const Plan& plan, T* out,
                    const Sizes& s, int64_t begin, int64_t end) {
+  constexpr int lanes = Lanes<A>::n;
+  using V = typename Lanes<A>::type;
   const int64_t dim = fixed ? fixed : s.dim, width = s.spaces * dim;
   const int64_t stride = s.batch * s.columns() * dim;  // columns = the slots of a sample
   const int64_t last = plan.segments[end];
-  std::vector<A> row(width), other(fixed ? 0 : dim);
-  A unrolled[fixed + 1];
-  A* term = fixed ? unrolled : other.data();
+  std::vector<A> total(width);
   for (int64_t u = begin; u < end; ++u) {
-    std::fill(row.begin(), row.end(), A(0));
+    std::fill(total.begin(), total.end(), A(0));
     for (int64_t i = plan.segments[u]; i < plan.segments[u + 1]; ++i) {
       if (i + kAhead < last) {
         const int64_t next = plan.sources[i + kAhead] * dim;
         for (int64_t g = 0; g < s.spaces; ++g) {
           prefetch(grad_x + g * stride + next, dim * sizeof(T));
         }
-        for (int64_t k = 0; k < sums; ++k) {
-          prefetch(grad_z + k * stride + next, dim * sizeof(T));
-        }
+        for (int64_t k = 0; k < sums; ++k) prefetch(grad_z + k * stride + next, dim * sizeof(T));
       }
-      const int64_t slot = plan.sources[i] * dim;
       const A scale = plan.scales ? static_cast<A>(plan.scales[i]) : A(1);
       for (int64_t g = 0; g < s.spaces; ++g) {
+        const int64_t slot = plan.sources[i] * dim;
         const T* x = grad_x + g * stride + slot;
-        for (int64_t d = 0; d < dim; ++d) term[d] = static_cast<A>(x[d]);
-        for (uint64_t rest = plan.in[g]; rest; rest &= rest - 1) {
-          const T* z = grad_z + std::countr_zero(rest) * stride + slot;
-          for (int64_t d = 0; d < dim; ++d) term[d] += static_cast<A>(z[d]);
+        A* to = total.data() + g * dim;
+        int64_t d = 0;
+        for (; d + lanes <= dim; d += lanes) {
+          V term, sum;
+          load(x + d, term);
+          for (uint64_t rest = plan.in[g]; rest; rest &= rest - 1) {
+            V value;
+            load(grad_z + std::countr_zero(rest) * stride + slot + d, value);
+            term += value;
+          }
+          load(to + d, sum);
+          sum += scale * term;
+          store(sum, to + d);
         }
-        for (int64_t d = 0; d < dim; ++d) row[g * dim + d] += scale * term[d];
+        for (; d < dim; ++d) {
+          A term = static_cast<A>(x[d]);
+          for (uint64_t rest = plan.in[g]; rest; rest &= rest - 1) {
+            term += static_cast<A>(grad_z[std::countr_zero(rest) * stride + slot + d]);
+          }
+          to[d] += scale * term;
+        }
       }
     }
-    for (int64_t d = 0; d < width; ++d) out[u * width + d] = static_cast<T>(row[d]);
+    T* to = out + (plan.rows ? plan.rows[u] : u) * width;
+    for (int64_t d = 0; d < width; ++d) to[d] = static_cast<T>(total[d]);
   }
 }
 
@@ -420,9 +449,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_plan(const Tensor& ids_in, const 
   return {rows, segments, sources, scales};
 }
 
-Tensor row_gradients(const Tensor& grad_x_in, const Tensor& grad_z_in,
-                     const std::vector<int64_t>& sums_in, const Tensor& segments_in,
-                     const Tensor& sources_in, const Tensor& scales_in, int64_t dim) {
+// The gradient of a plan's rows: [U, G*D], or with `table` that many rows, zero but for the plan's.
+Tensor reduce_rows(const Tensor& grad_x_in, const Tensor& grad_z_in,
+                   const std::vector<int64_t>& sums_in, const Tensor& segments_in,
+                   const Tensor& sources_in, const Tensor& scales_in, int64_t dim,
+                   const Tensor* rows, int64_t table) {
   const auto count = static_cast<int64_t>(sums_in.size());
   STD_TORCH_CHECK(grad_x_in.dim() == 3 && grad_z_in.dim() == 3 && dim > 0 &&
                       grad_x_in.size(2) % dim == 0 && grad_z_in.size(0) == count &&
@@ -442,35 +473,62 @@ Tensor row_gradients(const Tensor& grad_x_in, const Tensor& grad_z_in,
                       (scales.numel() == 0 || scales.numel() == m),
                   "row_gradients: segments, sources and scales must be a row plan's");
   const Sizes s{0, grad_x.size(1), grad_x.size(2) / dim, 0, grad_x.size(0), dim};
+  const Sums sums = masks(sums_in, s.spaces);
   Plan plan{static_cast<const int32_t*>(segments.const_data_ptr()),
             static_cast<const int32_t*>(sources.const_data_ptr()),
             scales.numel() ? static_cast<const double*>(scales.const_data_ptr()) : nullptr,
             std::vector<uint64_t>(s.spaces)};
+  if (rows) plan.rows = static_cast<const int64_t*>(rows->const_data_ptr());
+  for (size_t k = 0; k < sums.size(); ++k) {
+    for (int64_t g = 0; g < s.spaces; ++g) plan.in[g] |= (sums[k] >> g & 1) << k;
+  }
   STD_TORCH_CHECK(plan.segments[0] >= 0 && plan.segments[unique] <= m &&
                       std::is_sorted(plan.segments, plan.segments + unique + 1) &&
                       std::all_of(plan.sources, plan.sources + m,
                                   [&](int32_t at) { return at >= 0 && at < s.batch * s.fields; }),
                   "row_gradients: the plan is of another batch");
-  const Sums sums = masks(sums_in, s.spaces);
-  for (size_t k = 0; k < sums.size(); ++k) {
-    for (int64_t g = 0; g < s.spaces; ++g) plan.in[g] |= (sums[k] >> g & 1) << k;
+  Tensor out = empty_kept(grad_x, {rows ? table : unique, s.spaces * dim});
+  const int64_t row_bytes = s.spaces * dim * static_cast<int64_t>(grad_x.element_size());
+  if (rows || m == 0) {
+    torch::stable::parallel_for(0, out.size(0), kGrain, [&](int64_t begin, int64_t end) {
+      std::memset(static_cast<char*>(out.mutable_data_ptr()) + begin * row_bytes, 0,
+                  (end - begin) * row_bytes);
+    });
   }
-  Tensor out = empty_kept(grad_x, {unique, s.spaces * dim});
   for_type(grad_x.scalar_type(), "row_gradients", [&](auto zero) {
     using T = decltype(zero);
     // Threads share the occurrences evenly; a row belongs to the one in whose part it begins.
     torch::stable::parallel_for(0, m, kGrain, [&](int64_t begin, int64_t end) {
-      const auto row_at = [&](int64_t i) {
-        return i == 0 ? 0 : std::lower_bound(plan.segments, plan.segments + unique, i) - plan.segments;
+      const auto row_at = [&](int64_t i) -> int64_t {
+        if (i == 0) return 0;
+        return std::lower_bound(plan.segments, plan.segments + unique, i) - plan.segments;
       };
       reduce_entry(static_cast<const T*>(grad_x.const_data_ptr()),
                    static_cast<const T*>(grad_z.const_data_ptr()), count, plan,
                    static_cast<T*>(out.mutable_data_ptr()), s, row_at(begin),
                    end == m ? unique : row_at(end));
     });
-    if (m == 0) std::fill_n(static_cast<T*>(out.mutable_data_ptr()), out.numel(), T(0));
   });
   return out;
+}
+
+Tensor row_gradients(const Tensor& grad_x, const Tensor& grad_z, const std::vector<int64_t>& sums,
+                     const Tensor& segments, const Tensor& sources, const Tensor& scales,
+                     int64_t dim) {
+  return reduce_rows(grad_x, grad_z, sums, segments, sources, scales, dim, nullptr, 0);
+}
+
+Tensor lookup_backward(const Tensor& grad_x, const Tensor& grad_z, const std::vector<int64_t>& sums,
+                       const Tensor& ids, const Tensor& offsets, const std::vector<Tensor>& bags,
+                       int64_t mean, int64_t table) {
+  const int64_t columns = ids.size(1) + (bags.empty() ? 0 : bags.at(1).size(0));
+  const auto [rows, segments, sources, scales] = row_plan(ids, offsets, bags, mean);
+  const int64_t unique = rows.size(0);
+  STD_TORCH_CHECK(
+      unique == 0 || static_cast<const int64_t*>(rows.const_data_ptr())[unique - 1] < table,
+      "lookup_backward: an id is outside the arena of ", table, " rows");
+  return reduce_rows(grad_x, grad_z, sums, segments, sources, scales,
+                     grad_x.size(2) / std::max<int64_t>(columns, 1), &rows, table);
 }
 
 }  // namespace
@@ -478,6 +536,7 @@ Tensor row_gradients(const Tensor& grad_x_in, const Tensor& grad_z_in,
 // The schemas are defined in stem_fast/ops.py.
 STABLE_TORCH_LIBRARY_IMPL(stem_fast, CPU, m) {
   m.impl("lookup", TORCH_BOX(&lookup));
+  m.impl("lookup_backward", TORCH_BOX(&lookup_backward));
   m.impl("row_plan", TORCH_BOX(&row_plan));
   m.impl("row_gradients", TORCH_BOX(&row_gradients));
 }
