@@ -36,8 +36,13 @@ def architecture_flags(nvcc: str) -> list[str]:
     """nvcc's flags for TORCH_CUDA_ARCH_LIST, or for those of the default that nvcc knows."""
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
     if not listed:
-        known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
-        names = known.split()
+        known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True)
+        if known.returncode:
+            raise CompileError(
+                f"{nvcc} --list-gpu-arch failed: {known.stderr.strip()} (STEM_FAST_CUDA=0 installs "
+                "without the CUDA library)"
+            )
+        names = known.stdout.split()
         listed = ";".join(a for a in ARCHITECTURES if f"compute_{a.replace('.', '')}" in names)
         listed += "+PTX"
     flags = []
@@ -118,6 +123,9 @@ def extensions() -> list[Extension]:
             py_limited_api=True,
         )
     ]
+    if os.environ.get("STEM_FAST_CUDA") == "0":
+        print("stem_fast: STEM_FAST_CUDA=0: installing without the CUDA library")
+        return found
     if sys.platform != "linux" or find_nvcc() is None:
         print("stem_fast: no nvcc (CUDA_HOME, PATH): installing without the CUDA library")
         return found

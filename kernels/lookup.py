@@ -11,7 +11,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional as F
 
 TILE = 1024  # values of a tile of rows, 8 a thread: addresses take registers too
 # Occurrences of one row that one program adds up. A row of thousands (a gender, a popular video)
@@ -22,6 +21,7 @@ CHUNK = 128
 @triton.jit
 def _write(value, slot, real, x, z, sums, stride, SPACES, DIM, SP, DP, SUMS: tl.constexpr):
     """Writes slots [N] of x and z from rows [N, SP, DP]."""
+    stride = tl.cast(stride, tl.int64)
     space, column = tl.arange(0, SP), tl.arange(0, DP)
     inside = real[:, None, None] & (space < SPACES)[None, :, None] & (column < DIM)[None, None, :]
     place = slot[:, None] * DIM + column[None, :]  # [N, DP]
@@ -102,7 +102,7 @@ def _pool(
     BLOCK: tl.constexpr,
 ):
     sample, field = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    bound = bounds + field * (batch + 1).to(tl.int64) + sample
+    bound = bounds + field.to(tl.int64) * (batch + 1) + sample
     begin = tl.minimum(tl.maximum(tl.load(bound), 0), values)
     end = tl.minimum(tl.maximum(tl.load(bound + 1), begin), values)
     total = tl.zeros([SP, DP], dtype=SUM)
@@ -131,6 +131,7 @@ def _terms(
     DP: tl.constexpr, SUMS: tl.constexpr, SUM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sum of the gradients of occurrences begin..end, [SP, DP]."""
+    stride = tl.cast(stride, tl.int64)
     space, column = tl.arange(0, SP), tl.arange(0, DP)
     total = tl.zeros([SP, DP], dtype=SUM)
     for start in range(begin, end, BLOCK):
@@ -285,6 +286,8 @@ def lookup(
     batch, fields = ids.shape
     sequences = len(bags[1]) if bags else 0
     dim = weight.shape[1] // spaces
+    if weight.shape[1] % spaces or not all(0 < mask < 1 << spaces for mask in sums):
+        raise ValueError(f"lookup: weight {list(weight.shape)}, sums {sums} of {spaces} spaces")
     width = (fields + sequences) * dim
     x, z = weight.new_empty(spaces, batch, width), weight.new_empty(len(sums), batch, width)
     weight, masks = weight.contiguous(), _masks(weight.device, *sums)
@@ -329,53 +332,6 @@ def lookup(
                 BLOCK=min(block, 16),
             )
     return x, z
-
-
-def row_plan(
-    ids: Tensor, offsets: Tensor, bags: Sequence[Tensor], mean: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:func:`stem_fast.reference.row_plan` without waiting for the device: sizes depend on shapes
-    alone, and rows past the last are row 0 with empty segments. Sorting is torch's."""
-    batch, fields = ids.shape
-    slots = fields + (len(bags[1]) if bags else 0)
-    padding = torch.iinfo(torch.int64).max  # sorts after every row
-    first = torch.arange(batch, device=ids.device) * slots
-    row = torch.where(ids == 0, padding, ids + offsets).flatten()
-    slot = (first[:, None] + torch.arange(fields, device=ids.device)).flatten()
-    scale = None
-    if bags:
-        scale = torch.ones_like(row, dtype=torch.float64)
-        rows, bounds = bags[:2]
-        place = torch.arange(len(rows), device=ids.device)
-        owner = torch.full_like(place, -1)
-        factor = torch.zeros_like(place, dtype=torch.float64)
-        before = F.pad((rows != 0).cumsum(0), (1, 0))  # rows that are not padding, before each
-        for s, bound in enumerate(bounds):
-            sample = torch.searchsorted(bound, place, right=True) - 1
-            here = (sample >= 0) & (sample < batch)
-            sample = sample.clamp(0, max(batch - 1, 0))
-            owner = torch.where(here, sample * slots + fields + s, owner)
-            count = before[bound].diff().clamp(min=1)
-            share = 1 / count[sample].double() if mean >> s & 1 else 1.0
-            factor = torch.where(here, share, factor)
-        if len(bags) > 2:
-            factor = factor * bags[2]
-        row = torch.cat([row, torch.where((rows == 0) | (owner < 0), padding, rows.long())])
-        slot, scale = torch.cat([slot, owner]), torch.cat([scale, factor])
-    row, order = torch.sort(row, stable=True)
-    real = row != padding
-    new = real & F.pad(row[1:] != row[:-1], (1, 0), value=True) if len(row) else real
-    # Occurrences that begin no row go to a place past the end, which is cut off.
-    unique = torch.where(new, new.cumsum(0) - 1, len(row))
-    rows = torch.zeros(len(row) + 1, dtype=torch.int64, device=ids.device)
-    rows.scatter_(0, unique, row)
-    segments = real.sum().int().repeat(len(row) + 2)
-    begin = torch.arange(len(row), device=ids.device, dtype=torch.int32)
-    segments.scatter_(0, torch.where(new, unique, len(row) + 1), begin)
-    scales = torch.empty(0, dtype=torch.float64, device=ids.device)
-    if scale is not None:
-        scales = scale[order]
-    return rows[:-1], segments[:-1], slot[order].int(), scales
 
 
 def row_gradients(

@@ -49,11 +49,12 @@ class EmbeddingArena(nn.Module):
     from N(0, 1e-4^2) and xavier_normal as in the official code; padding rows are zero.
 
     ``sparse`` (default False) asks for a sparse COO gradient of ``weight``, of the batch's rows
-    alone, instead of a dense one; for optimizers that know it. ``bounds`` says what happens on
+    alone, instead of a dense one; for optimizers that know it, and not for ``torch.compile``.
+    ``bounds`` says what happens on
     CUDA to ids outside their vocabulary: "raise" (default) reads the unknown value instead and
     notes the id for :meth:`raise_bad_ids`, so that no step waits; "clamp" reads the unknown value;
     "off" does not look, for ids known to be right (a wrong one reads another row). On CPU they
-    always raise at once.
+    always raise at once, and offsets of sequences are looked at on CPU alone.
     """
 
     offsets: Tensor
@@ -139,7 +140,12 @@ class EmbeddingArena(nn.Module):
         plan = None
         if self.sparse and self.weight.requires_grad and torch.is_grad_enabled():
             plan = ops.row_plan(ids, self.offsets, bags, mean)
-        both = ops.lookup(self.weight, ids, self.offsets, self.spaces, sums, bags, mean, plan)
+        both = (
+            self.weight.new_empty(self.spaces, len(ids), 0),
+            self.weight.new_empty(len(sums), len(ids), 0),
+        )
+        if len(self.weight):
+            both = ops.lookup(self.weight, ids, self.offsets, self.spaces, sums, bags, mean, plan)
         fields = len(self.categorical) + len(self.sequences)
         x, z = (part.unflatten(2, (fields, self.dim)) for part in both)
         if self.numeric_weight is not None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stem_fast import fuxictr, ops, reference
+from stem_fast.experts import expert_mixture
 from stem_fast.layers import EmbeddingArena, GroupedMLP
 
 Sequences = Mapping[str, Tensor | tuple[Tensor, Tensor]]
@@ -233,10 +234,9 @@ class STEMNet(nn.Module):
         added = dict(zip(sums, z.flatten(2).unbind(), strict=True))
         gate_logits = []
         for layer, experts in enumerate(self.experts):
-            y = experts(inputs, wiring.reads)  # [E, B, H]
             gates, see = wiring.gates[: live[layer]], wiring.see[: live[layer]]
             if not wiring.gates:
-                outputs = y.unbind()
+                outputs = experts(inputs, wiring.reads).unbind()  # E of [B, H]
                 inputs = [outputs[mask.bit_length() - 1] for mask in see]
                 continue
             if layer:
@@ -246,8 +246,9 @@ class STEMNet(nn.Module):
                 }
             reads = [added[names] if names in added else inputs[names[0]] for names in gates]
             gate_logits.append(self.gate_mlps[layer](reads, range(len(reads))))  # [K, B, E]
-            mixed = ops.mixture(y, gate_logits[-1], see, wiring.learn[: live[layer]])  # [K, B, H]
-            inputs = list(mixed.unbind())
+            learn = wiring.learn[: live[layer]]
+            mixed = expert_mixture(experts, inputs, wiring.reads, gate_logits[-1], see, learn)
+            inputs = list(mixed)  # K of [B, H]
         return self.towers(inputs, wiring.towers)[:, :, 0].T, gate_logits
 
     def _sums(self, live: int) -> list[tuple[int, ...]]:
@@ -355,7 +356,8 @@ class STEMNet(nn.Module):
         """
         total = self.embedding.weight.new_zeros(())
         if embedding:
-            total = total + embedding / 2 * self.embedding.weight.square().sum()
+            # The square of the norm, because squares would be a second table.
+            total = total + embedding / 2 * torch.linalg.vector_norm(self.embedding.weight).square()
         if net:
             for name, parameter in self.named_parameters():
                 if name != "embedding.weight" and not name.endswith("alpha"):

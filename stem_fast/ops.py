@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from stem_fast import reference
 
@@ -33,9 +34,12 @@ SCHEMAS = {
     " -> (Tensor, Tensor, Tensor, Tensor)",
     "row_gradients": "(Tensor grad_x, Tensor grad_z, int[] sums, Tensor segments, Tensor sources,"
     " Tensor scales, int dim) -> Tensor",
+    "empty_kept": "(Tensor like, SymInt[] size) -> Tensor",
     "check_ids": "(Tensor ids, Tensor sizes, Tensor(a!) bad) -> Tensor",
     "mixture": "(Tensor y, Tensor logits, int[] see, int[] learn) -> Tensor",
     "mixture_backward": "(Tensor grad, Tensor y, Tensor logits, int[] see, int[] learn)"
+    " -> (Tensor, Tensor)",
+    "mixture_expert_backward": "(Tensor[] grads, Tensor y, Tensor p, int[] learn, int e)"
     " -> (Tensor, Tensor)",
 }
 for _name, _schema in SCHEMAS.items():
@@ -65,8 +69,8 @@ def lookup(
     """Embeddings of all fields in all spaces, and sums of spaces, in one pass.
 
     Arguments and results as in :func:`reference.lookup`. ``weight`` gets a dense gradient; with
-    the batch's ``plan`` a sparse COO one, already coalesced on CPU: indices are the plan's rows,
-    values the output of :func:`reference.row_gradients`.
+    the batch's ``plan`` a sparse COO one (not under ``torch.compile``): its indices are the plan's
+    rows, on CPU ascending and each once, its values :func:`reference.row_gradients`.
 
     Raises:
         ValueError: weights of bags that require a gradient (they are constants here).
@@ -140,11 +144,15 @@ def _row_gradients_fake(
     scales: Tensor,
     dim: int,
 ) -> Tensor:
-    return grad_x.new_empty(len(segments) - 1, len(grad_x) * dim)
+    return grad_x.new_empty(segments.shape[0] - 1, len(grad_x) * dim)
+
+
+def _empty_kept_fake(like: Tensor, size: list[int]) -> Tensor:
+    return like.new_empty(size)
 
 
 def _check_ids_fake(ids: Tensor, sizes: Tensor, bad: Tensor) -> Tensor:
-    return torch.empty_like(ids)
+    return ids.new_empty(ids.shape)
 
 
 def _lookup_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -175,6 +183,7 @@ class _SparseLookup(torch.autograd.Function):
         return torch.ops.stem_fast.lookup(weight, *rest)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_x: Tensor, grad_z: Tensor) -> tuple[Any, ...]:
         rows, *plan = ctx.saved_tensors
         values = torch.ops.stem_fast.row_gradients(
@@ -190,13 +199,23 @@ class _SparseLookup(torch.autograd.Function):
 def mixture(y: Tensor, logits: Tensor, see: Sequence[int], learn: Sequence[int]) -> Tensor:
     """The AFTB gated mixture with its asymmetric backward; see :func:`reference.mixture`.
 
-    At most 64 experts and 16 gates. The sums are in float32 (float64 for float64).
+    At most 64 experts and 16 gates. The logits are taken in y's type; softmax and sums are in
+    float32 (float64 for float64).
+
+    Raises:
+        ValueError: no expert, gate or output, or too many.
+        RuntimeError: shapes that don't fit.
     """
+    if not (0 < len(y) <= MAX_EXPERTS and 0 < len(logits) <= MAX_GATES and y.shape[2]):
+        raise ValueError(
+            f"mixture: y {list(y.shape)} and logits {list(logits.shape)}; 1 to {MAX_EXPERTS} "
+            f"experts, 1 to {MAX_GATES} gates and a width above 0 are due"
+        )
     # Autocast can leave gates and experts in different types.
-    return torch.ops.stem_fast.mixture(y, logits.to(y.dtype), _signed(see), _signed(learn))
+    return torch.ops.stem_fast.mixture(y, logits.to(y.dtype), signed(see), signed(learn))
 
 
-def _signed(masks: Sequence[int]) -> list[int]:
+def signed(masks: Sequence[int]) -> list[int]:
     """Masks as the int64 of the same bits: expert 63 is the sign."""
     return [mask - (mask >> 63 << 64) for mask in masks]
 
@@ -208,7 +227,13 @@ def _mixture_fake(y: Tensor, logits: Tensor, see: list[int], learn: list[int]) -
 def _mixture_backward_fake(
     grad: Tensor, y: Tensor, logits: Tensor, see: list[int], learn: list[int]
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(y), torch.empty_like(logits)
+    return y.new_empty(y.shape), logits.new_empty(logits.shape)
+
+
+def _mixture_expert_backward_fake(
+    grads: list[Tensor], y: Tensor, p: Tensor, learn: list[int], e: int
+) -> tuple[Tensor, Tensor]:
+    return y.new_empty(y.shape), p.new_empty(p.shape[:2])
 
 
 def _mixture_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -222,6 +247,14 @@ def _mixture_grad(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
 
 
 torch.library.register_autograd("stem_fast::mixture", _mixture_grad, setup_context=_mixture_setup)
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError("the ops of stem_fast have no second derivative (create_graph=True)")
+
+
+for _name in ("lookup_backward", "row_gradients", "mixture_backward", "mixture_expert_backward"):
+    torch.library.register_autograd(f"stem_fast::{_name}", _no_second_derivative)
 
 for _name in SCHEMAS:
     torch.library.register_fake(f"stem_fast::{_name}", globals()[f"_{_name}_fake"])
@@ -253,7 +286,8 @@ def _load_cpp() -> str:
 
 def _load_library(name: str, missing: str) -> str:
     """Load a compiled library of this package. Returns why it is not loaded, or nothing."""
-    libraries = sorted(Path(__file__).parent.glob(f"{name}.*"))
+    files = (Path(__file__).parent / f"{name}.{ending}" for ending in ("so", "pyd"))
+    libraries = [file for file in files if file.exists()]
     if not libraries:
         return f"not built ({missing})"
     try:
@@ -269,14 +303,15 @@ def _load_triton() -> str:
     if not interpreted and not torch.cuda.is_available():
         return "no CUDA device"
     try:
-        from stem_fast.kernels import lookup, mixture
+        from stem_fast.kernels import lookup, mixture, row_plan
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
         return "triton is not installed"
     device = "CPU" if interpreted else "CUDA"
     for module, names in (
-        (lookup, ("lookup", "row_plan", "row_gradients", "check_ids")),
+        (lookup, ("lookup", "row_gradients", "check_ids")),
+        (row_plan, ("row_plan",)),
         (mixture, ("mixture", "mixture_backward")),
     ):
         for name in names:
@@ -292,7 +327,7 @@ def _load_cuda() -> str:
     state = _load_library("_cuda", "no nvcc was found at installation")
     if state:
         return state
-    from stem_fast.kernels.lookup import row_plan  # sorting is torch's
+    from stem_fast.kernels.row_plan import row_plan  # sorting is torch's
 
     _library.impl("row_plan", row_plan, "CUDA")
     _library.impl("lookup_backward", _lookup_backward, "CUDA")

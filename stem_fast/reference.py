@@ -57,7 +57,7 @@ def lookup(
         scaled = F.embedding(row, weight) * scale[:, None].to(weight.dtype)
         parts.append(pooled.index_add(0, sample, scaled)[:, None])
     x = torch.cat(parts, 1).unflatten(2, (spaces, -1)).permute(2, 0, 1, 3).flatten(2)
-    return x, space_sums(x, sums)
+    return x.contiguous(), space_sums(x, sums)
 
 
 def lookup_backward(
@@ -180,6 +180,12 @@ def check_ids(ids: Tensor, sizes: Tensor, bad: Tensor) -> Tensor:
     return torch.where(outside, sizes - 1, ids).to(ids.dtype)
 
 
+def empty_kept(like: Tensor, size: Sequence[int]) -> Tensor:
+    """An uninitialised contiguous tensor of the type and device of ``like``; on CPU, a large one is
+    memory that an earlier tensor gave back (a fresh page costs more than writing to it)."""
+    return like.new_empty(size)
+
+
 def _bag_rows(bags: Sequence[Tensor], mean: int, s: int) -> tuple[Tensor, Tensor, Tensor]:
     """(row, sample, float64 scale) of every row of the bags of field s that is not padding."""
     rows, bounds = bags[0], bags[1][s]
@@ -223,7 +229,7 @@ def space_sums(x: Tensor, sums: Sequence[int]) -> Tensor:
     """``z[k] = sum of x[n] over the bits n of sums[k]``. [N, B, I] -> [K, B, I]."""
     inputs = x.unbind()
     named = [[inputs[n] for n in range(len(inputs)) if mask >> n & 1] for mask in sums]
-    return torch.stack([torch.stack(each).sum(0) for each in named]) if named else x[:0]
+    return torch.stack([torch.stack(each).sum(0) for each in named]) if named else x[:0].clone()
 
 
 def gate_weights(logits: Tensor, see: Sequence[int]) -> Tensor:
@@ -278,7 +284,32 @@ def mixture_backward(
     p = gate_weights(logits, see)
     dy = torch.einsum("kbe,kbh->ebh", p * mask_matrix(learn, p)[:, None, :], grad)
     dp = torch.einsum("kbh,ebh->kbe", grad, y)
-    return dy, p * (dp - (p * dp).sum(-1, keepdim=True))
+    return dy.contiguous(), softmax_backward(p, dp).contiguous()
+
+
+def mixture_expert_backward(
+    grads: Sequence[Tensor], y: Tensor, p: Tensor, learn: Sequence[int], e: int
+) -> tuple[Tensor, Tensor]:
+    """The part of :func:`mixture_backward` that expert e has.
+
+    Args:
+        grads: K of [B, H].
+        y: [B, H], the expert's output.
+        p: [K, B, E], the gates' weights in float32 (float64 for float64 y).
+        learn: as in :func:`mixture`.
+        e: the expert.
+
+    Returns:
+        dy [B, H] of y's type and dp [K, B] of p's.
+    """
+    grad = torch.stack(list(grads)).to(p.dtype)
+    taught = (p * mask_matrix(learn, p)[:, None, :])[:, :, e, None]
+    return (taught * grad).sum(0).to(y.dtype), (grad * y.to(p.dtype)).sum(-1)
+
+
+def softmax_backward(p: Tensor, dp: Tensor) -> Tensor:
+    """Gradient of the logits from that of the weights p, both [K, B, E]."""
+    return p * (dp - (p * dp).sum(-1, keepdim=True))
 
 
 def mask_matrix(masks: Sequence[int], like: Tensor) -> Tensor:

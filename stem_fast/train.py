@@ -128,13 +128,21 @@ def train_step(
         task_weights=_task_weights(config.task_weights, logits.device),
         sample_weights=batch.weight,
     )
-    if config.embedding_regularizer or config.net_regularizer:
-        loss = loss + model.regularization(config.embedding_regularizer, config.net_regularizer)
+    if config.net_regularizer:
+        loss = loss + model.regularization(net=config.net_regularizer)
     loss.backward()
+    loss = loss.detach()
+    if config.embedding_regularizer:
+        # The gradient of model.regularization, without tensors as large as the table.
+        table, grad = model.embedding.weight.detach(), model.embedding.weight.grad
+        if grad is not None:  # a frozen table has none
+            grad.add_(table, alpha=config.embedding_regularizer)
+        norm = torch.linalg.vector_norm(table)
+        loss = loss + config.embedding_regularizer / 2 * norm.square()
     if config.max_gradient_norm:
         nn.utils.clip_grad_norm_(model.parameters(), config.max_gradient_norm)
     optimizer.step()
-    return loss.detach()
+    return loss
 
 
 @functools.lru_cache(maxsize=8)

@@ -3,6 +3,7 @@ and one bound on errors."""
 
 from __future__ import annotations
 
+import zlib
 from typing import Any, NamedTuple
 
 import pytest
@@ -63,7 +64,7 @@ class LookupCase(NamedTuple):
 
     def arguments(self, dtype: torch.dtype = torch.float64, ids: torch.dtype = torch.int64) -> Any:
         """(weight, ids, offsets, spaces, sums, bags, mean); ids repeat, and some are padding."""
-        draw = torch.Generator().manual_seed(hash(self) % 2**31)
+        draw = torch.Generator().manual_seed(zlib.crc32(repr(self).encode()))
         sizes = torch.tensor(self.vocab)
         offsets = sizes.cumsum(0) - sizes
         total = int(sizes.sum())
@@ -107,14 +108,16 @@ class MixtureCase(NamedTuple):
     see: tuple[int, ...]
     learn: tuple[int, ...]
     scale: float = 1.0  # of the logits
+    ties: bool = False  # logits of that size, up to their sign
 
     def arguments(self, dtype: torch.dtype = torch.float64) -> Any:
         """(y, logits, see, learn)."""
-        draw = torch.Generator().manual_seed(hash(self) % 2**31)
+        draw = torch.Generator().manual_seed(zlib.crc32(repr(self).encode()))
         y = torch.randn(self.experts, self.batch, self.width, generator=draw, dtype=torch.float64)
         logits = torch.randn(
             self.gates, self.batch, self.experts, generator=draw, dtype=torch.float64
         )
+        logits = logits.sign() if self.ties else logits
         return y.to(dtype), (logits * self.scale).to(dtype), list(self.see), list(self.learn)
 
 
@@ -139,4 +142,5 @@ MIXTURES = {
     "16 gates": MixtureCase(17, 16, 3, 8, *stem_masks(15, 1, 2)),
     "64 experts": MixtureCase(64, 2, 3, 5, ((1 << 64) - 1,) * 2, (1 << 63, (1 << 63) - 1)),
     "extreme logits": MixtureCase(5, 3, 11, 7, *stem_masks(2, 2, 1), scale=1e4),
+    "extreme ties": MixtureCase(5, 3, 11, 7, *stem_masks(2, 2, 1), scale=1e4, ties=True),
 }

@@ -18,7 +18,7 @@ from stem_fast import reference
 
 triton = pytest.importorskip("triton")
 
-from stem_fast.kernels import lookup, mixture  # noqa: E402
+from stem_fast.kernels import lookup, mixture, row_plan  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 dtypes = pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_lookup_and_its_gradients(case: LookupCase, dtype: torch.dtype) -> None:
     same(lookup.lookup(weight, *rest), reference.lookup(weight, *rest), exact)
 
     ids, offsets, _, sums, bags, mean = rest
-    plan = lookup.row_plan(ids, offsets, bags, mean)
+    plan = row_plan.row_plan(ids, offsets, bags, mean)
     expected = reference.row_plan(ids, offsets, bags, mean)
     unique, read = len(expected[0]), len(expected[2])
     assert torch.equal(plan[0][:unique], expected[0])
@@ -65,6 +65,14 @@ def test_lookup_and_its_gradients(case: LookupCase, dtype: torch.dtype) -> None:
     right = reference.row_gradients(*wide, sums, *expected[1:], case.dim)
     assert_within(actual[:unique], own, right)
     assert not actual[unique:].any()
+
+
+def test_padding_of_sequences_is_never_read() -> None:
+    weight, ids, *rest = to(DEVICE, LOOKUPS["sequences"].arguments())
+    ids += (ids == 0).long()  # a categorical field does read its padding row
+    expected = lookup.lookup(weight, ids, *rest)
+    weight[0] = torch.nan
+    torch.testing.assert_close(lookup.lookup(weight, ids, *rest), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])

@@ -368,6 +368,22 @@ def test_compiles_to_one_graph(name: str) -> None:
     torch.testing.assert_close(grads, expected)
 
 
+def test_compiles_with_inductor() -> None:
+    """Generated code believes the shapes and strides that the ops' fakes promise."""
+    model = small().float()
+    compiled = torch.compile(model, fullgraph=True)
+    grads = torch.autograd.grad(compiled(ids()).sum(), model.embedding.weight)
+    torch.testing.assert_close(
+        grads, torch.autograd.grad(model(ids()).sum(), model.embedding.weight)
+    )
+
+
+def test_a_model_of_numeric_fields_alone_trains() -> None:
+    model = STEMNet({}, ["a", "b"], numeric=["p", "q"], expert_hidden_units=[4])
+    model(torch.zeros(3, 0, dtype=torch.int64), torch.randn(3, 2)).sum().backward()
+    assert model.embedding.numeric_weight.grad.any()
+
+
 def test_the_model_agrees_with_the_reference_ops(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small(num_layers=2)
     model(ids()).sin().sum().backward()

@@ -92,6 +92,27 @@ def test_lookup_of_any_shape(data: st.DataObject, device: str) -> None:
 
 
 @devices
+@dtypes
+def test_memory_that_is_used_again_is_written_whole(dtype: torch.dtype, device: str) -> None:
+    """Large buffers come from a pool, which torch does not fill with NaN."""
+    sizes = [1500 * 1100, 6000 * 1100, 40 * 2**20]
+    like = torch.zeros(1, device=device)
+    used = [torch.ops.stem_fast.empty_kept(like, [n]).fill_(torch.nan) for n in sizes * 3]
+    del used
+    check_lookup(LARGE, dtype, torch.int64, device)
+    check_mixture(LARGE_MIXTURE, dtype, device)
+
+
+@devices
+def test_padding_of_sequences_is_never_read(device: str) -> None:
+    weight, ids, *rest = to(device, LOOKUPS["sequences"].arguments())
+    ids += (ids == 0).long()  # a categorical field does read its padding row
+    expected = ops.lookup(weight, ids, *rest)
+    weight[0] = torch.nan
+    torch.testing.assert_close(ops.lookup(weight, ids, *rest), expected)
+
+
+@devices
 def test_lookup_copies_bit_for_bit(device: str) -> None:
     for dtype in DTYPES:
         weight, ids, offsets, spaces, *_ = to(device, LOOKUPS["odd"].arguments(dtype))
@@ -266,6 +287,52 @@ def test_mixture_of_any_shape(data: st.DataObject, device: str) -> None:
 
 
 @devices
+@mixtures
+@dtypes
+def test_mixture_expert_backward(case: MixtureCase, dtype: torch.dtype, device: str) -> None:
+    y, logits, _, learn = to(device, case.arguments(dtype))
+    learn = ops.signed(learn)
+    draw = torch.randn(case.gates, case.batch, case.width, device=device).to(dtype)
+    p = logits.to(torch.promote_types(dtype, torch.float32)).softmax(-1)
+    for e in range(case.experts):
+        results = [
+            torch.ops.stem_fast.mixture_expert_backward(list(draw), y[e], p, learn, e),
+            reference.mixture_expert_backward(draw, y[e], p, learn, e),
+            reference.mixture_expert_backward(draw.double(), y[e].double(), p.double(), learn, e),
+        ]
+        for actual, own, exact in zip(*results, strict=True):
+            assert_within(actual, own, exact)
+
+
+@pytest.mark.parametrize(
+    ("experts", "gates", "width"), [(0, 2, 3), (2, 0, 3), (2, 2, 0), (65, 2, 3), (2, 17, 3)]
+)
+def test_mixture_refuses_other_sizes(experts: int, gates: int, width: int) -> None:
+    y, logits = torch.zeros(experts, 4, width), torch.zeros(gates, 4, experts)
+    with pytest.raises(ValueError, match="1 to 64 experts, 1 to 16 gates and a width above 0"):
+        ops.mixture(y, logits, [1] * gates, [1] * gates)
+
+
+@devices
+def test_a_second_derivative_is_refused(device: str) -> None:
+    y, logits, see, learn = to(device, MIXTURES["odd"].arguments())
+    weight, *rest = to(device, LOOKUPS["odd"].arguments())
+    y.requires_grad_(), weight.requires_grad_()
+    outputs = [
+        (ops.mixture(y, logits, see, learn), y),
+        (ops.lookup(weight, *rest)[0], weight),
+        (ops.lookup(weight, *rest, plan=ops.row_plan(rest[0], rest[1]))[0], weight),
+    ]
+    for out, source in outputs:
+        (first,) = torch.autograd.grad(out.square().sum(), source, create_graph=True)
+        first = first.to_dense() if first.layout == torch.sparse_coo else first
+        with pytest.raises(
+            RuntimeError, match=r"no second derivative|once_differentiable|not have been used"
+        ):
+            torch.autograd.grad(first.square().sum(), source)
+
+
+@devices
 def test_mixture_takes_what_is_not_contiguous(device: str) -> None:
     y, logits, see, learn = to(device, MIXTURES["odd"].arguments())
     out = reference.mixture(y, logits, see, learn)
@@ -318,10 +385,14 @@ def test_opcheck(name: str, device: str) -> None:
     bad = torch.zeros_like(sizes)
     torch.library.opcheck(library.check_ids.default, (ids, sizes, bad))
     y, logits, see, learn = to(device, MIXTURES.get(name, MIXTURES["stem"]).arguments())
-    arguments = (y.requires_grad_(), logits.requires_grad_(), see, learn)
+    arguments = (y.mT.contiguous().mT.requires_grad_(), logits.requires_grad_(), see, learn)
     torch.library.opcheck(library.mixture.default, arguments)
-    backward = (torch.randn_like(ops.mixture(*arguments)), y.detach(), logits.detach(), see, learn)
-    torch.library.opcheck(library.mixture_backward.default, backward)
+    y, logits, grad = y.detach(), logits.detach(), ops.mixture(*arguments).detach()
+    strided = y.mT.contiguous().mT
+    torch.library.opcheck(library.mixture_backward.default, (grad, strided, logits, see, learn))
+    one = (list(grad), y[0], reference.gate_weights(logits, see), learn, 0)
+    torch.library.opcheck(library.mixture_expert_backward.default, one)
+    torch.library.opcheck(library.empty_kept.default, (y, [3, 4]), test_utils="test_schema")
 
 
 # Larger than what malloc keeps: their outputs come from buffers that are used again.
@@ -358,18 +429,19 @@ def test_same_bits_again_and_with_one_thread(device: str) -> None:
 
 @cpp
 def test_buffers_are_used_again_but_never_while_in_use() -> None:
-    y, logits, see, learn = LARGE_MIXTURE.arguments(torch.float32)
-    first = ops.mixture(y, logits, see, learn)
-    place, kept = first.data_ptr(), first.clone()
-    second = ops.mixture(-y, logits, see, learn)
-    assert second.data_ptr() != place
-    assert torch.equal(first, kept)
+    like = torch.zeros(1)
+
+    def take() -> torch.Tensor:
+        return torch.ops.stem_fast.empty_kept(like, [700, 1000])
+
+    first = take()
+    place = first.data_ptr()
+    assert take().data_ptr() != place
     view = first[0]
     del first
-    third = ops.mixture(-y, logits, see, learn)
-    assert third.data_ptr() != place, "a view holds the buffer"
+    assert take().data_ptr() != place, "a view holds the buffer"
     del view
-    assert ops.mixture(y, logits, see, learn).data_ptr() == place
+    assert take().data_ptr() == place
 
 
 def backends_in_a_process(**environment: str) -> subprocess.CompletedProcess[str]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from stem_fast import train
 from stem_fast.config import TrainingConfig
 from stem_fast.data import Batch, Dataset
+from stem_fast.layers import EmbeddingArena
 from stem_fast.model import STEMNet
 from stem_fast.schema import DataError
 from stem_fast.train import Monitor, TrainingError
@@ -124,6 +125,7 @@ class Scripted(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))
+        self.embedding = EmbeddingArena({"f": 2}, (), {}, {}, 1, 1)
 
     def forward(self, ids: Tensor, numeric: None, sequences: object) -> Tensor:
         return self.weight.expand(len(ids), 1)

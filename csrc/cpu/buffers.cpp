@@ -1,5 +1,6 @@
 #include "buffers.h"
 
+#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/Exception.h>
 
@@ -17,7 +18,6 @@
 
 namespace {
 
-constexpr size_t kSmall = size_t{1} << 18;  // malloc keeps what is smaller
 constexpr size_t kPage = size_t{1} << 16;
 constexpr size_t kHugePage = size_t{1} << 21;
 constexpr int64_t kIdle = 256;  // allocations after which an unused block is given back
@@ -30,6 +30,7 @@ class Pool {
     const size_t bytes = (asked + unit - 1) / unit * unit;
     const std::lock_guard lock(mutex_);
     ++now_;
+    give_up(kIdle);
     // No block twice as large: it would be missing where it fits.
     if (auto fit = free_.lower_bound(bytes); fit != free_.end() && fit->first < 2 * bytes) {
       fit = std::prev(free_.upper_bound(fit->first));  // of its size the last used: it may be cached
@@ -38,12 +39,11 @@ class Pool {
       free_.erase(fit);
       return block;
     }
-    for (auto it = free_.begin(); it != free_.end();) {
-      const bool idle = now_ - it->second.second > kIdle;
-      if (idle) std::free(it->second.first);
-      it = idle ? free_.erase(it) : std::next(it);
-    }
     void* block = std::aligned_alloc(unit, bytes);
+    if (block == nullptr) {
+      give_up(0);
+      block = std::aligned_alloc(unit, bytes);
+    }
     STD_TORCH_CHECK(block != nullptr, "out of memory: ", bytes, " bytes");
 #ifdef __linux__
     if (unit == kHugePage) madvise(block, bytes, MADV_HUGEPAGE);
@@ -60,6 +60,15 @@ class Pool {
   }
 
  private:
+  // Frees what nobody has asked for in more than that many allocations.
+  void give_up(int64_t idle) {
+    std::erase_if(free_, [&](const auto& block) {
+      const bool old = now_ - block.second.second > idle;
+      if (old) std::free(block.second.first);
+      return old;
+    });
+  }
+
   std::mutex mutex_;
   int64_t now_ = 0;
   std::multimap<size_t, std::pair<void*, int64_t>> free_;  // size -> block, when it came back
@@ -71,10 +80,14 @@ Pool& pool() {
   return instance;
 }
 
+torch::stable::Tensor scratch(const torch::stable::Tensor& like, std::vector<int64_t> sizes) {
+  return empty_kept(like, sizes, kScratch);
+}
+
 }  // namespace
 
 torch::stable::Tensor empty_kept(const torch::stable::Tensor& like,
-                                 const std::vector<int64_t>& sizes) {
+                                 const std::vector<int64_t>& sizes, size_t least) {
   size_t bytes = like.element_size();
   std::vector<int64_t> strides(sizes.size());
   int64_t stride = 1;
@@ -83,7 +96,10 @@ torch::stable::Tensor empty_kept(const torch::stable::Tensor& like,
     stride *= std::max<int64_t>(sizes[i], 1);
     bytes *= sizes[i];
   }
-  if (bytes < kSmall) return torch::stable::new_empty(like, sizes);
+  if (bytes < least) return torch::stable::new_empty(like, sizes);
   return torch::stable::from_blob(pool().take(bytes), sizes, strides, like.device(),
                                   like.scalar_type(), [](void* block) { pool().give_back(block); });
 }
+
+// The schema is defined in stem_fast/ops.py.
+STABLE_TORCH_LIBRARY_IMPL(stem_fast, CPU, m) { m.impl("empty_kept", TORCH_BOX(&scratch)); }

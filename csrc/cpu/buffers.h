@@ -5,9 +5,17 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
-// An uninitialised contiguous tensor of the type and on the device (CPU) of `like`.
+// What lives for a moment is kept from this size on.
+constexpr size_t kScratch = size_t{1} << 18;
+// What lives from the forward to the backward pass, only from the size on that malloc never keeps:
+// while ours lay idle, torch would ask malloc for as much.
+constexpr size_t kOutput = size_t{1} << 25;
+
+// An uninitialised contiguous tensor of the type and on the device (CPU) of `like`, kept if it has
+// at least that many bytes.
 torch::stable::Tensor empty_kept(const torch::stable::Tensor& like,
-                                 const std::vector<int64_t>& sizes);
+                                 const std::vector<int64_t>& sizes, size_t least);

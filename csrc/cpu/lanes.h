@@ -70,6 +70,13 @@ INLINE void stream(const V& from, T* to) {
   store(from, to);
 }
 
+// Makes what was streamed visible to other threads before whatever this one writes next.
+INLINE void fence() {
+#ifdef __SSE2__
+  _mm_sfence();
+#endif
+}
+
 // Calls run(a value of the type) for the types that the ops take.
 template <typename F>
 void for_type(torch::headeronly::ScalarType type, const char* op, const F& run) {

@@ -124,8 +124,10 @@ INLINE int64_t gather(const T* weight, const Id* ids, const int64_t* offsets, co
       const int64_t i = b * s.fields + f, row = offsets[f] + static_cast<int64_t>(ids[i]);
       if (row < 0 || row >= s.rows) return i;
       if (const int64_t j = i + kAhead; j < last) {
-        const int64_t next = offsets[j % s.fields] + static_cast<int64_t>(ids[j]);
-        prefetch(weight + next * width, width * sizeof(T));
+        const auto next = static_cast<uint64_t>(offsets[j % s.fields]) + static_cast<uint64_t>(ids[j]);
+        if (next < static_cast<uint64_t>(s.rows)) {
+          prefetch(weight + next * width, width * sizeof(T));
+        }
       }
       const int64_t slot = (b * s.columns() + f) * s.dim;
       write_slot<fixed>(weight + row * width, x + slot, z + slot, sums, stride, s);
@@ -137,7 +139,10 @@ INLINE int64_t gather(const T* weight, const Id* ids, const int64_t* offsets, co
         const int64_t row = static_cast<int64_t>(bags.rows[j]);
         if (row < 0 || row >= s.rows) return s.batch * s.fields + j;
         if (const int64_t next = j + kAhead; next < bags.n) {
-          prefetch(weight + static_cast<int64_t>(bags.rows[next]) * width, width * sizeof(T));
+          const auto ahead = static_cast<uint64_t>(bags.rows[next]);
+          if (ahead < static_cast<uint64_t>(s.rows)) {
+            prefetch(weight + ahead * width, width * sizeof(T));
+          }
         }
         if (row == 0) continue;
         const A scale = bags.weights ? static_cast<A>(bags.weights[j]) : A(1);
@@ -260,7 +265,6 @@ void for_ids(const Tensor& ids, const F& run) {
 struct Batch {
   Tensor ids, offsets;
   std::vector<Tensor> bags;
-  Tensor weights;  // float64, where there are any
   uint64_t mean;
   int64_t batch, fields, sequences;
 
@@ -329,8 +333,9 @@ std::tuple<Tensor, Tensor> lookup(const Tensor& weight_in, const Tensor& ids_in,
   const Batch in(ids_in, offsets_in, bags_in, mean);
   const Sums sums = masks(sums_in, spaces);
   const Sizes s{weight.size(0), in.batch, in.fields, in.sequences, spaces, weight.size(1) / spaces};
-  Tensor x = empty_kept(weight, {spaces, s.batch, s.columns() * s.dim});
-  Tensor z = empty_kept(weight, {static_cast<int64_t>(sums.size()), s.batch, s.columns() * s.dim});
+  Tensor x = empty_kept(weight, {spaces, s.batch, s.columns() * s.dim}, kOutput);
+  Tensor z = empty_kept(
+      weight, {static_cast<int64_t>(sums.size()), s.batch, s.columns() * s.dim}, kOutput);
   // An exception inside parallel_for would lose its message.
   std::atomic<int64_t> bad{-1};
   for_type(weight.scalar_type(), "lookup", [&](auto zero) {
@@ -487,7 +492,7 @@ Tensor reduce_rows(const Tensor& grad_x_in, const Tensor& grad_z_in,
                       std::all_of(plan.sources, plan.sources + m,
                                   [&](int32_t at) { return at >= 0 && at < s.batch * s.fields; }),
                   "row_gradients: the plan is of another batch");
-  Tensor out = empty_kept(grad_x, {rows ? table : unique, s.spaces * dim});
+  Tensor out = empty_kept(grad_x, {rows ? table : unique, s.spaces * dim}, kScratch);
   const int64_t row_bytes = s.spaces * dim * static_cast<int64_t>(grad_x.element_size());
   if (rows || m == 0) {
     torch::stable::parallel_for(0, out.size(0), kGrain, [&](int64_t begin, int64_t end) {
@@ -521,8 +526,8 @@ Tensor row_gradients(const Tensor& grad_x, const Tensor& grad_z, const std::vect
 Tensor lookup_backward(const Tensor& grad_x, const Tensor& grad_z, const std::vector<int64_t>& sums,
                        const Tensor& ids, const Tensor& offsets, const std::vector<Tensor>& bags,
                        int64_t mean, int64_t table) {
-  const int64_t columns = ids.size(1) + (bags.empty() ? 0 : bags.at(1).size(0));
   const auto [rows, segments, sources, scales] = row_plan(ids, offsets, bags, mean);
+  const int64_t columns = ids.size(1) + (bags.empty() ? 0 : bags[1].size(0));
   const int64_t unique = rows.size(0);
   STD_TORCH_CHECK(
       unique == 0 || static_cast<const int64_t*>(rows.const_data_ptr())[unique - 1] < table,

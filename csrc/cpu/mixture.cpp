@@ -63,6 +63,8 @@ INLINE void softmax(const T* logits, int64_t experts, uint64_t see, A* p) {
 
 struct Sizes {
   int64_t experts, gates, batch, width;
+  // Between two experts of y, two gates of logits and of the gradient: all may be parts of a batch.
+  int64_t y_stride, logits_stride, grad_stride;
 };
 
 // Adds one sample's y[e], weighed, to the sums of n gates; `first` says whether they start here.
@@ -119,7 +121,7 @@ INLINE void forward(const T* y, const T* logits, const uint64_t* see, T* out, co
     const int64_t samples = std::min(most, end - b);
     for (int64_t i = 0; i < samples; ++i) {
       for (int64_t k = 0; k < s.gates; ++k) {
-        softmax(logits + (k * s.batch + b + i) * s.experts, s.experts, see[k],
+        softmax(logits + k * s.logits_stride + (b + i) * s.experts, s.experts, see[k],
                 p.data() + i * weights + k * s.experts);
       }
     }
@@ -132,7 +134,7 @@ INLINE void forward(const T* y, const T* logits, const uint64_t* see, T* out, co
     }
     for (int64_t e = 0; e < s.experts; ++e) {
       for (int64_t i = 0; i < samples; ++i) {
-        const T* row = y + (e * s.batch + b + i) * s.width;
+        const T* row = y + e * s.y_stride + (b + i) * s.width;
         const A* weight = p.data() + i * weights + e;
         for_gates(s.gates, [&](int64_t k, auto tile) INLINE_LAMBDA {
           mix<tile()>(row, weight + k * s.experts, sums + k * stride + i * s.width, stride, e == 0,
@@ -149,25 +151,24 @@ INLINE void forward(const T* y, const T* logits, const uint64_t* see, T* out, co
   }
 }
 
-// For gates k..k+n and expert e of one sample: dp[k, e], and their part of dy[e]. `first` says
-// whether dy[e] starts here, `last` whether it is whole: then it goes past the caches, which the
+// For n gates and one expert of one sample: dp[k, e], and their part of dy[e]. Gates are `step`
+// apart in taught and dp. `first` says whether dy[e] starts here, `last` whether it is whole: then it goes past the caches, which the
 // experts of a block would fill in vain.
 template <int n, typename T, typename A = Sum<T>>
-INLINE void unmix(const T* grad, const T* y, const A* taught, A* dp, A* sums, T* dy, bool first,
-                  bool last, const Sizes& s) {
+INLINE void unmix(const T* const* grad, const T* y, const A* taught, A* dp, int64_t step, A* sums,
+                  T* dy, bool first, bool last, int64_t width) {
   constexpr int lanes = Lanes<A>::n;
-  const int64_t stride = s.batch * s.width;
   typename Lanes<A>::type dots[n] = {};
   A tail[n] = {}, weight[n];
-  for (int i = 0; i < n; ++i) weight[i] = taught[i * s.experts];
+  for (int i = 0; i < n; ++i) weight[i] = taught[i * step];
   int64_t h = 0;
-  for (; h + lanes <= s.width; h += lanes) {
+  for (; h + lanes <= width; h += lanes) {
     typename Lanes<A>::type value, sum = {};
     load(y + h, value);
     if (!first) load(sums + h, sum);
     for (int i = 0; i < n; ++i) {
       typename Lanes<A>::type g;
-      load(grad + i * stride + h, g);
+      load(grad[i] + h, g);
       dots[i] += g * value;
       sum += weight[i] * g;
     }
@@ -177,10 +178,10 @@ INLINE void unmix(const T* grad, const T* y, const A* taught, A* dp, A* sums, T*
       store(sum, sums + h);
     }
   }
-  for (; h < s.width; ++h) {
+  for (; h < width; ++h) {
     A sum = first ? A(0) : sums[h];
     for (int i = 0; i < n; ++i) {
-      const A g = static_cast<A>(grad[i * stride + h]);
+      const A g = static_cast<A>(grad[i][h]);
       tail[i] += g * static_cast<A>(y[h]);
       sum += weight[i] * g;
     }
@@ -192,7 +193,7 @@ INLINE void unmix(const T* grad, const T* y, const A* taught, A* dp, A* sums, T*
   }
   for (int i = 0; i < n; ++i) {
     for (int j = 0; j < lanes; ++j) tail[i] += dots[i][j];
-    dp[i * s.experts] = tail[i];
+    dp[i * step] = tail[i];
   }
 }
 
@@ -207,7 +208,7 @@ INLINE void backward(const T* grad, const T* y, const T* logits, const uint64_t*
     for (int64_t i = 0; i < samples; ++i) {
       for (int64_t k = 0; k < s.gates; ++k) {
         const int64_t at = i * weights + k * s.experts;
-        softmax(logits + (k * s.batch + b + i) * s.experts, s.experts, see[k], p.data() + at);
+        softmax(logits + k * s.logits_stride + (b + i) * s.experts, s.experts, see[k], p.data() + at);
         for (int64_t e = 0; e < s.experts; ++e) {
           taught[at + e] = learn[k] >> e & 1 ? p[at + e] : A(0);
         }
@@ -215,11 +216,14 @@ INLINE void backward(const T* grad, const T* y, const T* logits, const uint64_t*
     }
     for (int64_t e = 0; e < s.experts; ++e) {
       for (int64_t i = 0; i < samples; ++i) {
-        const int64_t row = (e * s.batch + b + i) * s.width, at = i * weights + e;
+        const int64_t at = i * weights + e, sample = (b + i) * s.width;
+        const T* rows[kMaxGates];
+        for (int64_t k = 0; k < s.gates; ++k) rows[k] = grad + k * s.grad_stride + sample;
         for_gates(s.gates, [&](int64_t k, auto tile) INLINE_LAMBDA {
-          unmix<tile()>(grad + (k * s.batch + b + i) * s.width, y + row,
-                        taught.data() + at + k * s.experts, dp.data() + at + k * s.experts,
-                        sums.data(), dy + row, k == 0, k + tile() == s.gates, s);
+          const int64_t first = at + k * s.experts;
+          unmix<tile()>(rows + k, y + e * s.y_stride + sample, taught.data() + first,
+                        dp.data() + first, s.experts, sums.data(),
+                        dy + e * s.batch * s.width + sample, k == 0, k + tile() == s.gates, s.width);
         });
       }
     }
@@ -233,6 +237,28 @@ INLINE void backward(const T* grad, const T* y, const T* logits, const uint64_t*
       }
     }
   }
+  fence();
+}
+
+// The backward pass of expert e alone, from the weights p [K, B, E]: dy [B, H] and dp [K, B].
+template <typename T, typename A = Sum<T>>
+INLINE void expert_backward(const T* const* grads, const T* y, const A* p, const uint64_t* learn,
+                            int64_t e, T* dy, A* dp, const Sizes& s, int64_t begin, int64_t end) {
+  std::vector<A> sums(s.width);
+  for (int64_t b = begin; b < end; ++b) {
+    A taught[kMaxGates], dots[kMaxGates];
+    const T* rows[kMaxGates];
+    for (int64_t k = 0; k < s.gates; ++k) {
+      taught[k] = learn[k] >> e & 1 ? p[(k * s.batch + b) * s.experts + e] : A(0);
+      rows[k] = grads[k] + b * s.width;
+    }
+    for_gates(s.gates, [&](int64_t k, auto tile) INLINE_LAMBDA {
+      unmix<tile()>(rows + k, y + b * s.width, taught + k, dots + k, 1, sums.data(),
+                    dy + b * s.width, k == 0, k + tile() == s.gates, s.width);
+    });
+    for (int64_t k = 0; k < s.gates; ++k) dp[k * s.batch + b] = dots[k];
+  }
+  fence();
 }
 
 // A template cannot be multiversioned, so each type has its entry.
@@ -245,6 +271,11 @@ INLINE void backward(const T* grad, const T* y, const T* logits, const uint64_t*
                                    const uint64_t* see, const uint64_t* learn, T* dy, T* dlogits, \
                                    const Sizes& s, int64_t begin, int64_t end) {                  \
     backward<T>(grad, y, logits, see, learn, dy, dlogits, s, begin, end);                         \
+  }                                                                                               \
+  MULTIVERSION void expert_entry(const T* const* grads, const T* y, const Sum<T>* p,              \
+                                 const uint64_t* learn, int64_t e, T* dy, Sum<T>* dp,             \
+                                 const Sizes& s, int64_t begin, int64_t end) {                    \
+    expert_backward<T>(grads, y, p, learn, e, dy, dp, s, begin, end);                             \
   }
 ENTRIES(double)
 ENTRIES(float)
@@ -255,16 +286,22 @@ std::vector<uint64_t> bits(const std::vector<int64_t>& masks) {
   return {masks.begin(), masks.end()};
 }
 
+// Itself where each plane [B, n] is contiguous, else a copy.
+Tensor planes(const Tensor& t) {
+  STD_TORCH_CHECK(t.dim() == 3, "mixture: y, logits and the gradient have three dimensions");
+  const bool whole = t.stride(2) == 1 && t.stride(1) == t.size(2);
+  return whole ? t : torch::stable::contiguous(t);
+}
+
 Sizes check(const Tensor& y, const Tensor& logits, const std::vector<int64_t>& see,
             const std::vector<int64_t>& learn) {
-  STD_TORCH_CHECK(y.dim() == 3 && logits.dim() == 3 && logits.size(1) == y.size(1) &&
-                      logits.size(2) == y.size(0),
+  STD_TORCH_CHECK(logits.size(1) == y.size(1) && logits.size(2) == y.size(0),
                   "mixture: y must be [E, B, H] and logits [K, B, E]");
   STD_TORCH_CHECK(y.scalar_type() == logits.scalar_type(),
                   "mixture: y and logits must have the same type");
-  const Sizes s{y.size(0), logits.size(0), y.size(1), y.size(2)};
-  STD_TORCH_CHECK(s.experts <= kMaxExperts && s.gates <= kMaxGates, "mixture: at most ",
-                  kMaxExperts, " experts and ", kMaxGates, " gates");
+  const Sizes s{y.size(0), logits.size(0), y.size(1), y.size(2), y.stride(0), logits.stride(0), 0};
+  STD_TORCH_CHECK(s.experts > 0 && s.experts <= kMaxExperts && s.gates > 0 && s.gates <= kMaxGates,
+                  "mixture: 1 to ", kMaxExperts, " experts and 1 to ", kMaxGates, " gates");
   const auto gates = static_cast<size_t>(s.gates);
   STD_TORCH_CHECK(see.size() == gates && learn.size() == gates,
                   "mixture: see and learn need a mask for each of ", s.gates, " gates");
@@ -275,17 +312,16 @@ int64_t grain(const Sizes& s) { return kGrain / std::max<int64_t>(s.experts * s.
 
 Tensor mixture(const Tensor& y_in, const Tensor& logits_in, const std::vector<int64_t>& see_in,
                const std::vector<int64_t>& learn_in) {
-  const Sizes s = check(y_in, logits_in, see_in, learn_in);
-  const Tensor y = torch::stable::contiguous(y_in);
-  const Tensor logits = torch::stable::contiguous(logits_in);
+  const Tensor y = planes(y_in), logits = planes(logits_in);
+  const Sizes s = check(y, logits, see_in, learn_in);
   const auto see = bits(see_in);
-  Tensor out = empty_kept(y, {s.gates, s.batch, s.width});
+  Tensor out = empty_kept(y, {s.gates, s.batch, s.width}, kOutput);
   for_type(y.scalar_type(), "mixture", [&](auto zero) {
     using T = decltype(zero);
     torch::stable::parallel_for(0, s.batch, grain(s), [&](int64_t begin, int64_t end) {
       forward_entry(static_cast<const T*>(y.const_data_ptr()),
-          static_cast<const T*>(logits.const_data_ptr()), see.data(),
-          static_cast<T*>(out.mutable_data_ptr()), s, begin, end);
+                    static_cast<const T*>(logits.const_data_ptr()), see.data(),
+                    static_cast<T*>(out.mutable_data_ptr()), s, begin, end);
     });
   });
   return out;
@@ -295,27 +331,66 @@ std::tuple<Tensor, Tensor> mixture_backward(const Tensor& grad_in, const Tensor&
                                             const Tensor& logits_in,
                                             const std::vector<int64_t>& see_in,
                                             const std::vector<int64_t>& learn_in) {
-  const Sizes s = check(y_in, logits_in, see_in, learn_in);
-  STD_TORCH_CHECK(grad_in.dim() == 3 && grad_in.size(0) == s.gates &&
-                      grad_in.size(1) == s.batch && grad_in.size(2) == s.width &&
-                      grad_in.scalar_type() == y_in.scalar_type(),
+  const Tensor grad = planes(grad_in), y = planes(y_in), logits = planes(logits_in);
+  Sizes s = check(y, logits, see_in, learn_in);
+  STD_TORCH_CHECK(grad.size(0) == s.gates && grad.size(1) == s.batch && grad.size(2) == s.width &&
+                      grad.scalar_type() == y.scalar_type(),
                   "mixture: the gradient must be [K, B, H] of y's type");
-  const Tensor grad = torch::stable::contiguous(grad_in);
-  const Tensor y = torch::stable::contiguous(y_in);
-  const Tensor logits = torch::stable::contiguous(logits_in);
+  s.grad_stride = grad.stride(0);
   const auto see = bits(see_in), learn = bits(learn_in);
-  Tensor dy = empty_kept(y, {s.experts, s.batch, s.width});
-  Tensor dlogits = empty_kept(logits, {s.gates, s.batch, s.experts});
+  Tensor dy = empty_kept(y, {s.experts, s.batch, s.width}, kScratch);
+  Tensor dlogits = empty_kept(logits, {s.gates, s.batch, s.experts}, kScratch);
   for_type(y.scalar_type(), "mixture", [&](auto zero) {
     using T = decltype(zero);
     torch::stable::parallel_for(0, s.batch, grain(s), [&](int64_t begin, int64_t end) {
-      backward_entry(static_cast<const T*>(grad.const_data_ptr()), static_cast<const T*>(y.const_data_ptr()),
-          static_cast<const T*>(logits.const_data_ptr()), see.data(), learn.data(),
-          static_cast<T*>(dy.mutable_data_ptr()), static_cast<T*>(dlogits.mutable_data_ptr()),
-          s, begin, end);
+      backward_entry(static_cast<const T*>(grad.const_data_ptr()),
+                     static_cast<const T*>(y.const_data_ptr()),
+                     static_cast<const T*>(logits.const_data_ptr()), see.data(), learn.data(),
+                     static_cast<T*>(dy.mutable_data_ptr()),
+                     static_cast<T*>(dlogits.mutable_data_ptr()), s, begin, end);
     });
   });
   return {dy, dlogits};
+}
+
+std::tuple<Tensor, Tensor> mixture_expert_backward(const std::vector<Tensor>& grads_in,
+                                                   const Tensor& y_in, const Tensor& p_in,
+                                                   const std::vector<int64_t>& learn_in,
+                                                   int64_t e) {
+  const Tensor y = torch::stable::contiguous(y_in), p = torch::stable::contiguous(p_in);
+  STD_TORCH_CHECK(y.dim() == 2 && p.dim() == 3 && p.size(1) == y.size(0) && e >= 0 &&
+                      e < p.size(2) && p.size(2) <= kMaxExperts && p.size(0) <= kMaxGates &&
+                      static_cast<int64_t>(grads_in.size()) == p.size(0) &&
+                      learn_in.size() == grads_in.size(),
+                  "mixture: y must be [B, H], p [K, B, E], with K gradients and masks, and e < E");
+  const Sizes s{p.size(2), p.size(0), y.size(0), y.size(1), 0, 0, 0};
+  std::vector<Tensor> grads;
+  for (const Tensor& grad : grads_in) {
+    STD_TORCH_CHECK(grad.dim() == 2 && grad.size(0) == s.batch && grad.size(1) == s.width &&
+                        grad.scalar_type() == y.scalar_type(),
+                    "mixture: each gradient must be [B, H] of y's type");
+    grads.push_back(torch::stable::contiguous(grad));
+  }
+  const auto learn = bits(learn_in);
+  Tensor dy = empty_kept(y, {s.batch, s.width}, kOutput);
+  Tensor dp = torch::stable::new_empty(p, {s.gates, s.batch});
+  for_type(y.scalar_type(), "mixture", [&](auto zero) {
+    using T = decltype(zero);
+    const ScalarType sum = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
+    STD_TORCH_CHECK(p.scalar_type() == sum, "mixture: p must be float32, for float64 y float64");
+    const T* pointers[kMaxGates];
+    for (int64_t k = 0; k < s.gates; ++k) {
+      pointers[k] = static_cast<const T*>(grads[k].const_data_ptr());
+    }
+    const int64_t grain = kGrain / std::max<int64_t>(s.width, 1) + 1;
+    torch::stable::parallel_for(0, s.batch, grain, [&](int64_t begin, int64_t end) {
+      expert_entry(pointers, static_cast<const T*>(y.const_data_ptr()),
+                   static_cast<const Sum<T>*>(p.const_data_ptr()), learn.data(), e,
+                   static_cast<T*>(dy.mutable_data_ptr()),
+                   static_cast<Sum<T>*>(dp.mutable_data_ptr()), s, begin, end);
+    });
+  });
+  return {dy, dp};
 }
 
 }  // namespace
@@ -324,4 +399,5 @@ std::tuple<Tensor, Tensor> mixture_backward(const Tensor& grad_in, const Tensor&
 STABLE_TORCH_LIBRARY_IMPL(stem_fast, CPU, m) {
   m.impl("mixture", TORCH_BOX(&mixture));
   m.impl("mixture_backward", TORCH_BOX(&mixture_backward));
+  m.impl("mixture_expert_backward", TORCH_BOX(&mixture_expert_backward));
 }

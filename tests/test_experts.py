@@ -1,0 +1,95 @@
+"""The fused layer of experts against its steps one by one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import stem_masks
+from torch import Tensor, nn
+
+from stem_fast import experts as module
+from stem_fast import ops
+from stem_fast.experts import expert_mixture
+from stem_fast.layers import GroupedMLP
+
+SEE, LEARN = stem_masks(2, 1, 2)
+READS = (0, 1, 2, 2)
+
+
+def everything(fused: bool, hidden: tuple[int, ...], batch: int, gates: int) -> list[Tensor]:
+    """Outputs and every gradient, in float64."""
+    torch.manual_seed(3)
+    group = GroupedMLP(4, 5, hidden).double()
+    nn.init.normal_(group.blocks[0].bias)
+    inputs = [torch.randn(batch, 5, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    logits = torch.randn(gates, batch, 4, dtype=torch.float64, requires_grad=True)
+    masks = SEE[:gates], LEARN[:gates]
+    if fused:
+        outputs = expert_mixture(group, inputs, READS, logits, *masks)
+        assert "_ExpertMixture" in type(outputs[0].grad_fn).__name__
+    else:
+        outputs = ops.mixture(group(inputs, READS), logits, *masks).unbind()
+    grads = [torch.randn_like(out) for out in outputs]
+    wanted = [*inputs, logits, *group.parameters()]
+    return [*outputs, *torch.autograd.grad(outputs, wanted, grads)]
+
+
+@pytest.mark.parametrize("hidden", [(6,), (7, 3), (6, 6, 6)])
+@pytest.mark.parametrize(("batch", "gates"), [(0, 3), (1, 2), (33, 3), (33, 2)])
+def test_outputs_and_gradients(hidden: tuple[int, ...], batch: int, gates: int) -> None:
+    for actual, right in zip(
+        everything(True, hidden, batch, gates), everything(False, hidden, batch, gates), strict=True
+    ):
+        torch.testing.assert_close(actual, right)
+
+
+def test_a_graph_that_is_kept_can_be_walked_again() -> None:
+    """Multi-task methods that compare gradients (PCGrad, CAGrad) go back once a task."""
+    group = GroupedMLP(4, 5, (6, 6))
+    inputs = [torch.randn(9, 5) for _ in range(3)]
+    first, second = expert_mixture(group, inputs, READS, torch.randn(2, 9, 4), SEE[:2], LEARN[:2])
+    weight = group.blocks[0].weight
+    loss = first.sum(), second.square().sum()
+    alone = [torch.autograd.grad(each, weight, retain_graph=True)[0] for each in loss]
+    again = [torch.autograd.grad(each, weight, retain_graph=True)[0] for each in loss]
+    (both,) = torch.autograd.grad(loss[0] + loss[1], weight)
+    assert torch.equal(alone[0], again[0])
+    torch.testing.assert_close(alone[0] + alone[1], both)
+
+
+def test_inputs_and_parameters_that_want_no_gradient() -> None:
+    group = GroupedMLP(4, 5, (6, 6))
+    group.blocks[0].requires_grad_(False)
+    inputs = [torch.randn(9, 5, requires_grad=n == 1) for n in range(3)]
+    out = expert_mixture(group, inputs, READS, torch.randn(2, 9, 4), SEE[:2], LEARN[:2])
+    (out[0].sum() + out[1].sum()).backward()
+    assert inputs[0].grad is None
+    assert inputs[1].grad is not None
+    assert group.blocks[0].weight.grad is None
+    assert group.blocks[2].weight.grad is not None
+    with torch.no_grad():
+        quiet = expert_mixture(group, inputs, READS, torch.randn(2, 9, 4), SEE[:2], LEARN[:2])
+    assert not quiet[0].requires_grad
+
+
+@pytest.mark.parametrize(
+    "options", [{"dropout": 0.5}, {"batch_norm": True}, {"hidden_activations": "gelu"}]
+)
+def test_other_networks_go_step_by_step(
+    options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(module, "_ExpertMixture")
+    group = GroupedMLP(4, 5, (6, 6), **options).eval()
+    inputs = [torch.randn(9, 5) for _ in range(3)]
+    logits = torch.randn(2, 9, 4)
+    out = expert_mixture(group, inputs, READS, logits, SEE[:2], LEARN[:2])
+    expected = ops.mixture(group(inputs, READS), logits, SEE[:2], LEARN[:2])
+    torch.testing.assert_close(torch.stack(out), expected)
+
+
+def test_autocast_keeps_its_type() -> None:
+    group = GroupedMLP(4, 5, (6, 6))
+    inputs = [torch.randn(9, 5) for _ in range(3)]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = expert_mixture(group, inputs, READS, torch.randn(2, 9, 4), SEE[:2], LEARN[:2])
+    assert out[0].dtype == torch.bfloat16
