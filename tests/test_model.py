@@ -368,6 +368,7 @@ def test_compiles_to_one_graph(name: str) -> None:
     torch.testing.assert_close(grads, expected)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of inductor itself
 def test_compiles_with_inductor() -> None:
     """Generated code believes the shapes and strides that the ops' fakes promise."""
     model = small().float()
