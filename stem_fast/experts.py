@@ -59,7 +59,7 @@ class _ExpertMixture(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         inputs, parameters = tensors[:count], tensors[count:]
         x = [inputs[n] for n in reads]
-        outputs = []
+        outputs: list[Tensor] = []
         for weight, bias in zip(parameters[::2], parameters[1::2], strict=True):
             size = [len(weight), len(x[0]), weight.shape[1]]
             y = torch.ops.stem_fast.empty_kept(x[0], size)

@@ -234,6 +234,7 @@ class STEMNet(nn.Module):
         added = dict(zip(sums, z.flatten(2).unbind(), strict=True))
         gate_logits = []
         for layer, experts in enumerate(self.experts):
+            assert isinstance(experts, GroupedMLP)
             gates, see = wiring.gates[: live[layer]], wiring.see[: live[layer]]
             if not wiring.gates:
                 outputs = experts(inputs, wiring.reads).unbind()  # E of [B, H]
