@@ -257,6 +257,12 @@ def _sizes(dtype: torch.dtype, spaces: int, dim: int, sums: int) -> dict[str, An
     }
 
 
+def _block(sizes: dict[str, Any]) -> dict[str, int]:
+    """Of the kernel that gathers. Four warps spill where a row is wide, on sm_80."""
+    width = sizes["SP"] * sizes["DP"]
+    return {"BLOCK": max(1, TILE // width), "num_warps": 8 if width > 512 else 4}
+
+
 def _tile(sizes: dict[str, Any]) -> dict[str, int]:
     """Of the kernels that add up gradients: a warp a row, four where a row is wide."""
     width = sizes["SP"] * sizes["DP"]
@@ -298,10 +304,10 @@ def lookup(
         "rows": len(weight),
         "stride": batch * width,
     }
-    block = max(1, TILE // (sizes["SP"] * sizes["DP"]))
+    block = _block(sizes)
     with torch.cuda.device_of(weight):
         if batch * fields:
-            _lookup[(triton.cdiv(batch * fields, block),)](
+            _lookup[(triton.cdiv(batch * fields, block["BLOCK"]),)](
                 weight,
                 ids.contiguous(),
                 offsets.contiguous(),
@@ -311,7 +317,7 @@ def lookup(
                 pairs=batch * fields,
                 **shape,
                 **sizes,
-                BLOCK=block,
+                **block,
             )
         if batch * sequences:
             rows, bounds, *weights = (part.contiguous() for part in bags)
@@ -329,7 +335,7 @@ def lookup(
                 **shape,
                 WEIGHTED=bool(weights),
                 **sizes,
-                BLOCK=min(block, 16),
+                BLOCK=min(block["BLOCK"], 16),
             )
     return x, z
 

@@ -33,24 +33,21 @@ def sources() -> dict[str, tuple[ASTSource, int]]:
         pointers = tables | whole | plan | {"ids": ids, "bag_rows": ids}
         for spaces, dim, sums in ((3, 16, 2), (9, 64, 8)):
             sizes = lookup._sizes(dtype, spaces, dim, sums)
-            block = max(1, lookup.TILE // (sizes["SP"] * sizes["DP"]))
+            block = lookup._block(sizes)
             segments = sizes | lookup._tile(sizes) | {"SCALED": True}
             for kernel, constants in (
-                (lookup._lookup, sizes | {"BLOCK": block}),
-                (lookup._pool, sizes | {"BLOCK": min(block, 16), "WEIGHTED": True}),
+                (lookup._lookup, sizes | block),
+                (lookup._pool, sizes | {"BLOCK": min(block["BLOCK"], 16), "WEIGHTED": True}),
                 (lookup._partials, segments),
                 (lookup._row_gradients, segments),
             ):
                 title = f"{kernel.fn.__name__} {name} {ids} G={spaces} D={dim}"
                 warps = constants.get("num_warps", 4)
                 found[title] = source(kernel, pointers, constants), warps
-            if (
-                dim == 16 and dtype == torch.float32
-            ):  # a size of 1 becomes a constant (B = 1, F = 1)
-                for title in [title for title in found if f"{name} {ids} G=3" in title]:
-                    code, warps = found[title]
-                    ones = {name: 1 for name, kind in code.signature.items() if kind == "i32"}
-                    found[f"{title} of 1"] = source(code.fn, pointers, code.constants | ones), warps
+                if dim == 16 and dtype == torch.float32:
+                    # Triton makes a constant of a size that is 1 (one sample, one field).
+                    ones = {n: 1 for n in kernel.arg_names if n not in pointers} | constants
+                    found[f"{title} sizes 1"] = source(kernel, pointers, ones), warps
         check = source(lookup._check_ids, pointers | {"out": ids}, {"BLOCK": 256})
         found[f"_check_ids {ids}"] = check, 4
         for experts, gates, width in ((10, 2, 512), (24, 4, 256), (64, 16, 512)):
