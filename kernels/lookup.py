@@ -3,13 +3,13 @@ gradient for the rows of a batch alone. Every sum has a fixed order: results rep
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from stem_fast.kernels import bit_masks
 from torch import Tensor
 
 TILE = 1024  # values of a tile of rows, 8 a thread: addresses take registers too
@@ -162,10 +162,8 @@ def _partials(
 ):  # fmt: skip
     """Sums of the chunks of occurrences that belong to one row; see _row_gradients."""
     begin = tl.program_id(0) * CHUNK
-    low, high = (
-        tl.zeros([], tl.int32),
-        unique,
-    )  # segments[low] <= begin < segments[high], or the end
+    # segments[low] <= begin < segments[high], or the end
+    low, high = tl.zeros([], tl.int32), unique
     while high - low > 1:
         middle = (low + high) // 2
         right = tl.load(segments + middle) <= begin
@@ -273,12 +271,6 @@ def _tile(sizes: dict[str, Any]) -> dict[str, int]:
     }
 
 
-@functools.lru_cache
-def _masks(device: torch.device, *masks: int) -> Tensor:
-    """Kept, because a copy to the device would make every step wait."""
-    return torch.tensor(masks, dtype=torch.int64, device=device)
-
-
 def lookup(
     weight: Tensor,
     ids: Tensor,
@@ -296,7 +288,7 @@ def lookup(
         raise ValueError(f"lookup: weight {list(weight.shape)}, sums {sums} of {spaces} spaces")
     width = (fields + sequences) * dim
     x, z = weight.new_empty(spaces, batch, width), weight.new_empty(len(sums), batch, width)
-    weight, masks = weight.contiguous(), _masks(weight.device, *sums)
+    weight, masks = weight.contiguous(), bit_masks(weight.device, *sums)
     sizes = _sizes(weight.dtype, spaces, dim, len(sums))
     shape = {
         "fields": fields,
@@ -354,7 +346,8 @@ def row_gradients(
     out = grad_x.new_empty(unique, spaces * dim)
     if not out.numel():
         return out
-    grad_x, grad_z, masks = grad_x.contiguous(), grad_z.contiguous(), _masks(grad_x.device, *sums)
+    grad_x, grad_z = grad_x.contiguous(), grad_z.contiguous()
+    masks = bit_masks(grad_x.device, *sums)
     sizes = _sizes(grad_x.dtype, spaces, dim, len(sums))
     sizes |= {"SCALED": len(scales) > 0, **_tile(sizes)}
     dtype = torch.float64 if grad_x.dtype == torch.float64 else torch.float32

@@ -3,12 +3,12 @@ and one write of dy. Every sample belongs to one program, so results repeat bit 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
+from stem_fast.kernels import bit_masks
 from torch import Tensor
 
 # Values of a [KP, ROWS, COLUMNS] tile, 16 registers a thread of four warps: with 32 the backward
@@ -149,12 +149,6 @@ def _sizes(y: Tensor, logits: Tensor) -> dict[str, object]:
     }
 
 
-@functools.lru_cache
-def _masks(device: torch.device, *masks: int) -> Tensor:
-    """Kept, because a copy to the device would make every step wait."""
-    return torch.tensor(masks, device=device)
-
-
 def mixture(y: Tensor, logits: Tensor, see: Sequence[int], learn: Sequence[int]) -> Tensor:
     """Triton version of :func:`stem_fast.reference.mixture` (same arguments and result)."""
     sizes = _sizes(y, logits)
@@ -163,7 +157,7 @@ def mixture(y: Tensor, logits: Tensor, see: Sequence[int], learn: Sequence[int])
         blocks = triton.cdiv(y.shape[1], sizes["ROWS"]), triton.cdiv(y.shape[2], sizes["COLUMNS"])
         with torch.cuda.device_of(y):
             _mixture[blocks](
-                y.contiguous(), logits.contiguous(), _masks(y.device, *see), out, **sizes
+                y.contiguous(), logits.contiguous(), bit_masks(y.device, *see), out, **sizes
             )
     return out
 
@@ -181,8 +175,8 @@ def mixture_backward(
                 grad.contiguous(),
                 y,
                 logits,
-                _masks(y.device, *see),
-                _masks(y.device, *learn),
+                bit_masks(y.device, *see),
+                bit_masks(y.device, *learn),
                 dy,
                 dlogits,
                 **sizes,

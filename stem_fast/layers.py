@@ -50,11 +50,11 @@ class EmbeddingArena(nn.Module):
 
     ``sparse`` (default False) asks for a sparse COO gradient of ``weight``, of the batch's rows
     alone, instead of a dense one; for optimizers that know it, and not for ``torch.compile``.
-    ``bounds`` says what happens on
-    CUDA to ids outside their vocabulary: "raise" (default) reads the unknown value instead and
-    notes the id for :meth:`raise_bad_ids`, so that no step waits; "clamp" reads the unknown value;
-    "off" does not look, for ids known to be right (a wrong one reads another row). On CPU they
-    always raise at once, and offsets of sequences are looked at on CPU alone.
+    ``bounds`` says what happens on CUDA to ids outside their vocabulary: "raise" (default) reads
+    the unknown value instead and notes the id for :meth:`raise_bad_ids`, so that no step waits;
+    "clamp" reads the unknown value; "off" does not look, for ids known to be right (a wrong one
+    reads another row). On CPU they always raise at once, and offsets of sequences are looked at on
+    CPU alone.
     """
 
     offsets: Tensor

@@ -129,7 +129,7 @@ def train_step(
         sample_weights=batch.weight,
     )
     if config.net_regularizer:
-        loss = loss + model.regularization(net=config.net_regularizer)
+        loss = loss + model.regularization(0.0, config.net_regularizer)
     loss.backward()
     loss = loss.detach()
     if config.embedding_regularizer:
@@ -137,8 +137,8 @@ def train_step(
         table, grad = model.embedding.weight.detach(), model.embedding.weight.grad
         if grad is not None:  # a frozen table has none
             grad.add_(table, alpha=config.embedding_regularizer)
-        norm = torch.linalg.vector_norm(table)
-        loss = loss + config.embedding_regularizer / 2 * norm.square()
+        with torch.no_grad():
+            loss = loss + model.regularization(config.embedding_regularizer, 0.0)
     if config.max_gradient_norm:
         nn.utils.clip_grad_norm_(model.parameters(), config.max_gradient_norm)
     optimizer.step()
