@@ -119,7 +119,7 @@ def extensions() -> list[Extension]:
             sources("cpu", "cpp"),
             depends=sources("cpu", "h"),
             define_macros=[TARGET],
-            extra_compile_args=["-std=c++20", "-O3", "-Wall", "-Wextra"],
+            extra_compile_args=["-std=c++20", "-O3", "-fno-math-errno", "-Wall", "-Wextra"],
             py_limited_api=True,
         )
     ]

@@ -58,8 +58,8 @@ class _Commands(TyperGroup):
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    """torch has a class for the memory of GPUs only; its CPU allocator is known by its words."""
-    words = ("DefaultCPUAllocator", "not enough memory")
+    """torch has a class for the memory of GPUs only; that of CPUs is known by its words."""
+    words = ("DefaultCPUAllocator", "not enough memory", "out of memory: ")
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
@@ -164,7 +164,10 @@ def fit(
     epochs: Annotated[_Int, _flag(_TRAINING, "at most", default=_OFFICIAL.epochs)] = None,
     batch_size: Annotated[_Int, _flag(_TRAINING, "rows", default=_OFFICIAL.batch_size)] = None,
     learning_rate: Annotated[
-        _Float, _flag(_TRAINING, "Adam's", default=_OFFICIAL.learning_rate)
+        _Float, _flag(_TRAINING, "the first", default=_OFFICIAL.learning_rate)
+    ] = None,
+    embedding_optimizer: Annotated[
+        _Text, _flag(_TRAINING, "or dense_adam, ...", default=_OFFICIAL.embedding_optimizer)
     ] = None,
     embedding_regularizer: Annotated[
         _Float, _flag(_TRAINING, "L2 of embeddings", default=_OFFICIAL.embedding_regularizer)

@@ -19,6 +19,8 @@ from stem_fast.data import Join
 from stem_fast.model import MODELS
 from stem_fast.schema import DataError, Schema, nearest, parse_sequences
 
+EMBEDDING_OPTIMIZERS = ("adam", "dense_adam", "lazy_adam", "sgd", "adagrad", "rowwise_adagrad")
+
 Check = Callable[[str, Any], Any]  # (key, value) -> typed value, or DataError
 
 
@@ -94,6 +96,12 @@ def _model(key: str, value: Any) -> str:
     return value
 
 
+def _optimizer(key: str, value: Any) -> str:
+    if value not in EMBEDDING_OPTIMIZERS:
+        raise _refuse(key, value, f"one of {', '.join(EMBEDDING_OPTIMIZERS)}")
+    return str(value)
+
+
 def _pooling(key: str, value: Any) -> str:
     if value not in ("mean", "sum"):
         raise _refuse(key, value, "mean or sum")
@@ -138,6 +146,7 @@ _TRAINING: dict[str, Check] = {
     "epochs": _COUNT,
     "batch_size": _COUNT,
     "learning_rate": _POSITIVE,
+    "embedding_optimizer": _optimizer,
     "embedding_regularizer": _NOT_NEGATIVE,
     "net_regularizer": _NOT_NEGATIVE,
     "max_gradient_norm": _NOT_NEGATIVE,
@@ -156,7 +165,9 @@ class TrainingConfig:
 
     epochs                 at most
     batch_size             rows
-    learning_rate          Adam's first
+    learning_rate          the first
+    embedding_optimizer    of the embedding tables: adam (exact, at the cost of a batch's rows),
+                           dense_adam (torch's), lazy_adam, sgd, adagrad or rowwise_adagrad
     embedding_regularizer  lambda of (lambda / 2) * ||W||^2 over the embedding tables
     net_regularizer        the same over all other weights
     max_gradient_norm      the global norm gradients are clipped to; 0: never clipped
@@ -171,6 +182,7 @@ class TrainingConfig:
     epochs: int = 20
     batch_size: int = 4096
     learning_rate: float = 1e-3
+    embedding_optimizer: str = "adam"
     embedding_regularizer: float = 1e-6
     net_regularizer: float = 0.0
     max_gradient_norm: float = 10.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,14 @@ from torch.nn import functional as F
 from stem_fast import ops, reference
 
 _NEVER = torch.iinfo(torch.int64).max  # no bad id was seen
+
+
+class LateRows(Protocol):
+    """An optimizer that lets rows miss steps, and makes them when the rows are needed."""
+
+    def catch_up(self, weight: Tensor, rows: Tensor | None) -> None:
+        """Makes the steps that rows [U] of a table (None: all rows) have missed."""
+
 
 ACTIVATIONS = {
     "relu": nn.ReLU,
@@ -50,6 +58,8 @@ class EmbeddingArena(nn.Module):
 
     ``sparse`` (default False) asks for a sparse COO gradient of ``weight``, of the batch's rows
     alone, instead of a dense one; for optimizers that know it, and not for ``torch.compile``.
+    ``optimizer`` is set by one that lets rows miss steps (:mod:`stem_fast.optim`). The arena has
+    them made before it reads the table; :meth:`flush` is for who reads ``weight`` directly.
     ``bounds`` says what happens on CUDA to ids outside their vocabulary: "raise" (default) reads
     the unknown value instead and notes the id for :meth:`raise_bad_ids`, so that no step waits;
     "clamp" reads the unknown value; "off" does not look, for ids known to be right (a wrong one
@@ -61,6 +71,8 @@ class EmbeddingArena(nn.Module):
     sizes: Tensor
     bad: Tensor
     sparse = False
+    optimizer: LateRows | None = None
+    planned = 0  # rows of the newest sparse gradient
     bounds: Literal["raise", "clamp", "off"] = "raise"
 
     def __init__(
@@ -93,7 +105,8 @@ class EmbeddingArena(nn.Module):
                         f"sequence {name!r} shares {shared!r}, which is no categorical field"
                     )
                 self.tables[name] = self.tables[shared]
-        self.weight = nn.Parameter(torch.empty(rows, spaces * dim))
+        # On CPU this asks for huge pages: rows are read in no order.
+        self.weight = nn.Parameter(ops.empty_kept(torch.empty(0), rows, spaces * dim))
         self.numeric_weight = (
             nn.Parameter(torch.empty(len(self.numeric), spaces * dim)) if self.numeric else None
         )
@@ -140,6 +153,9 @@ class EmbeddingArena(nn.Module):
         plan = None
         if self.sparse and self.weight.requires_grad and torch.is_grad_enabled():
             plan = ops.row_plan(ids, self.offsets, bags, mean)
+            self.planned = len(plan.rows)
+        if self.optimizer is not None:
+            self.optimizer.catch_up(self.weight, None if plan is None else plan.rows)
         both = (
             self.weight.new_empty(self.spaces, len(ids), 0),
             self.weight.new_empty(len(sums), len(ids), 0),
@@ -161,6 +177,42 @@ class EmbeddingArena(nn.Module):
         """Numeric fields between the categorical and the sequence fields."""
         categorical = len(self.categorical)
         return torch.cat([x[:, :, :categorical], numeric, x[:, :, categorical:]], 2)
+
+    def flush(self) -> None:
+        """Make the steps that ``optimizer`` owes the table: for who reads ``weight`` directly."""
+        if self.optimizer is not None:
+            self.optimizer.catch_up(self.weight, None)
+
+    def release(self) -> None:
+        """Flush, and forget the optimizer: gradients are dense again."""
+        self.flush()
+        self.optimizer, self.sparse = None, False
+
+    def row_gradients(self) -> tuple[Tensor | None, Tensor]:
+        """The gradient of ``weight`` as (rows int64 [U], values [U, G*D]), each row once, on CUDA
+        padded with row 0; of a dense one (None, [R, G*D])."""
+        grad = self.weight.grad
+        assert grad is not None
+        if not grad.is_sparse:
+            return None, grad
+        rows, values = grad._indices()[0], grad._values()
+        # A gradient of several batches, added up, has more rows than the newest of them.
+        if grad.is_coalesced() or len(rows) == self.planned:
+            return rows, values
+        return ops.merge_rows(rows, values)
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self.flush()
+        super()._save_to_state_dict(*args)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.flush()  # steps that are owed would change what is loaded
+        super()._load_from_state_dict(*args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies are made from: the optimizer is the original's."""
+        self.flush()
+        return {key: value for key, value in self.__dict__.items() if key != "optimizer"}
 
     def raise_bad_ids(self) -> None:
         """On CUDA, wait for the device and raise IndexError for the first id that was outside its

@@ -357,6 +357,7 @@ class STEMNet(nn.Module):
         """
         total = self.embedding.weight.new_zeros(())
         if embedding:
+            self.embedding.flush()
             # The square of the norm, because squares would be a second table.
             total = total + embedding / 2 * torch.linalg.vector_norm(self.embedding.weight).square()
         if net:

@@ -41,6 +41,9 @@ SCHEMAS = {
     " -> (Tensor, Tensor)",
     "mixture_expert_backward": "(Tensor[] grads, Tensor y, Tensor p, int[] learn, int e)"
     " -> (Tensor, Tensor)",
+    "adam_rows": "(Tensor(a!) weight, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) last,"
+    " Tensor? rows, Tensor? grad, Tensor steps, Tensor clock, float beta1, float beta2, float eps,"
+    " bool decoupled, bool l2) -> ()",
 }
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema)
@@ -89,9 +92,26 @@ def row_plan(ids: Tensor, offsets: Tensor, bags: Sequence[Tensor] = (), mean: in
     return RowPlan(*torch.ops.stem_fast.row_plan(ids, offsets, list(bags), mean))
 
 
+def empty_kept(like: Tensor, *size: int) -> Tensor:
+    """Uninitialised memory of the type and device of ``like``; see :func:`reference.empty_kept`."""
+    return torch.ops.stem_fast.empty_kept(like, size)
+
+
 def check_ids(ids: Tensor, sizes: Tensor, bad: Tensor) -> Tensor:
     """Ids within their vocabularies, without waiting; see :func:`reference.check_ids`."""
     return torch.ops.stem_fast.check_ids(ids, sizes, bad)
+
+
+def merge_rows(rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [n] that may repeat, with values [n, W], as each once with the sum of its values.
+
+    The plan of a batch whose ids are the rows: on CUDA fixed in size, padded with row 0.
+    """
+    offsets = rows.new_zeros(1)
+    plan = row_plan(rows[:, None], offsets)
+    none = values.new_empty(0, *values.shape)
+    sums = torch.ops.stem_fast.row_gradients(values[None], none, [], *plan[1:], values.shape[1])
+    return plan.rows, sums
 
 
 def _lookup_fake(
@@ -234,6 +254,10 @@ def _mixture_expert_backward_fake(
     grads: list[Tensor], y: Tensor, p: Tensor, learn: list[int], e: int
 ) -> tuple[Tensor, Tensor]:
     return y.new_empty(y.shape), p.new_empty(p.shape[:2])
+
+
+def _adam_rows_fake(*arguments: Any) -> None:
+    """Everything is changed in place."""
 
 
 def _mixture_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

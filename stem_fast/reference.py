@@ -316,3 +316,66 @@ def mask_matrix(masks: Sequence[int], like: Tensor) -> Tensor:
     """Bit masks as a bool matrix [K, E], for logits or weights ``like`` [K, B, E]."""
     experts = range(like.shape[-1])
     return torch.tensor([[bool(m >> e & 1) for e in experts] for m in masks], device=like.device)
+
+
+def adam_rows(
+    weight: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    last: Tensor,
+    rows: Tensor | None,
+    grad: Tensor | None,
+    steps: Tensor,
+    clock: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    decoupled: bool,
+    l2: bool,
+) -> None:
+    """Adam of some rows of a table, with the steps they missed; see :mod:`stem_fast.optim`.
+
+    A row that no sample of a batch reads has a gradient of zero (and of ``decay * w`` with L2), and
+    dense Adam moves it all the same. That is a recurrence of the row with itself, run here when the
+    row is next needed. Everything is changed in place.
+
+    Args:
+        weight: [R, W].
+        exp_avg, exp_avg_sq: [R, W], Adam's m and v.
+        last: int32 [R], the newest step that each row has made.
+        rows: int64 [U], each once; row 0 is padding and left out (a CUDA plan repeats it). None:
+            all rows.
+        grad: [U, W], their gradient in the newest step. None: every gradient is zero.
+        steps: float64 [N, 11]; line i tells of step ``base + i``. Here: column 0 is the step's
+            ``lr / (1 - beta1^t)``, 1 is ``1 / sqrt(1 - beta2^t)``, 2 the coupled ``weight_decay``
+            or the factor ``1 - lr * weight_decay``. The others are sums that save the loop, see
+            :class:`stem_fast.optim.Schedule`.
+        clock: int64 [2], (base, now): no row is older than step ``base``; ``now`` is the newest.
+        beta1, beta2, eps, decoupled: as in ``torch.optim.Adam``.
+        l2: whether a coupled weight decay is above 0 in any step (a hint to faster versions).
+    """
+    base, now = clock.tolist()
+    if rows is None:
+        rows = torch.arange(len(weight), device=weight.device)
+    elif grad is not None:
+        grad = grad[rows != 0]
+        rows = rows[rows != 0]
+    else:
+        rows = rows[rows != 0]
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    w, m, v = (table[rows].to(dtype) for table in (weight, exp_avg, exp_avg_sq))
+    made = last[rows].clamp(min=base)
+    first = int(made.min()) + 1 if len(made) else now + 1
+    for t in range(first, now + 1):
+        size, root, decay = (float(x) for x in steps[t - base, :3])
+        g = torch.zeros_like(w) if grad is None or t < now else grad.to(dtype)
+        kept = w * decay if decoupled else w
+        g = g if decoupled else g + decay * w
+        new_m = m + (g - m) * (1 - beta1)
+        new_v = v * beta2 + (1 - beta2) * g * g
+        new_w = kept - size * new_m / (new_v.sqrt() * root + eps)
+        due = (made < t)[:, None]
+        w, m, v = (torch.where(due, *pair) for pair in ((new_w, w), (new_m, m), (new_v, v)))
+    for table, changed in ((weight, w), (exp_avg, m), (exp_avg_sq, v)):
+        table[rows] = changed.to(table.dtype)
+    last[rows] = now

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from stem_fast.config import TrainingConfig as TrainingConfig
 from stem_fast.data import Batch, Dataset
 from stem_fast.layers import GroupedBatchNorm
 from stem_fast.model import STEMNet
+from stem_fast.optim import OPTIMIZERS, TableOptimizer
 from stem_fast.schema import DataError, nearest
 
 MIN_DELTA = 1e-6  # an epoch must be better than the best one by this much
@@ -37,7 +38,7 @@ class EpochRecord:
     """One entry of a run's ``history.json``."""
 
     epoch: int  # from 1
-    loss: float  # mean over the steps, L2 included
+    loss: float  # mean over the steps, L2 included (of the tables: see train_step)
     learning_rate: float
     seconds: float  # of training, the evaluation not included
     samples_per_second: float
@@ -112,15 +113,20 @@ def check(config: TrainingConfig, kinds: Mapping[str, str]) -> Monitor:
 
 
 def train_step(
-    model: STEMNet, optimizer: torch.optim.Optimizer, batch: Batch, config: TrainingConfig
+    model: STEMNet,
+    optimizers: Sequence[torch.optim.Optimizer],
+    batch: Batch,
+    config: TrainingConfig,
 ) -> Tensor:
     """One official step: loss + L2, backward, clip to the global norm, update.
 
-    Returns the loss, L2 included, as a detached scalar on the model's device.
+    Returns the loss as a detached scalar on the model's device. The table's L2 term is in it where
+    the table is trained by a dense optimizer; the others never read the whole table.
     """
     if batch.labels is None:
         raise DataError("the data was loaded without labels, so it cannot train.")
-    optimizer.zero_grad()
+    for optimizer in optimizers:
+        optimizer.zero_grad()
     logits = model(batch.ids, batch.numeric, batch.sequences)
     loss = model.loss(
         logits,
@@ -132,17 +138,45 @@ def train_step(
         loss = loss + model.regularization(0.0, config.net_regularizer)
     loss.backward()
     loss = loss.detach()
-    if config.embedding_regularizer:
+    table, strength = model.embedding.weight, config.embedding_regularizer
+    if strength and table.grad is not None and not table.grad.is_sparse:
         # The gradient of model.regularization, without tensors as large as the table.
-        table, grad = model.embedding.weight.detach(), model.embedding.weight.grad
-        if grad is not None:  # a frozen table has none
-            grad.add_(table, alpha=config.embedding_regularizer)
+        table.grad.add_(table.detach(), alpha=strength)
         with torch.no_grad():
-            loss = loss + model.regularization(config.embedding_regularizer, 0.0)
-    if config.max_gradient_norm:
-        nn.utils.clip_grad_norm_(model.parameters(), config.max_gradient_norm)
-    optimizer.step()
+            loss = loss + model.regularization(strength, 0.0)
+    clipped = _clip(model, config)
+    for optimizer in optimizers:
+        if isinstance(optimizer, TableOptimizer):
+            # Clipping shrinks the L2 term of every row, of those in no sample too.
+            for group in optimizer.param_groups:
+                group["weight_decay"] = clipped * strength if strength else 0.0
+        optimizer.step()
     return loss
+
+
+@torch.no_grad()
+def _clip(model: STEMNet, config: TrainingConfig) -> Tensor | float:
+    """Clips all gradients to a global norm as torch's clip_grad_norm_ does; returns the factor.
+
+    Of a table with a sparse gradient the rows of the batch count, with their L2 term; that of all
+    other rows is below rounding and left out.
+    """
+    if not config.max_gradient_norm:
+        return 1.0
+    trained = [(p, p.grad) for p in model.parameters() if p.grad is not None]
+    dense = [parameter for parameter, grad in trained if not grad.is_sparse]
+    grads = [grad for _, grad in trained if not grad.is_sparse]
+    table = model.embedding.weight
+    sparse = table.grad if table.grad is not None and table.grad.is_sparse else None
+    if sparse is not None:
+        rows, values = model.embedding.row_gradients()
+        grads.append(table[rows].mul_(config.embedding_regularizer).add_(values))
+    norm = nn.utils.get_total_norm(grads)
+    nn.utils.clip_grads_with_norm_(dense, config.max_gradient_norm, norm)
+    factor = (config.max_gradient_norm / (norm + 1e-6)).clamp(max=1.0)
+    if sparse is not None:
+        sparse._values().mul_(factor)
+    return factor
 
 
 @functools.lru_cache(maxsize=8)
@@ -182,16 +216,16 @@ def fit(
     monitor.value(score(np.full((len(valid), len(kinds)), 0.5), valid, kinds))
 
     model.to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
+    optimizers = make_optimizers(model, config)
     history: list[EpochRecord] = []
     best_value: float | None = None
     best_weights: dict[str, Tensor] = {}
     stale = 0
     try:
         for epoch in range(1, config.epochs + 1):
-            learning_rate = optimizer.param_groups[0]["lr"]
+            learning_rate = optimizers[0].param_groups[0]["lr"]
             start = time.perf_counter()
-            loss = _train_epoch(model, optimizer, train, config, epoch, device, on_step)
+            loss = _train_epoch(model, optimizers, train, config, epoch, device, on_step)
             seconds = time.perf_counter() - start
             result = evaluate(model, valid, batch_size=config.batch_size, device=device)
             value = monitor.value(result)
@@ -203,7 +237,7 @@ def fit(
                     on_best(model)
             else:
                 stale += 1
-                for group in optimizer.param_groups:
+                for group in (group for each in optimizers for group in each.param_groups):
                     # A rate that starts below the floor stays there.
                     group["lr"] = max(group["lr"] * LR_FACTOR, min(group["lr"], MIN_LR))
             speed = len(train) / seconds
@@ -215,14 +249,25 @@ def fit(
             if stale >= config.patience:
                 break
     finally:
+        model.embedding.release()
         if best_weights:
             model.load_state_dict(best_weights)
     return history
 
 
+def make_optimizers(model: STEMNet, config: TrainingConfig) -> list[torch.optim.Optimizer]:
+    """``config.embedding_optimizer`` for the embedding tables, dense Adam for all other weights."""
+    rest = [p for p in model.parameters() if p is not model.embedding.weight]
+    rate = config.learning_rate
+    if config.embedding_optimizer == "dense_adam":
+        return [torch.optim.Adam(model.parameters(), lr=rate)]
+    table = OPTIMIZERS[config.embedding_optimizer](model.embedding, lr=rate)
+    return [torch.optim.Adam(rest, lr=rate), table]
+
+
 def _train_epoch(
     model: STEMNet,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     train: Dataset,
     config: TrainingConfig,
     epoch: int,
@@ -235,7 +280,7 @@ def _train_epoch(
     # Losses stay on the device until they are looked at, so that steps can run ahead.
     losses = torch.zeros(math.ceil(len(train) / config.batch_size), device=device)
     for step, batch in enumerate(train.batches(config.batch_size, seed=seed, device=device)):
-        losses[step] = train_step(model, optimizer, batch, config)
+        losses[step] = train_step(model, optimizers, batch, config)
         if on_step is not None:
             on_step(len(batch.ids))
         if (step + 1) % LOSS_CHECK == 0 or step + 1 == len(losses):

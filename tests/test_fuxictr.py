@@ -206,7 +206,7 @@ def test_200_official_training_steps() -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
     ids, labels = case.tensors["batches.ids"].long(), case.tensors["batches.labels"].float()
     losses = [
-        train_step(model, optimizer, Batch(i, None, {}, y, None), config)
+        train_step(model, [optimizer], Batch(i, None, {}, y, None), config)
         for i, y in zip(ids, labels, strict=True)
     ]
     # Logits are large here, so that clipping happens, and the official loss takes the logarithm

@@ -72,7 +72,7 @@ def test_train_step_is_loss_plus_l2_clip_and_adam(max_norm: float) -> None:
     twin = tiny_model().double()
     optimizer, other = (torch.optim.Adam(m.parameters(), lr=0.01) for m in (model, twin))
     for batch in data.batches(20):
-        loss = train.train_step(model, optimizer, batch, settings)
+        loss = train.train_step(model, [optimizer], batch, settings)
         other.zero_grad()
         logits = twin(batch.ids)
         expected = sum(
@@ -107,7 +107,7 @@ def test_train_step_weighs_tasks_and_rows() -> None:
     each = nn.functional.binary_cross_entropy_with_logits(
         logits, batch.labels[:, 0], reduction="none"
     )
-    loss = train.train_step(model, optimizer, batch, settings)
+    loss = train.train_step(model, [optimizer], batch, settings)
     torch.testing.assert_close(loss, (each * weight).mean())
 
 

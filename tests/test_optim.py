@@ -1,0 +1,444 @@
+"""The optimizers of embedding tables against torch's on the dense table."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import DEVICES
+from torch import Tensor
+
+from stem_fast import STEMNet, optim
+from stem_fast.layers import EmbeddingArena
+
+devices = pytest.mark.parametrize("device", DEVICES)
+ROWS, SPACES, DIM, BATCH = 400, 2, 3, 24
+NEVER, ALWAYS, ONCE = ROWS - 1, 1, ROWS - 2  # rows that no batch, every batch, one batch reads
+Make = Callable[[Any], torch.optim.Optimizer]
+
+
+def arena(dtype: torch.dtype = torch.float64, device: str = "cpu") -> EmbeddingArena:
+    made = EmbeddingArena({"f": ROWS}, (), {}, {}, SPACES, DIM).to(device, dtype)
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        made.weight.copy_(torch.randn(made.weight.shape, generator=draw) * 0.01)
+        made.weight[0] = 0
+    return made
+
+
+def batches(steps: int) -> list[tuple[Tensor, Tensor]]:
+    """(ids [B, 1], gradients [B, G*D] in float64) of Zipf(1.1) batches."""
+    draw = torch.Generator().manual_seed(1)
+    zipf = 1 / torch.arange(1, ROWS - 2, dtype=torch.float64) ** 1.1
+    found = []
+    for step in range(steps):
+        ids = torch.multinomial(zipf, BATCH, replacement=True, generator=draw) + 1
+        ids[0] = ALWAYS
+        ids[1] = ONCE if step == steps // 3 else 0
+        size = 10 ** torch.randint(-6, -1, (BATCH, 1), generator=draw).double()
+        found.append((ids[:, None], torch.randn(BATCH, SPACES * DIM, generator=draw) * size))
+    return found
+
+
+def train(
+    model: EmbeddingArena,
+    optimizer: torch.optim.Optimizer,
+    data: list[tuple[Tensor, Tensor]],
+    lr: Callable[[int], float] = lambda step: 1e-3,
+    clip: float = 0.0,
+    first: int = 0,
+) -> None:
+    for step, (ids, grads) in enumerate(data, first):
+        ids, grads = ids.to(model.weight.device), grads.to(model.weight)
+        optimizer.param_groups[0]["lr"] = lr(step)
+        optimizer.zero_grad()
+        x, _ = model(ids)
+        loss = (x[:, :, 0].permute(1, 0, 2).flatten(1) * grads).sum()
+        # A gradient that depends on the weights shows a row that was read too early.
+        (loss + 1e-2 * x.square().sum()).backward()
+        if clip:
+            values = model.row_gradients()[1]
+            factor = (clip / (values.norm() + 1e-6)).clamp(max=1.0)
+            (model.weight.grad._values() if model.sparse else model.weight.grad).mul_(factor)
+        optimizer.step()
+
+
+def adams(decay: float, decoupled: bool) -> tuple[Make, Make]:
+    """(ours of an arena, torch's of the same arena)."""
+    kind = torch.optim.AdamW if decoupled else torch.optim.Adam
+    return (
+        lambda a: optim.ExactAdam(a, weight_decay=decay, decoupled=decoupled),
+        lambda a: kind([a.weight], weight_decay=decay),
+    )
+
+
+def assert_same(
+    ours: tuple[EmbeddingArena, torch.optim.Optimizer],
+    theirs: tuple[EmbeddingArena, torch.optim.Optimizer],
+    bound: float,
+) -> None:
+    """Weights and all state: each within the bound of the entry and of its column's size."""
+    pairs = {"weight": (ours[0].state_dict()["weight"], theirs[0].weight.detach())}
+    states = [optimizer.state_dict()["state"][0] for _, optimizer in (ours, theirs)]
+    assert states[0].keys() == states[1].keys()
+    pairs |= {name: (states[0][name], states[1][name]) for name in states[0]}
+    for name, (actual, expected) in pairs.items():
+        # Relative; what is so small that the rounding of a step would hide it is left out.
+        floor = bound * 1e-3 * expected.double().abs().amax()
+        error = (actual.double() - expected.double()).abs()
+        worst = (error / (expected.double().abs() + floor)).max()
+        assert (error <= bound * expected.double().abs() + floor * bound).all(), (name, worst)
+
+
+COSINE = lambda step: 1e-3 * (0.55 + 0.45 * math.cos(step / 200))  # noqa: E731
+
+
+@devices
+@pytest.mark.parametrize(
+    ("decay", "decoupled"), [(0.0, False), (1e-4, False), (1e-2, True)], ids=["", "l2", "adamw"]
+)
+@pytest.mark.parametrize("how", ["constant", "cosine", "clipped", "resumed"])
+def test_exact_adam_is_dense_adam(how: str, decay: float, decoupled: bool, device: str) -> None:
+    ours, theirs = arena(device=device), arena(device=device)
+    make, make_torch = adams(decay, decoupled)
+    optimizer, dense = make(ours), make_torch(theirs)
+    lr = COSINE if how == "cosine" else lambda step: 1e-3
+    data, clip = batches(1000), 1e-3 if how == "clipped" else 0.0
+    train(theirs, dense, data, lr, clip)
+    half = 500 if how == "resumed" else 1000
+    train(ours, optimizer, data[:half], lr, clip)
+    if how == "resumed":
+        saved = io.BytesIO()
+        torch.save({"model": ours.state_dict(), "optimizer": optimizer.state_dict()}, saved)
+        saved.seek(0)
+        state = torch.load(saved, weights_only=True)
+        ours = arena(device=device)
+        optimizer = make(ours)
+        ours.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        train(ours, optimizer, data[half:], lr, clip, first=half)
+    assert_same((ours, optimizer), (theirs, dense), 1e-9)
+    moved = (ours.weight - arena(device=device).weight).abs().amax(1)
+    assert moved[ALWAYS] > 0
+    assert moved[ONCE] > 0
+    assert bool(moved[NEVER] > 0) == (decay > 0)
+
+
+@devices
+@pytest.mark.parametrize("decay", [0.0, 1e-4])
+def test_exact_adam_in_float32(decay: float, device: str) -> None:
+    """As near to the exact trajectory as torch's float32 is, or 1e-5 of the largest entry."""
+    tables = arena(torch.float32, device), arena(torch.float32, device), arena(device=device)
+    tables[2].load_state_dict(tables[0].state_dict())
+    make, make_torch = adams(decay, False)
+    optimizers = make(tables[0]), make_torch(tables[1]), make_torch(tables[2])
+    for table, optimizer in zip(tables, optimizers, strict=True):
+        train(table, optimizer, batches(1000))
+    optimizers[0].flush()
+    for name in ("weight", "exp_avg", "exp_avg_sq"):
+        actual, own, exact = (
+            (table.weight if name == "weight" else optimizer.state[table.weight][name]).double()
+            for table, optimizer in zip(tables, optimizers, strict=True)
+        )
+        scale = exact.abs().amax()
+        error, theirs = ((each - exact).abs().amax() / scale for each in (actual, own))
+        assert error <= max(1e-5, 2 * theirs), (name, error, theirs)
+
+
+def test_states_of_torch_and_ours_load_each_other() -> None:
+    make, make_torch = adams(1e-4, False)
+    data = batches(90)
+    expected = arena()
+    dense = make_torch(expected)
+    train(expected, dense, data)
+    ours, theirs = arena(), arena()
+    exact = make(ours)
+    train(ours, exact, data[:30])
+    theirs.load_state_dict(ours.state_dict())
+    middle = make_torch(theirs)
+    middle.load_state_dict(exact.state_dict())
+    train(theirs, middle, data[30:60], first=30)
+    ours.load_state_dict(theirs.state_dict())
+    exact.load_state_dict(middle.state_dict())
+    train(ours, exact, data[60:], first=60)
+    assert_same((ours, exact), (expected, dense), 1e-9)
+
+
+def test_gradients_of_several_batches_and_skipped_steps() -> None:
+    """As with gradient accumulation and with a scaler that found an overflow."""
+    ours, theirs = arena(), arena()
+    make, make_torch = adams(1e-4, False)
+    optimizer, dense = make(ours), make_torch(theirs)
+    for step, (ids, grads) in enumerate(batches(120)):
+        for model, each in ((ours, optimizer), (theirs, dense)):
+            x, _ = model(ids)
+            (x[:, :, 0].permute(1, 0, 2).flatten(1) * grads).sum().backward()
+            if step % 3 == 2:
+                if step % 5:
+                    each.step()
+                each.zero_grad()
+    assert_same((ours, optimizer), (theirs, dense), 1e-9)
+
+
+def test_groups_have_options_of_their_own() -> None:
+    ours, theirs = [arena(), arena()], [arena(), arena()]
+    optimizer = optim.ExactAdam(
+        [{"params": ours[0], "lr": 1e-2}, {"params": ours[1], "betas": (0.5, 0.9)}]
+    )
+    dense = torch.optim.Adam(
+        [
+            {"params": [theirs[0].weight], "lr": 1e-2},
+            {"params": [theirs[1].weight], "betas": (0.5, 0.9)},
+        ]
+    )
+    for ids, grads in batches(60):
+        for models, each in ((ours, optimizer), (theirs, dense)):
+            each.zero_grad()
+            for model in models:
+                x, _ = model(ids)
+                (x[:, :, 0].permute(1, 0, 2).flatten(1) * grads).sum().backward()
+            each.step()
+    for model, twin in zip(ours, theirs, strict=True):
+        model.flush()
+        torch.testing.assert_close(model.weight, twin.weight, rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize("betas", [(0.0, 0.999), (0.9, 0.5), (0.99, 0.9)])
+def test_other_betas(betas: tuple[float, float]) -> None:
+    ours, theirs = arena(), arena()
+    optimizer = optim.ExactAdam(ours, betas=betas)
+    dense = torch.optim.Adam([theirs.weight], betas=betas)
+    for model, each in ((ours, optimizer), (theirs, dense)):
+        train(model, each, batches(300))
+    assert_same((ours, optimizer), (theirs, dense), 1e-9)
+
+
+def test_long_absences_with_l2_end_where_dense_adam_does() -> None:
+    """10,000 steps without a gradient: rows decay to nothing, which the replay stops at."""
+    ours, theirs = arena(torch.float32), arena(torch.float32)
+    make, make_torch = adams(1e-4, False)
+    optimizer, dense = make(ours), make_torch(theirs)
+    data = batches(5)
+    idle = (torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, SPACES * DIM))
+    for model, each in ((ours, optimizer), (theirs, dense)):
+        train(model, each, [*data, *[idle] * 10_000])
+    ours.flush()
+    assert ours.weight.isfinite().all()
+    torch.testing.assert_close(ours.weight, theirs.weight, rtol=0, atol=1e-8)
+
+
+# ---- tables at rest --------------------------------------------------------------------------
+
+
+READS: dict[str, Callable[[EmbeddingArena], Tensor]] = {
+    "state_dict": lambda a: a.state_dict()["weight"],
+    "forward without autograd": lambda a: _read(a),
+    "deepcopy": lambda a: copy.deepcopy(a).weight,
+    "flush": lambda a: (a.flush(), a.weight)[1],
+    "release": lambda a: (a.release(), a.weight)[1],
+}
+
+
+def _read(table: EmbeddingArena) -> Tensor:
+    with torch.no_grad():
+        x, _ = table(torch.arange(ROWS)[:, None])
+    return x[:, :, 0].permute(1, 0, 2).flatten(1)
+
+
+@pytest.mark.parametrize("read", READS.values(), ids=READS.keys())
+def test_a_table_at_rest_is_what_dense_adam_has(read: Callable[[EmbeddingArena], Tensor]) -> None:
+    ours, theirs = arena(), arena()
+    make, make_torch = adams(1e-4, False)
+    data = batches(40)
+    train(ours, make(ours), data)
+    train(theirs, make_torch(theirs), data)
+    behind = ours.weight.detach().clone()
+    assert not torch.allclose(behind, theirs.weight, rtol=1e-9, atol=1e-14)
+    torch.testing.assert_close(read(ours).detach(), theirs.weight.detach(), rtol=1e-9, atol=1e-14)
+
+
+def test_loaded_weights_are_not_moved_by_steps_of_the_past() -> None:
+    table = arena()
+    train(table, adams(0.0, False)[0](table), batches(40))
+    start = arena().weight.detach()
+    table.load_state_dict({"weight": start})
+    table.flush()
+    assert torch.equal(table.weight, start)
+
+
+def test_a_copy_trains_without_the_optimizer() -> None:
+    table = arena()
+    train(table, adams(0.0, False)[0](table), batches(3))
+    twin = copy.deepcopy(table)
+    assert twin.optimizer is None
+    twin(torch.ones(2, 1, dtype=torch.int64))[0].sum().backward()
+    assert twin.weight.grad is not None
+    assert table.optimizer is not None
+
+
+def test_predict_and_regularization_see_a_table_at_rest() -> None:
+    model = STEMNet({"f": ROWS}, ["click"], expert_hidden_units=(4,), embedding_dim=4)
+    optimizer = optim.ExactAdam(model.embedding, lr=0.1)
+    for ids, _ in batches(5):
+        optimizer.zero_grad()
+        model(ids).sum().backward()
+        optimizer.step()
+    ids = torch.arange(ROWS)[:, None]
+    before = model.regularization(1.0, 0.0), model.predict(ids)
+    optimizer.flush()
+    after = model.regularization(1.0, 0.0), model.predict(ids)
+    assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+
+
+# ---- the others ------------------------------------------------------------------------------
+
+
+@devices
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("decay", [0.0, 1e-2])
+def test_sgd_is_dense_sgd(momentum: float, decay: float, device: str) -> None:
+    ours, theirs = arena(device=device), arena(device=device)
+    optimizer = optim.SGD(ours, momentum=momentum, weight_decay=decay)
+    dense = torch.optim.SGD([theirs.weight], momentum=momentum, weight_decay=decay)
+    for model, each in ((ours, optimizer), (theirs, dense)):
+        train(model, each, batches(300), lambda step: COSINE(step) * 100)
+    ours.flush()
+    torch.testing.assert_close(ours.weight, theirs.weight, rtol=1e-9, atol=1e-15)
+    if momentum:
+        actual, expected = (
+            each.state[model.weight]["momentum_buffer"]
+            for model, each in ((ours, optimizer), (theirs, dense))
+        )
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-15)
+
+
+@devices
+def test_adagrad_is_dense_adagrad(device: str) -> None:
+    ours, theirs = arena(device=device), arena(device=device)
+    optimizer = optim.Adagrad(ours)
+    dense = torch.optim.Adagrad([theirs.weight])
+    for model, each in ((ours, optimizer), (theirs, dense)):
+        train(model, each, batches(100))
+    sums = optimizer.state[ours.weight]["sum"], dense.state[theirs.weight]["sum"]
+    torch.testing.assert_close(*sums, rtol=1e-12, atol=0)
+    torch.testing.assert_close(ours.weight, theirs.weight, rtol=1e-12, atol=0)
+
+
+@devices
+def test_row_wise_adagrad_keeps_one_sum_a_row(device: str) -> None:
+    ours, table = arena(device=device), arena(device=device).weight.detach()
+    optimizer = optim.RowWiseAdagrad(ours, lr=0.1, weight_decay=1e-2)
+    total = table.new_zeros(ROWS)
+    for ids, _ in batches(20):
+        ids = ids.to(device)
+        optimizer.zero_grad()
+        (ours(ids)[0].square().sum() / 2).backward()
+        optimizer.step()
+        # The gradient of a row is itself, times its occurrences.
+        for row in set(ids.flatten().tolist()) - {0}:
+            grad = table[row] * (int((ids == row).sum()) + 1e-2)
+            total[row] += grad.square().mean()
+            table[row] -= 0.1 * grad / (total[row].sqrt() + 1e-8)
+    torch.testing.assert_close(ours.weight.detach(), table, rtol=1e-9, atol=1e-15)
+    torch.testing.assert_close(optimizer.state[ours.weight]["sum"], total, rtol=1e-9, atol=1e-30)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_row_wise_adagrad_is_fbgemms() -> None:
+    pytest.importorskip("fbgemm_gpu")
+    from fbgemm_gpu.split_embedding_configs import EmbOptimType
+    from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
+    from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+        ComputeDevice,
+        SplitTableBatchedEmbeddingBagsCodegen,
+    )
+
+    width = 8  # FBGEMM wants a multiple of four
+    ours = EmbeddingArena({"f": ROWS}, (), {}, {}, 2, width // 2)
+    theirs = SplitTableBatchedEmbeddingBagsCodegen(
+        [(ROWS, width, EmbeddingLocation.HOST, ComputeDevice.CPU)],
+        optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+        learning_rate=0.1,
+        eps=1e-8,
+        pooling_mode=PoolingMode.NONE,
+    )
+    theirs.split_embedding_weights()[0].copy_(ours.weight.detach())
+    optimizer = optim.RowWiseAdagrad(ours, lr=0.1)
+    draw = torch.Generator().manual_seed(0)
+    for ids, _ in batches(30):
+        ids = ids.clamp(min=1)  # padding is ours alone
+        grad = torch.randn(len(ids), width, generator=draw)
+        optimizer.zero_grad()
+        (ours(ids)[0][:, :, 0].permute(1, 0, 2).flatten(1) * grad).sum().backward()
+        optimizer.step()
+        (theirs(ids.flatten(), torch.arange(len(ids) + 1)) * grad).sum().backward()
+    torch.testing.assert_close(ours.weight.detach(), theirs.split_embedding_weights()[0])
+
+
+def test_lazy_adam_is_sparse_adam() -> None:
+    """torch.optim.SparseAdam of the same sparse gradients; eps, which it scales, left out."""
+    ours, theirs = arena(), arena()
+    theirs.sparse = True
+    optimizer = optim.LazyAdam(ours, eps=1e-30)
+    sparse = torch.optim.SparseAdam([theirs.weight], eps=1e-30)
+    for model, each in ((ours, optimizer), (theirs, sparse)):
+        train(model, each, batches(100))
+    torch.testing.assert_close(ours.weight, theirs.weight, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", optim.OPTIMIZERS.values(), ids=optim.OPTIMIZERS.keys())
+def test_every_optimizer_resumes_and_takes_dense_gradients(
+    kind: Callable[..., optim.TableOptimizer],
+) -> None:
+    options = {"weight_decay": 1e-3} | ({"momentum": 0.9} if kind is optim.SGD else {})
+    data = batches(40)
+    whole = arena()
+    train(whole, kind(whole, **options), data)
+    first = arena()
+    optimizer = kind(first, **options)
+    train(first, optimizer, data[:20])
+    second = arena()
+    second.load_state_dict(first.state_dict())
+    again = kind(second, **options)
+    again.load_state_dict(optimizer.state_dict())
+    train(second, again, data[20:], first=20)
+    whole.flush()
+    second.flush()
+    torch.testing.assert_close(second.weight, whole.weight, rtol=1e-9, atol=1e-15)
+    second.flush()
+    second.weight.grad = torch.ones_like(second.weight)
+    before = second.weight.detach().clone()
+    again.step()
+    assert (second.weight < before).all(), "a dense gradient moves every row"
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda a: optim.ExactAdam([a.weight]), TypeError, "not Parameter"),
+        (lambda a: optim.ExactAdam(a, lr=-1.0), ValueError, "lr is -1.0"),
+        (lambda a: optim.ExactAdam(a, betas=(0.9, 1.0)), ValueError, r"betas\[1\] is 1.0"),
+        (lambda a: optim.SGD(a, momentum=-0.5), ValueError, "momentum is -0.5"),
+    ],
+)
+def test_what_is_refused(make: Make, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make(arena())
+
+
+def test_states_that_do_not_fit_are_refused() -> None:
+    table = arena()
+    optimizer = optim.ExactAdam(table)
+    train(table, optimizer, batches(2))
+    state = optimizer.state_dict()
+    other = torch.optim.Adam([table.weight], amsgrad=True)
+    with pytest.raises(ValueError, match="group 0 has amsgrad=True"):
+        optimizer.load_state_dict(other.state_dict())
+    state["state"][0]["exp_avg"] = state["state"][0]["exp_avg"][:3]
+    with pytest.raises(ValueError, match=r"exp_avg is \[3, 6\], the table \[400, 6\]"):
+        optimizer.load_state_dict(state)
