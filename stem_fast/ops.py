@@ -327,7 +327,7 @@ def _load_triton() -> str:
     if not interpreted and not torch.cuda.is_available():
         return "no CUDA device"
     try:
-        from stem_fast.kernels import lookup, mixture, row_plan
+        from stem_fast.kernels import adam, lookup, mixture, row_plan
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
@@ -337,6 +337,7 @@ def _load_triton() -> str:
         (lookup, ("lookup", "row_gradients", "check_ids")),
         (row_plan, ("row_plan",)),
         (mixture, ("mixture", "mixture_backward")),
+        (adam, ("adam_rows",)),
     ):
         for name in names:
             _library.impl(name, getattr(module, name), device)

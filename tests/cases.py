@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from stem_fast import reference
+from stem_fast.optim import Schedule
+
 # Tests of the ops run on every device there is.
 DEVICES = [
     "cpu",
@@ -144,3 +147,74 @@ MIXTURES = {
     "extreme logits": MixtureCase(5, 3, 11, 7, *stem_masks(2, 2, 1), scale=1e4),
     "extreme ties": MixtureCase(5, 3, 11, 7, *stem_masks(2, 2, 1), scale=1e4, ties=True),
 }
+
+
+class AdamCase(NamedTuple):
+    rows: int
+    width: int
+    steps: int  # that the schedule has
+    base: int = 0  # steps made before it
+    decay: float = 0.0
+    decoupled: bool = False
+    betas: tuple[float, float] = (0.9, 0.999)
+    named: bool = True  # rows, in no order, with padding between; else all
+
+    def arguments(self, dtype: torch.dtype = torch.float64, grads: bool = False) -> list[Any]:
+        """Of adam_rows: rows of every age, with m and v of many sizes, some of them zero."""
+        draw = torch.Generator().manual_seed(zlib.crc32(repr(self).encode()))
+
+        def normal(*size: int) -> torch.Tensor:
+            return torch.randn(*size, generator=draw, dtype=torch.float64)
+
+        schedule = Schedule(self.betas, self.base, torch.device("cpu"))
+        for step in range(self.steps):
+            lr = 1e-3 * (1 + step % 7)
+            schedule.advance(lr, self.decay * (1 + step % 2), decoupled=self.decoupled)
+        size = 10 ** (normal(self.rows, 1) - 5)
+        size[::5] = 0  # never trained
+        weight, m = normal(self.rows, self.width), normal(self.rows, self.width) * size
+        v = normal(self.rows, self.width).square() * size.square()
+        age = torch.randint(0, self.steps + 1, (self.rows,), generator=draw)
+        last = (self.base + age).int()
+        rows = torch.randperm(self.rows, generator=draw)[: max(self.rows // 2, 1)]
+        if self.named:
+            rows = torch.cat([rows[rows != 0], rows.new_zeros(3)])
+        count = len(rows) if self.named else self.rows
+        grad = normal(count, self.width) * 1e-4 if grads else None
+        return [
+            *(table.to(dtype) for table in (weight, m, v)),
+            *(last, rows if self.named else None, None if grad is None else grad.to(dtype)),
+            *(schedule.steps, schedule.clock, *self.betas, 1e-8, self.decoupled),
+            self.decay > 0 and not self.decoupled,
+        ]
+
+
+ADAMS = {
+    "one row": AdamCase(1, 1, 3, named=False),
+    "early": AdamCase(40, 7, 60),
+    "late": AdamCase(30, 48, 450, base=5000),
+    "all rows": AdamCase(33, 5, 30, base=300, named=False),
+    "l2": AdamCase(40, 9, 70, base=10, decay=1e-4),
+    "decoupled": AdamCase(30, 33, 200, base=900, decay=0.1, decoupled=True),
+    "no momentum": AdamCase(20, 4, 20, betas=(0.0, 0.9)),
+    "wide": AdamCase(6, 600, 5, base=400),
+}
+
+
+def check_adam_rows(run: Any, case: AdamCase, dtype: torch.dtype, grads: bool, device: str) -> None:
+    """An implementation's adam_rows against the reference's, in its type and in float64."""
+    own = to(device, case.arguments(dtype, grads))
+    actual, exact = ([a.clone() if isinstance(a, torch.Tensor) else a for a in own] for _ in "ab")
+    for i in (0, 1, 2, *([5] if grads else [])):
+        exact[i] = exact[i].double()
+    run(*actual)
+    reference.adam_rows(*own)
+    reference.adam_rows(*exact)
+    assert torch.equal(actual[3], exact[3])
+    for values in zip(actual[:3], own[:3], exact[:3], strict=True):
+        # v and m are small beside the 1 that bounds set as the least scale.
+        scale = values[2].abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
+        if dtype == torch.float64:  # the series is cut where its terms are as small as this
+            assert (values[0] - values[2]).abs().amax() <= 1e-12 * scale
+        else:
+            assert_within(*((value.double() / scale).to(value.dtype) for value in values))

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import triton
-from stem_fast.kernels import lookup, mixture
+from stem_fast.kernels import adam, lookup, mixture
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -50,6 +50,21 @@ def sources() -> dict[str, tuple[ASTSource, int]]:
                     found[f"{title} sizes 1"] = source(kernel, pointers, ones), warps
         check = source(lookup._check_ids, pointers | {"out": ids}, {"BLOCK": 256})
         found[f"_check_ids {ids}"] = check, 4
+        for width, grads, l2 in (
+            (48, False, True),
+            (48, False, False),
+            (48, True, False),
+            (576, True, True),
+        ):
+            tensors = dict.fromkeys(("weight", "grad"), name)
+            tensors |= dict.fromkeys(("exp_avg", "exp_avg_sq"), "*fp32")
+            tensors |= {"last": "*i32", "rows": "*i64", "steps": "*fp64", "clock": "*i64"}
+            table = torch.empty(9, width, dtype=dtype, device="meta")
+            constants = adam._constants(table, 0.9, 0.999, 1e-8, False, l2)
+            warps = constants.pop("num_warps")
+            constants |= {"NAMED": not l2, "GRAD": grads}
+            title = f"_adam_rows {name} W={width} grads={grads} l2={l2}"
+            found[title] = source(adam._adam_rows, tensors, constants), warps
         for experts, gates, width in ((10, 2, 512), (24, 4, 256), (64, 16, 512)):
             y = torch.empty(experts, 4096, width, dtype=dtype, device="meta")
             sizes = mixture._sizes(y, torch.empty(gates, 4096, experts, device="meta"))

@@ -12,13 +12,23 @@ from typing import Any
 
 import pytest
 import torch
-from cases import LOOKUPS, MIXTURES, LookupCase, MixtureCase, assert_within, to
+from cases import (
+    ADAMS,
+    LOOKUPS,
+    MIXTURES,
+    AdamCase,
+    LookupCase,
+    MixtureCase,
+    assert_within,
+    check_adam_rows,
+    to,
+)
 
 from stem_fast import reference
 
 triton = pytest.importorskip("triton")
 
-from stem_fast.kernels import lookup, mixture, row_plan  # noqa: E402
+from stem_fast.kernels import adam, lookup, mixture, row_plan  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 dtypes = pytest.mark.parametrize(
@@ -103,6 +113,13 @@ def test_mixture_and_its_gradients(case: MixtureCase, dtype: torch.dtype) -> Non
     )
 
 
+@pytest.mark.parametrize("case", ADAMS.values(), ids=ADAMS.keys())
+@pytest.mark.parametrize("grads", [False, True])
+@dtypes
+def test_adam_rows(case: AdamCase, grads: bool, dtype: torch.dtype) -> None:
+    check_adam_rows(adam.adam_rows, case, dtype, grads, DEVICE)
+
+
 def test_every_kernel_compiles_and_none_spills(tmp_path: Path) -> None:
     """For sm_80, sm_90 and sm_100, in a process without the interpreter."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
@@ -118,11 +135,12 @@ def test_every_kernel_compiles_and_none_spills(tmp_path: Path) -> None:
     used = json.loads(result.stdout)
     kernels = {
         name
-        for module in (lookup, mixture)
+        for module in (adam, lookup, mixture)
         for name, value in vars(module).items()
         if isinstance(value, triton.runtime.interpreter.InterpretedFunction | triton.JITFunction)
     }
     launched = kernels - {"_write", "_read", "_terms", "_weights", "_column"}  # parts of the others
+    launched -= {"_make_step", "_replay", "_coast"}
     for kernel in launched:
         for arch in (80, 90, 100):
             assert any(

@@ -12,7 +12,18 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DEVICES, LOOKUPS, MIXTURES, LookupCase, MixtureCase, assert_within, to
+from cases import (
+    ADAMS,
+    DEVICES,
+    LOOKUPS,
+    MIXTURES,
+    AdamCase,
+    LookupCase,
+    MixtureCase,
+    assert_within,
+    check_adam_rows,
+    to,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -244,6 +255,14 @@ def test_check_ids_replaces_and_notes(dtype: torch.dtype, device: str) -> None:
     assert bad.tolist() == [0 << 32 | (2**32 - 7), 1 << 32 | 5, never]
 
 
+@devices
+@pytest.mark.parametrize("case", ADAMS.values(), ids=ADAMS.keys())
+@pytest.mark.parametrize("grads", [False, True])
+@dtypes
+def test_adam_rows(case: AdamCase, grads: bool, dtype: torch.dtype, device: str) -> None:
+    check_adam_rows(torch.ops.stem_fast.adam_rows, case, dtype, grads, device)
+
+
 def check_mixture(case: MixtureCase, dtype: torch.dtype, device: str) -> None:
     y, logits, see, learn = to(device, case.arguments(dtype))
     inputs = [(y, logits), (y.clone(), logits.clone()), (y.double(), logits.double())]
@@ -392,6 +411,9 @@ def test_opcheck(name: str, device: str) -> None:
     torch.library.opcheck(library.mixture_backward.default, (grad, strided, logits, see, learn))
     one = (list(grad), y[0], reference.gate_weights(logits, see), learn, 0)
     torch.library.opcheck(library.mixture_expert_backward.default, one)
+    for grads in (False, True):
+        adam = to(device, ADAMS["early"].arguments(grads=grads))
+        torch.library.opcheck(library.adam_rows.default, adam)
     torch.library.opcheck(library.empty_kept.default, (y, [3, 4]), test_utils="test_schema")
 
 
