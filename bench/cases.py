@@ -22,7 +22,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stem_fast import ops, reference
+from stem_fast.layers import EmbeddingArena
 from stem_fast.model import STEMNet
+from stem_fast.optim import ExactAdam
 
 OURS = "stem_fast"
 
@@ -50,6 +52,7 @@ class Setting(NamedTuple):
 
 SETTINGS = {
     "tiktok": Setting(batch=4096, rows=600_000, specific=1, shared=8, width=512),
+    "tall": Setting(batch=4096, rows=10_000_000, specific=1, shared=8, width=512),
     "large": Setting(batch=16384, rows=10_000_000, specific=1, shared=22, width=256),
     "tiny": Setting(batch=64, rows=800, specific=1, shared=2, width=24),  # for tests of the bench
 }
@@ -189,22 +192,29 @@ def bag_lookup(weight: Tensor, rows: Tensor, starts: Tensor, setting: Setting) -
     return spaces_of(found.view(setting.batch, setting.fields, -1), setting)
 
 
+def fbgemm(device: str) -> tuple[Any, Any]:
+    """FBGEMM's modules (common, training) of table-batched embeddings (TBE), on CPU."""
+    if importlib.util.find_spec("fbgemm_gpu") is None:
+        raise NotInstalledError("fbgemm-gpu-cpu (1.8.0 works with torch 2.13)")
+    if device != "cpu":
+        raise NotInstalledError("fbgemm-gpu for CUDA")
+    module = "fbgemm_gpu.split_table_batched_embeddings_ops"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of parts that its CPU build does not have
+        common, training = (
+            importlib.import_module(f"{module}_{part}") for part in ("common", "training")
+        )
+    return common, training
+
+
 def fbgemm_lookup(inputs: LookupInputs) -> Callable[[], list[Tensor]]:
-    """FBGEMM's table-batched embedding (TBE) and the reshaping it needs.
+    """FBGEMM's TBE and the reshaping it needs.
 
     Without pooling, which is its faster mode here, without its check of bounds, and with ids
     already in its layout, field by field.
     """
-    if importlib.util.find_spec("fbgemm_gpu") is None:
-        raise NotInstalledError("fbgemm-gpu-cpu (1.8.0 works with torch 2.13)")
-    module = "fbgemm_gpu.split_table_batched_embeddings_ops"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of parts that its CPU build does not have
-        common = importlib.import_module(f"{module}_common")
-        training = importlib.import_module(f"{module}_training")
-    s, on_cpu = inputs.setting, inputs.ids.device.type == "cpu"
-    if not on_cpu:
-        raise NotInstalledError("fbgemm-gpu for CUDA")
+    common, training = fbgemm(inputs.ids.device.type)
+    s = inputs.setting
     place = common.EmbeddingLocation.HOST, training.ComputeDevice.CPU
     width = s.spaces * s.dim
     table = training.SplitTableBatchedEmbeddingBagsCodegen(
@@ -522,10 +532,172 @@ def mixture_forward_backward(setting: Setting, device: str) -> Case:
     )
 
 
+# A whole step of the tables: lookup, its backward, optimizer
+
+
+WARM_UP = 300  # steps before the first that is timed: rows have missed some by then
+RATE, EPS = 1e-3, 1e-8
+
+
+@dataclass
+class Steps:
+    """Batches of one setting, always the same ones, and steps over them.
+
+    The first is checked against the optimizer's formula from the table's ``start``; then follow
+    ``WARM_UP`` that nobody looks at, then those that are timed.
+    """
+
+    setting: Setting
+    device: str
+    decay: float
+
+    def __post_init__(self) -> None:
+        s, vocab = self.setting, self.setting.rows // self.setting.fields
+        odds = torch.arange(1, vocab, dtype=torch.float64) ** -1.1
+        self.odds = odds.cumsum(0)
+        self.offsets = (torch.arange(s.fields) * vocab).to(self.device)
+        draw = torch.Generator().manual_seed(2)
+        grad = torch.randn(s.spaces, s.batch, s.fields, s.dim, generator=draw) / s.batch
+        self.grad = grad.to(self.device)
+
+    def start(self) -> Tensor:
+        s = self.setting
+        draw = torch.Generator().manual_seed(1)
+        start = torch.empty(s.rows, s.spaces * s.dim).normal_(0, 1e-2, generator=draw)
+        start[:: s.rows // s.fields] = 0  # padding rows
+        return start.to(self.device)
+
+    def contender(
+        self, table: Tensor, step: Callable[[Tensor], None], *, row_wise: bool = False
+    ) -> Contender:
+        """``step`` makes one step of the table with ids [B, F]."""
+        draw, made = torch.Generator().manual_seed(3), 0
+
+        def batch() -> Tensor:
+            shape = self.setting.batch, self.setting.fields
+            uniform = torch.rand(shape, generator=draw, dtype=torch.float64) * self.odds[-1]
+            ids = torch.searchsorted(self.odds, uniform).clamp(max=len(self.odds) - 1) + 1
+            return ids.to(self.device)
+
+        def prepare() -> tuple[Any, ...]:
+            nonlocal made
+            if made == 1:
+                for _ in range(WARM_UP if self.setting.rows > 1000 else 2):
+                    step(batch())
+            made += 1
+            return (batch(),)
+
+        def run(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            step(ids)
+            return ids, table, torch.tensor(row_wise)
+
+        return Contender(run, prepare)
+
+    def check(self, actual: tuple[Tensor, Tensor, Tensor]) -> None:
+        """After the first step: every row that the batch reads, and padding."""
+        ids, table, row_wise = actual
+        assert not table[self.offsets].any()
+        rows, where = (ids + self.offsets).flatten().unique(return_inverse=True)
+        slots = self.grad.permute(1, 2, 0, 3).flatten(2).flatten(0, 1).double()
+        before = self.start()[rows].double()
+        grad = torch.zeros_like(before).index_add_(0, where, slots)
+        if row_wise:
+            moved = grad / (grad.square().mean(1, keepdim=True).sqrt() + EPS)
+        else:
+            grad += self.decay * before
+            moved = grad / (grad.abs() + EPS)
+        torch.testing.assert_close(table[rows].double(), before - RATE * moved, rtol=0, atol=2e-6)
+
+
+def embedding_step(setting: Setting, device: str, decay: float = 0.0) -> Case:
+    """Ours keeps to dense Adam's trajectory; the peers that do less have it in their names."""
+    steps = Steps(setting, device, decay)
+    s, width = setting, setting.spaces * setting.dim
+
+    def ours() -> Contender:
+        vocab = s.rows // s.fields
+        names = {str(f): vocab for f in range(s.fields)}
+        arena = EmbeddingArena(names, (), {}, {}, s.spaces, s.dim).to(device)
+        arena.load_state_dict({"weight": steps.start()})
+        optimizer = ExactAdam(arena, lr=RATE, eps=EPS, weight_decay=decay)
+
+        def step(ids: Tensor) -> None:
+            optimizer.zero_grad()
+            x, _ = arena(ids)
+            x.backward(steps.grad)
+            optimizer.step()
+
+        return steps.contender(arena.weight.detach(), step)
+
+    def torchs(sparse: bool) -> Contender:
+        if sparse and s.rows > 2_000_000:
+            raise NotInstalledError("memory for one more table of this size")
+        table = torch.nn.Embedding.from_pretrained(steps.start(), freeze=False, sparse=sparse)
+        parameters = list(table.parameters())
+        optimizer = (
+            torch.optim.SparseAdam(parameters, lr=RATE, eps=EPS)
+            if sparse
+            else torch.optim.Adam(parameters, lr=RATE, eps=EPS, weight_decay=decay, fused=True)
+        )
+        grad = steps.grad.permute(1, 2, 0, 3).flatten(2).contiguous()
+
+        def step(ids: Tensor) -> None:
+            optimizer.zero_grad()
+            table(ids + steps.offsets).backward(grad)
+            optimizer.step()
+
+        return steps.contender(table.weight.detach(), step)
+
+    def row_wise() -> Contender:
+        common, training = fbgemm(device)
+        table = training.SplitTableBatchedEmbeddingBagsCodegen(
+            [(s.rows, width, common.EmbeddingLocation.HOST, training.ComputeDevice.CPU)],
+            optimizer=importlib.import_module("fbgemm_gpu.split_embedding_configs").EmbOptimType(
+                "exact_row_wise_adagrad"
+            ),
+            learning_rate=RATE,
+            eps=EPS,
+            pooling_mode=common.PoolingMode.NONE,
+            bounds_check_mode=common.BoundsCheckMode.NONE,
+        )
+        weight = table.split_embedding_weights()[0]
+        weight.copy_(steps.start())
+        grad = steps.grad.permute(1, 2, 0, 3).reshape(-1, width)
+        starts = torch.arange(len(grad) + 1)
+
+        def step(ids: Tensor) -> None:
+            table((ids + steps.offsets).flatten(), starts).backward(grad)
+
+        return steps.contender(weight, step, row_wise=True)
+
+    _, prepare = steps.contender(steps.grad, lambda ids: None)
+    (ids,) = prepare()
+    unique = len((ids + steps.offsets).unique())
+    # Of a batch's rows weight, m and v are read and written, by catch-up and by update; x is
+    # written, and its gradient read.
+    moved = 2 * 6 * 4 * unique * width + 2 * size(steps.grad)
+    contenders = {
+        OURS: ours,
+        "nn.Embedding, fused dense Adam": lambda: torchs(False),
+        "FBGEMM TBE, row-wise Adagrad": row_wise,
+        "copy": lambda: copy_ceiling(moved, device),
+    }
+    if not decay:
+        contenders["nn.Embedding, SparseAdam"] = lambda: torchs(True)
+    return Case(moved, ("copy",), moved, contenders, steps.check)
+
+
+def embedding_step_l2(setting: Setting, device: str) -> Case:
+    return embedding_step(setting, device, decay=1e-6)
+
+
 OPS = {
     "lookup_forward": lookup_forward,
     "lookup_backward": lookup_backward,
     "lookup_backward_rows": lookup_backward_rows,
     "mixture_forward": mixture_forward,
     "mixture_forward_backward": mixture_forward_backward,
+    "embedding_step": embedding_step,
+    "embedding_step_l2": embedding_step_l2,
 }
+DEFAULT_OPS = tuple(OPS)[:5]  # the steps have a results file of their own

@@ -2,6 +2,8 @@
 
     python -m bench.run --json bench/results/kernels_cpu.json [--official PATH]
     python -m bench.run --table bench/results/kernels_cpu.json
+    python -m bench.run --json bench/results/steps_cpu.json --settings tiktok tall \\
+        --ops embedding_step embedding_step_l2
 
 Each op of bench/cases.py is timed by pytest-benchmark (bench/test_ops.py). On the CPU everything
 runs twice, each time in a process of its own: with the allocator as it comes, and with glibc's kept
@@ -298,7 +300,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--json", type=Path, help="run, and write results to this file")
     what.add_argument("--table", type=Path, nargs="+", help="print Markdown from result files")
-    parser.add_argument("--ops", nargs="+", choices=cases.OPS, default=list(cases.OPS))
+    parser.add_argument("--ops", nargs="+", choices=cases.OPS, default=list(cases.DEFAULT_OPS))
     parser.add_argument(
         "--settings", nargs="+", choices=cases.SETTINGS, default=list(cases.DEFAULT_SETTINGS)
     )

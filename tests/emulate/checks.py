@@ -13,7 +13,17 @@ from typing import Any
 
 import pytest
 import torch
-from cases import LOOKUPS, MIXTURES, LookupCase, MixtureCase, stem_masks, to
+from cases import (
+    ADAMS,
+    LOOKUPS,
+    MIXTURES,
+    AdamCase,
+    LookupCase,
+    MixtureCase,
+    check_adam_rows,
+    stem_masks,
+    to,
+)
 from torch import Tensor
 
 from stem_fast import backends, reference
@@ -37,6 +47,14 @@ WIDE = {
 }
 mixtures = pytest.mark.parametrize("case", (MIXTURES | WIDE).values(), ids=(MIXTURES | WIDE).keys())
 ops = torch.ops.stem_fast
+CUDA_OPS = (
+    "adam_rows",
+    "check_ids",
+    "lookup",
+    "mixture",
+    "mixture_backward",
+    "row_gradients",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +111,7 @@ def run(op: str, *arguments: Any, change: Callable[[Tensor], Tensor] = lambda t:
 
 def test_the_kernels_are_the_backend() -> None:
     if EMULATED:
-        for op in ("lookup", "row_gradients", "check_ids", "mixture", "mixture_backward"):
+        for op in CUDA_OPS:
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"stem_fast::{op}", "CPU")
     else:
         assert backends()["cuda"] == "in use on cuda"
@@ -241,6 +259,29 @@ def test_check_ids(dtype: torch.dtype, batch: int) -> None:
         assert actual.dtype == dtype
         assert torch.equal(actual.cpu(), right)
         assert torch.equal(found.cpu(), expected)
+
+
+@pytest.mark.parametrize("case", ADAMS.values(), ids=ADAMS.keys())
+@pytest.mark.parametrize("grads", [False, True])
+@dtypes
+def test_adam_rows(case: AdamCase, grads: bool, dtype: torch.dtype) -> None:
+    check_adam_rows(ops.adam_rows, case, dtype, grads, DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({1: torch.zeros(40, 6)}, "exp_avg and exp_avg_sq must be as weight"),
+        ({3: torch.zeros(40)}, "last must be int32"),
+        ({4: torch.zeros(3)}, "rows must be int64"),
+        ({5: torch.zeros(4, 7)}, "grad must be"),
+        ({6: torch.zeros(3, 7)}, "steps must be float64"),
+    ],
+)
+def test_adam_rows_refuses_other_shapes_and_types(change: dict[int, Tensor], message: str) -> None:
+    arguments = dict(enumerate(ADAMS["early"].arguments(grads=True))) | change
+    with pytest.raises(RuntimeError, match=message):
+        ops.adam_rows(*to(DEVICE, arguments.values()))
 
 
 @mixtures
