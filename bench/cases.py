@@ -635,7 +635,8 @@ def embedding_step(setting: Setting, device: str, decay: float = 0.0) -> Case:
         table = torch.nn.Embedding.from_pretrained(steps.start(), freeze=False, sparse=sparse)
         parameters = list(table.parameters())
         optimizer = (
-            torch.optim.SparseAdam(parameters, lr=RATE, eps=EPS)
+            # It adds eps before the bias correction.
+            torch.optim.SparseAdam(parameters, lr=RATE, eps=EPS * 0.001**0.5)
             if sparse
             else torch.optim.Adam(parameters, lr=RATE, eps=EPS, weight_decay=decay, fused=True)
         )

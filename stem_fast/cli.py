@@ -58,8 +58,8 @@ class _Commands(TyperGroup):
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    """torch has a class for the memory of GPUs only; that of CPUs is known by its words."""
-    words = ("DefaultCPUAllocator", "not enough memory", "out of memory: ")
+    """torch has a class for the memory of GPUs only; its CPU allocator is known by its words."""
+    words = ("DefaultCPUAllocator", "not enough memory")
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 

@@ -105,8 +105,7 @@ class EmbeddingArena(nn.Module):
                         f"sequence {name!r} shares {shared!r}, which is no categorical field"
                     )
                 self.tables[name] = self.tables[shared]
-        # On CPU this asks for huge pages: rows are read in no order.
-        self.weight = nn.Parameter(ops.empty_kept(torch.empty(0), rows, spaces * dim))
+        self.weight = nn.Parameter(torch.empty(rows, spaces * dim))
         self.numeric_weight = (
             nn.Parameter(torch.empty(len(self.numeric), spaces * dim)) if self.numeric else None
         )

@@ -92,11 +92,6 @@ def row_plan(ids: Tensor, offsets: Tensor, bags: Sequence[Tensor] = (), mean: in
     return RowPlan(*torch.ops.stem_fast.row_plan(ids, offsets, list(bags), mean))
 
 
-def empty_kept(like: Tensor, *size: int) -> Tensor:
-    """Uninitialised memory of the type and device of ``like``; see :func:`reference.empty_kept`."""
-    return torch.ops.stem_fast.empty_kept(like, size)
-
-
 def check_ids(ids: Tensor, sizes: Tensor, bad: Tensor) -> Tensor:
     """Ids within their vocabularies, without waiting; see :func:`reference.check_ids`."""
     return torch.ops.stem_fast.check_ids(ids, sizes, bad)

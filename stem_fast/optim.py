@@ -27,7 +27,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stem_fast import ops
 from stem_fast.layers import EmbeddingArena
 
 MOMENTS = 7  # of x_j, the zeroth included
@@ -195,8 +194,8 @@ class TableOptimizer(torch.optim.Optimizer):
                         f"{name} is {list(value.shape)}, the table {list(weight.shape)}"
                     )
                 # torch casts it to the weight's type.
-                state = _rows_like(weight, *width, dtype=self._state_dtype(weight))
-                self.state[weight][name] = state.copy_(value)
+                dtype = self._state_dtype(weight)
+                self.state[weight][name] = value.to(weight.device, dtype, copy=True).contiguous()
 
     def _state_dtype(self, weight: Tensor) -> torch.dtype:
         return torch.promote_types(weight.dtype, torch.float32)
@@ -287,7 +286,7 @@ class ExactAdam(TableOptimizer):
                 state["step"] = torch.zeros(())
                 for name in ("exp_avg", "exp_avg_sq"):
                     dtype = self._state_dtype(weight)
-                    state[name] = _rows_like(weight, weight.shape[1], dtype=dtype).zero_()
+                    state[name] = torch.zeros_like(weight, dtype=dtype)
             step = int(state["step"])
             self._schedules[weight] = Schedule(group["betas"], step, weight.device)
             self._last[weight] = torch.full_like(weight[:, 0], step, dtype=torch.int32)
@@ -396,8 +395,7 @@ class SGD(TableOptimizer):
         if momentum:
             state = self.state[weight]
             if not state:
-                buffer = _rows_like(weight, weight.shape[1], dtype=dtype)
-                state["momentum_buffer"] = buffer.zero_()
+                state["momentum_buffer"] = torch.zeros_like(weight, dtype=dtype)
             b += momentum * state["momentum_buffer"][rows]
             state["momentum_buffer"][rows] = b
         weight[rows] = (w - lr * b).to(weight.dtype)
@@ -440,7 +438,7 @@ class Adagrad(TableOptimizer):
         grad = values.to(dtype) + w * group["weight_decay"]
         squares = self._squares(grad)
         if not state:
-            state["sum"] = _rows_like(weight, *squares.shape[1:], dtype=dtype).zero_()
+            state["sum"] = weight.new_zeros(len(weight), *squares.shape[1:], dtype=dtype)
         total = state["sum"][rows] + squares
         state["sum"][rows] = total
         root = total.sqrt().view(len(total), -1) + group["eps"]
@@ -471,11 +469,6 @@ OPTIMIZERS: dict[str, Callable[..., TableOptimizer]] = {
     "adagrad": Adagrad,
     "rowwise_adagrad": RowWiseAdagrad,
 }
-
-
-def _rows_like(weight: Tensor, *columns: int, dtype: torch.dtype) -> Tensor:
-    """Uninitialised state, a row for each of the table's, in huge pages where there are any."""
-    return ops.empty_kept(weight.new_empty(0, dtype=dtype), len(weight), *columns)
 
 
 def _check(options: Mapping[str, Any]) -> None:
