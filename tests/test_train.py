@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from stem_fast import train
-from stem_fast.config import TrainingConfig
+from stem_fast.config import EMBEDDING_OPTIMIZERS, TrainingConfig
 from stem_fast.data import Batch, Dataset
 from stem_fast.layers import EmbeddingArena
 from stem_fast.model import STEMNet
@@ -93,6 +93,38 @@ def test_train_step_is_loss_plus_l2_clip_and_adam(max_norm: float) -> None:
         assert not loss.requires_grad
     for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("max_norm", [0.05, 0.0])
+def test_exact_adam_trains_as_dense_adam_does(max_norm: float) -> None:
+    """The default optimizer against torch's on every table, L2 and clipping included."""
+    data, models = tiny_data(60), []
+    for name in ("adam", "dense_adam"):
+        settings = config(
+            embedding_regularizer=1e-6, max_gradient_norm=max_norm, embedding_optimizer=name
+        )
+        model = tiny_model().double()
+        optimizers = train.make_optimizers(model, settings)
+        for _ in range(5):
+            for batch in data.batches(6):
+                train.train_step(model, optimizers, batch, settings)
+        model.embedding.release()
+        models.append(model)
+    for ours, theirs in zip(*(m.parameters() for m in models), strict=True):
+        # Where it clips, the norm of the L2 term of rows outside the batch is left out.
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-8 if max_norm else 1e-13)
+
+
+@pytest.mark.parametrize("name", EMBEDDING_OPTIMIZERS)
+def test_every_embedding_optimizer_trains_and_lets_go(name: str) -> None:
+    model, data = tiny_model(), tiny_data(60)
+    before = model.embedding.weight.detach().clone()
+    settings = config(epochs=2, batch_size=20, embedding_optimizer=name)
+    history = train.fit(model, data, data, settings)
+    assert all(math.isfinite(record.loss) for record in history)
+    assert (model.embedding.weight != before).any()
+    assert model.embedding.optimizer is None
+    assert not model.embedding.sparse
 
 
 def test_train_step_weighs_tasks_and_rows() -> None:
