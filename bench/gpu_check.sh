@@ -44,9 +44,11 @@ found = {
     "passed": all(stage["exit"] == 0 for stage in stages),
     "stages": stages,
 }
-benchmarks = pathlib.Path(scratch, "bench.json")
+benchmarks, steps = (pathlib.Path(scratch, f"{name}.json") for name in ("bench", "steps"))
 if benchmarks.exists():
     found |= {k: v for k, v in json.loads(benchmarks.read_text()).items() if k not in found}
+if steps.exists():
+    found["steps"] = json.loads(steps.read_text())["runs"]
 pathlib.Path(target + ".new").write_text(json.dumps(found, indent=2) + "\n")
 os.replace(target + ".new", target)
 PYTHON
@@ -104,6 +106,8 @@ check() {
   done
   stage benchmarks 240 "$python" -m bench.run --device cuda --seconds 0.2 --threads "$(nproc)" \
     --json "$scratch/bench.json"
+  stage steps 100 "$python" -m bench.run --device cuda --seconds 0.2 --threads "$(nproc)" \
+    --settings tall --ops embedding_step embedding_step_l2 --blocks 1 --json "$scratch/steps.json"
   return "$failed"
 }
 

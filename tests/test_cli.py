@@ -358,6 +358,7 @@ def test_values_have_their_types() -> None:
         ("device", 0, "a text"),
         ("epochs", 0, "a whole number of at least 1"),
         ("learning_rate", -1, "a number above 0"),
+        ("embedding_optimizer", "adamm", "one of adam, dense_adam, lazy_adam, sgd"),
     ],
 )
 def test_bad_values_name_key_and_value(key: str, value: Any, rule: str) -> None:

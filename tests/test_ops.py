@@ -263,6 +263,41 @@ def test_adam_rows(case: AdamCase, grads: bool, dtype: torch.dtype, device: str)
     check_adam_rows(torch.ops.stem_fast.adam_rows, case, dtype, grads, device)
 
 
+@cpp
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({1: torch.zeros(40, 6)}, "exp_avg and exp_avg_sq must be as weight"),
+        ({2: torch.zeros(7, 40).T}, "what is changed in place must be contiguous"),
+        ({3: torch.zeros(40)}, "last must be int32"),
+        ({4: torch.zeros(3)}, "rows must be int64"),
+        ({4: torch.tensor([1, 2, 40]), 5: None}, "row 40 at 2 is outside the table of 40 rows"),
+        ({5: torch.zeros(4, 7)}, "grad must be"),
+        ({6: torch.zeros(3, 7)}, "steps must be float64"),
+        ({7: torch.tensor([0, 5000])}, "lines for steps 0 to 5000"),
+    ],
+)
+def test_adam_rows_refuses_other_shapes_and_types(change: dict[int, Any], message: str) -> None:
+    arguments = dict(enumerate(ADAMS["early"].arguments(grads=True))) | change
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.stem_fast.adam_rows(*arguments.values())
+
+
+@cpp
+def test_adam_rows_is_the_same_with_one_thread() -> None:
+    results = []
+    threads = torch.get_num_threads()
+    for count in (threads, threads, 1):
+        torch.set_num_threads(count)
+        arguments = AdamCase(3000, 48, 40, base=400).arguments(torch.float32)
+        torch.ops.stem_fast.adam_rows(*arguments)
+        results.append(arguments[:4])
+    torch.set_num_threads(threads)
+    for first, second, alone in zip(*results, strict=True):
+        assert torch.equal(first, second)
+        assert torch.equal(first, alone)
+
+
 def check_mixture(case: MixtureCase, dtype: torch.dtype, device: str) -> None:
     y, logits, see, learn = to(device, case.arguments(dtype))
     inputs = [(y, logits), (y.clone(), logits.clone()), (y.double(), logits.double())]
