@@ -358,7 +358,7 @@ class SGD(TableOptimizer):
         owed = self._owed.get(weight)
         if owed is None or len(owed) == 1:
             return
-        group, last = self._group(weight), self._last[weight]
+        group, last, whole = self._group(weight), self._last[weight], rows is None
         if rows is None:
             rows = torch.arange(len(weight), device=weight.device)
         with torch.no_grad():
@@ -371,7 +371,7 @@ class SGD(TableOptimizer):
                 made = made + missed[:, 0, 1:] * b
                 buffer[rows] = missed[:, 1, :1] * w + missed[:, 1, 1:] * b
             weight[rows] = made.to(weight.dtype)
-        if len(rows) == len(weight):
+        if whole:
             self._begin(weight)
         else:
             last[rows] = len(owed) - 1
