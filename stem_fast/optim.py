@@ -359,8 +359,7 @@ class SGD(TableOptimizer):
         if owed is None or len(owed) == 1:
             return
         group, last, whole = self._group(weight), self._last[weight], rows is None
-        if rows is None:
-            rows = torch.arange(len(weight), device=weight.device)
+        rows = _named(weight, rows)
         with torch.no_grad():
             missed = owed[last[rows]]
             w = weight[rows].to(self._state_dtype(weight))
@@ -387,8 +386,7 @@ class SGD(TableOptimizer):
             self._begin(weight)
         self.catch_up(weight, rows)
         lr, momentum, decay = group["lr"], group["momentum"], group["weight_decay"]
-        if rows is None:
-            rows = torch.arange(len(weight), device=weight.device)
+        rows = _named(weight, rows)
         dtype = self._state_dtype(weight)
         w = weight[rows].to(dtype)
         b = values.to(dtype) + w * decay
@@ -431,8 +429,7 @@ class Adagrad(TableOptimizer):
     def _update(
         self, weight: Tensor, group: dict[str, Any], rows: Tensor | None, values: Tensor
     ) -> None:
-        if rows is None:
-            rows = torch.arange(len(weight), device=weight.device)
+        rows = _named(weight, rows)
         state, dtype = self.state[weight], self._state_dtype(weight)
         w = weight[rows].to(dtype)
         grad = values.to(dtype) + w * group["weight_decay"]
@@ -469,6 +466,11 @@ OPTIMIZERS: dict[str, Callable[..., TableOptimizer]] = {
     "adagrad": Adagrad,
     "rowwise_adagrad": RowWiseAdagrad,
 }
+
+
+def _named(weight: Tensor, rows: Tensor | None) -> Tensor:
+    """The rows, all of the table's where none are named."""
+    return torch.arange(len(weight), device=weight.device) if rows is None else rows
 
 
 def _check(options: Mapping[str, Any]) -> None:

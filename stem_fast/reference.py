@@ -357,11 +357,9 @@ def adam_rows(
     base, now = clock.tolist()
     if rows is None:
         rows = torch.arange(len(weight), device=weight.device)
-    elif grad is not None:
-        grad = grad[rows != 0]
-        rows = rows[rows != 0]
     else:
-        rows = rows[rows != 0]
+        real = rows != 0
+        rows, grad = rows[real], None if grad is None else grad[real]
     dtype = torch.promote_types(weight.dtype, torch.float32)
     w, m, v = (table[rows].to(dtype) for table in (weight, exp_avg, exp_avg_sq))
     made = last[rows].clamp(min=base)

@@ -170,7 +170,7 @@ struct Series {
 // Steps `from` + 1 .. `to` without any gradient: m and v decay, and w moves by m times a sum that
 // depends on v and the steps alone.
 template <typename A>
-INLINE void coast(const Job& job, int64_t from, int64_t to, bool summed, const Row<A>& row,
+INLINE void coast(const Job& job, int64_t from, int64_t to, const Row<A>& row,
                   A* __restrict total) {
   const double* start = job.step(from);
   const double root2 = std::sqrt(job.beta2), missed = static_cast<double>(to - from);
@@ -178,7 +178,7 @@ INLINE void coast(const Job& job, int64_t from, int64_t to, bool summed, const R
   const Series series(start, root2 * job.step(from + 1)[kRoot]);
   if (gone(row.m, row.width)) {  // never trained, or long ago
     std::fill(total, total + row.width, A(0));
-  } else if (summed && series.converges<A>()) {
+  } else if (!job.grad && series.converges<A>()) {
     const A* __restrict v = row.v;
     const A mean = series.mean, c2 = series.c2, c3 = series.c3, c4 = series.c4, c5 = series.c5,
             c6 = series.c6, weight = series.weight;
@@ -239,7 +239,7 @@ INLINE void run(const Job& job, int64_t begin, int64_t end) {
       if (job.l2) {
         replay(job, made, due, row);
       } else {
-        coast(job, made, due, !job.grad, row, total);
+        coast(job, made, due, row, total);
       }
     }
     if (job.grad) {
