@@ -13,7 +13,10 @@ from torch import Tensor
 COLUMNS = tl.constexpr(11)  # of the table of steps, see stem_fast.optim.Schedule
 MOMENTS = tl.constexpr(4)  # the first of them
 SPENT = tl.constexpr(2.0**-60)  # momentum of which so little is left moves nothing
-LOOK = tl.constexpr(32)  # steps of a replay between two looks at whether anything still moves
+LEAP = tl.constexpr(16)  # steps
+TERMS = tl.constexpr(8)  # of each polynomial of leaps
+POLYNOMIALS = tl.constexpr(3)  # the first lines of the table of leaps
+LEAP_COLUMNS = tl.constexpr(22)
 
 
 @triton.jit
@@ -32,18 +35,97 @@ def _make_step(w, m, v, grad, step, BETA1, BETA2, EPS, DECOUPLED, SUM):
 
 
 @triton.jit
-def _replay(w, m, v, steps, made, due, BETA1, BETA2, EPS, LOG2, LEAST, SUM):
+def _polynomial(leaps, number: tl.constexpr, z, SUM: tl.constexpr):
+    """Value of a polynomial of leaps without its first term, over z; and the first term."""
+    line = leaps + number * LEAP_COLUMNS
+    total = tl.zeros_like(z) + tl.load(line + TERMS - 1).to(SUM)
+    for i in tl.static_range(2, TERMS):
+        total = tl.load(line + TERMS - i).to(SUM) + z * total
+    return total, tl.load(line).to(SUM)
+
+
+@triton.jit
+def _series(line, first: tl.constexpr, f, h, SUM: tl.constexpr):
+    """f times the sum over p of (-h)^p times column first + p."""
+    c2 = tl.load(line + first + 2).to(SUM) - h * tl.load(line + first + 3).to(SUM)
+    c1 = tl.load(line + first + 1).to(SUM) - h * c2
+    return f * (tl.load(line + first).to(SUM) - h * c1)
+
+
+@triton.jit
+def _leap(w, m, v, leaps, line, BETA1, EPS, KEEP, SUM):
+    """LEAP steps with L2 alone at once, by their line in the table: w, m, v, and whether that is as
+    exact as one by one. See stem_fast/optim.py."""
+    mean, l2 = tl.load(line + 1).to(SUM), tl.load(line + 11).to(SUM)
+    gain = 0.5 * (1 - KEEP) * tl.load(line + 13).to(SUM)
+    gained = gain * w * w
+    middle = v + gained
+    s = tl.sqrt(middle) * tl.load(line).to(SUM)
+    f = 1 / (s + EPS)
+    h = s * f
+    rate = f * (mean + h * h * tl.load(line + 2).to(SUM))
+    z = rate * l2
+    # How the rate bends by what v gains, and altogether.
+    grown = h * gained / (middle + 1.1754944e-38)
+    own = -grown / LEAP
+    slope = own + tl.load(line + 15).to(SUM) - h * tl.load(line + 16).to(SUM)
+    du, u0 = _polynomial(leaps, 0, z, SUM)
+    dr, r0 = _polynomial(leaps, 1, z, SUM)
+    db, b0 = _polynomial(leaps, 2, z, SUM)
+    u = u0 + z * du
+    db *= z
+    bent = own * b0 + slope * db
+    w_of_m = BETA1 * rate * (u + bent) + _series(line, 3, f, h, SUM)
+    w_of_m -= rate * rate * tl.load(line + 20).to(SUM)
+    w_of_w = z * (dr + (1 - BETA1) * (du - u) + BETA1 * bent) - _series(line, 7, f, h, SUM)
+    w_of_w += rate * rate * tl.load(line + 18).to(SUM)
+    late = z * slope * (b0 + db)
+    m_of_m = r0 + z * dr - BETA1 * late - rate * tl.load(line + 21).to(SUM)
+    m_of_w = l2 * (1 - BETA1) * (u - late) + tl.load(line + 12).to(SUM)
+    m_of_w -= rate * tl.load(line + 19).to(SUM)
+    to = w + (w * w_of_w - m * w_of_m)
+    most = tl.maximum(tl.abs(w), tl.abs(to))
+    spread = h * tl.load(line + 14).to(SUM)
+    both = spread + grown + tl.load(line + 17).to(SUM)
+    exact = (spread * spread <= 1e-3) & (gain * most * most * tl.maximum(h, 0.01) <= 1e-4 * middle)
+    exact &= (both * both * z * most <= 1e-6 * tl.maximum(most, mean)) & (z <= 0.2)
+    new_v = KEEP * v + gain * (w * w + w * to + to * to) * (2 / 3)
+    return to, w * m_of_w + m * m_of_m, new_v, tl.min(exact.to(tl.int32)) == 1
+
+
+@triton.jit
+def _alive(w, m, LEAST):
+    """Whether L2 has anything left to pull; NaN counts."""
+    still = (tl.abs(w) <= LEAST) & (tl.abs(m) <= LEAST)
+    return tl.min(still.to(tl.int32)) == 0
+
+
+@triton.jit
+def _replay(w, m, v, steps, leaps, made, due, BETA1, BETA2, EPS, KEEP, LOG2, LEAST, SUM):
     """Steps made + 1 .. due with L2 alone, until nothing moves any more."""
     t = made
-    alive = tl.max(tl.maximum(tl.abs(w), tl.abs(m))) >= 0
+    alive = _alive(w, m, LEAST)
     while (t < due) & alive:
-        end = tl.minimum(t + LOOK, due)
-        while t < end:
+        leapt = False
+        # float64 wants more digits than a leap has.
+        if SUM == tl.float32:  # noqa: SIM102, SIM300
+            if (t % LEAP == 0) & (t + LEAP <= due):
+                line = leaps + (POLYNOMIALS + t // LEAP) * LEAP_COLUMNS
+                new_w, new_m, new_v, leapt = _leap(w, m, v, leaps, line, BETA1, EPS, KEEP, SUM)
+                w, m, v = (
+                    tl.where(leapt, new_w, w),
+                    tl.where(leapt, new_m, m),
+                    tl.where(leapt, new_v, v),
+                )
+        if leapt:
+            t += LEAP
+        else:
             t += 1
             w, m, v = _make_step(
                 w, m, v, tl.zeros_like(w), steps + t * COLUMNS, BETA1, BETA2, EPS, False, SUM
             )
-        alive = tl.max(tl.maximum(tl.abs(w), tl.abs(m))) > LEAST
+        if t % LEAP == 0:
+            alive = _alive(w, m, LEAST)
     left = tl.exp2((due - t).to(tl.float64) * LOG2).to(SUM)
     return tl.where(alive, w, 0.0), tl.where(alive, m, 0.0), v * left
 
@@ -108,12 +190,14 @@ def _adam_rows(
     rows,  # [U]
     grad,  # [U, width]
     steps,  # [N, COLUMNS]
+    leaps,  # [POLYNOMIALS + N // LEAP, LEAP_COLUMNS]
     clock,  # [2]
     width,
     lines,  # N
     BETA1: tl.constexpr,
     BETA2: tl.constexpr,
     EPS: tl.constexpr,
+    KEEP: tl.constexpr,  # BETA2 ** LEAP
     LOG1: tl.constexpr,  # log2(BETA1)
     LOG2: tl.constexpr,
     ROOT2: tl.constexpr,  # sqrt(BETA2)
@@ -139,12 +223,13 @@ def _adam_rows(
             at = row * width + column
             w = tl.load(weight + at, mask=inside, other=0.0).to(SUM)
             m = tl.load(exp_avg + at, mask=inside, other=0.0).to(SUM)
-            v = tl.load(exp_avg_sq + at, mask=inside, other=0.0).to(SUM)
+            v = tl.load(exp_avg_sq + at, mask=inside, other=1.0).to(SUM)  # 0 would refuse a leap
             if made < due:
                 if L2:
                     w, m, v = _replay(
-                        w, m, v, steps, made - base, due - base, BETA1, BETA2, EPS, LOG2, LEAST, SUM
-                    )
+                        w, m, v, steps, leaps, made - base, due - base, BETA1, BETA2, EPS, KEEP,
+                        LOG2, LEAST, SUM,
+                    )  # fmt: skip
                 else:
                     w, m, v = _coast(
                         w, m, v, steps, made - base, due - base, BETA1, BETA2, EPS, LOG1, LOG2,
@@ -168,6 +253,7 @@ def _constants(
         "BETA1": beta1,
         "BETA2": beta2,
         "EPS": eps,
+        "KEEP": beta2**LEAP.value,
         "LOG1": math.log2(max(beta1, 1e-300)),
         "LOG2": math.log2(max(beta2, 1e-300)),
         "ROOT2": math.sqrt(beta2),
@@ -189,6 +275,7 @@ def adam_rows(
     rows: Tensor | None,
     grad: Tensor | None,
     steps: Tensor,
+    leaps: Tensor,
     clock: Tensor,
     beta1: float,
     beta2: float,
@@ -209,6 +296,7 @@ def adam_rows(
             last if rows is None else rows.contiguous(),
             weight if grad is None else grad.contiguous(),
             steps,
+            leaps,
             clock,
             width=weight.shape[1],
             lines=len(steps),

@@ -13,81 +13,51 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
+#include <limits>
 #include <optional>
 #include <type_traits>
 #include <vector>
 
 #include "lanes.h"
+#include "rows.h"
 
 namespace {
 
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // Columns of the table of steps.
 enum Column { kSize, kRoot, kDecay, kLeft, kMoments, kColumns = kMoments + 7 };
-// Rows a thread handles before another is worth waking.
-constexpr int64_t kGrain = 64;
-// Rows asked from memory ahead of their use.
-constexpr int64_t kAhead = 8;
-// Steps of a replay between two looks at whether anything still moves.
-constexpr int64_t kLook = 32;
+// Steps of a leap. The table of leaps begins with a line of coefficients for each polynomial.
+constexpr int64_t kLeap = 16;
+enum Polynomial { kU, kR, kBent, kPolynomials };
+constexpr int64_t kTerms = 8;
+enum LeapColumn {
+  kX, kMean, kBend, kFast, kPull = kFast + 4, kL2 = kPull + 4, kLate, kSquare, kRange, kSlope,
+  kSlopeX, kUneven, kSecond, kLeapColumns = kSecond + 4
+};
 // Momentum of which so little is left moves nothing: 2^-60.
 constexpr double kSpent = 0x1p-60;
-
-// A table of any float type, of which one row at a time is read and written in A.
-struct Table {
-  char* data;
-  ScalarType type;
-  int64_t width, item;
-
-  Table(const Tensor& tensor, int64_t width)
-      : data(static_cast<char*>(tensor.mutable_data_ptr())),
-        type(tensor.scalar_type()),
-        width(width),
-        item(tensor.element_size()) {}
-
-  template <typename F>
-  INLINE void typed(int64_t row, const F& run) const {
-    void* at = data + row * width * item;
-    switch (type) {
-      case ScalarType::Double: return run(static_cast<double*>(at));
-      case ScalarType::Float: return run(static_cast<float*>(at));
-      case ScalarType::BFloat16: return run(static_cast<BFloat16*>(at));
-      default: return run(static_cast<Half*>(at));
-    }
-  }
-  template <typename A>
-  INLINE void read(int64_t row, A* __restrict to) const {
-    typed(row, [&](const auto* from) INLINE_LAMBDA {
-      for (int64_t i = 0; i < width; ++i) to[i] = static_cast<A>(from[i]);
-    });
-  }
-  template <typename A>
-  INLINE void write(int64_t row, const A* __restrict from) const {
-    typed(row, [&]<typename T>(T* to) INLINE_LAMBDA {
-      for (int64_t i = 0; i < width; ++i) to[i] = static_cast<T>(from[i]);
-    });
-  }
-  INLINE void prefetch(int64_t row) const {
-    const char* at = data + row * width * item;
-    for (int64_t i = 0; i < width * item; i += 64) __builtin_prefetch(at + i, 1);
-  }
-};
 
 struct Job {
   Table weight, exp_avg, exp_avg_sq;
   int32_t* last;
   const int64_t* rows;  // nullptr: all
   const Table* grad;    // nullptr: none
-  const double* steps;
+  const double *steps, *leaps;
   int64_t base, now, width;
-  double beta1, beta2, eps;
+  double beta1, beta2, log1, log2, eps;  // log1, log2: of beta1 and beta2, to base 2
+  double keep;                           // what a leap leaves of v
   bool decoupled, l2;
 
+  float terms[kPolynomials][kTerms];  // of leaps, which float64 does not make
+
   const double* step(int64_t t) const { return steps + (t - base) * kColumns; }
+  // Of the steps t + 1 .. t + kLeap.
+  const double* leap(int64_t t) const {
+    return leaps + (kPolynomials + (t - base) / kLeap) * kLeapColumns;
+  }
 };
 
 // The three of a row, in the type of sums.
@@ -97,45 +67,133 @@ struct Row {
   int64_t width;
 };
 
-// One step with the gradient g (nullptr: zero).
+// A number that nothing else is small against.
 template <typename A>
-INLINE void make_step(const Job& job, const double* step, const A* __restrict g, const Row<A>& row) {
+constexpr A kLeast = std::is_same_v<A, float> ? 1e-30 : 1e-200;
+
+// Neighbouring values of a row in registers: enough of them that one's latency hides another's.
+template <typename A>
+struct Part {
+  static constexpr int n = 6, values = n * Lanes<A>::n;
+  typename Lanes<A>::type w[n], m[n], v[n];
+
+  INLINE void read(const Row<A>& row, int64_t at) {
+    std::memcpy(w, row.w + at, sizeof(w));
+    std::memcpy(m, row.m + at, sizeof(m));
+    std::memcpy(v, row.v + at, sizeof(v));
+  }
+  INLINE void write(const Row<A>& row, int64_t at) const {
+    std::memcpy(row.w + at, w, sizeof(w));
+    std::memcpy(row.m + at, m, sizeof(m));
+    std::memcpy(row.v + at, v, sizeof(v));
+  }
+  // Whether L2 has nothing left to pull.
+  INLINE bool gone() const {
+    constexpr A least = kLeast<A>;
+    auto above = w[0] != w[0];
+    for (int i = 0; i < n; ++i) {
+      above |= ~((w[i] <= least) & (w[i] >= -least) & (m[i] <= least) & (m[i] >= -least));  // NaN too
+    }
+    return !any(above);
+  }
+};
+
+// One step with the gradients g (nullptr: zeros).
+template <typename A, typename V = typename Lanes<A>::type>
+INLINE void make_step(const Job& job, const double* step, const A* g, Part<A>& part) {
   const A beta2 = job.beta2, new1 = 1 - job.beta1, new2 = 1 - job.beta2, eps = job.eps;
-  const A size = step[kSize], root = step[kRoot];
+  const A size = step[kSize], scale = step[kRoot];
   const A decay = job.decoupled ? 0 : step[kDecay], kept = job.decoupled ? step[kDecay] : 1;
-  A *__restrict w = row.w, *__restrict m = row.m, *__restrict v = row.v;
-  const int64_t width = row.width;
-  for (int64_t i = 0; i < width; ++i) {
-    const A grad = (g ? g[i] : A(0)) + decay * w[i];
-    m[i] += (grad - m[i]) * new1;
-    v[i] = v[i] * beta2 + new2 * grad * grad;
-    w[i] = w[i] * kept - size * m[i] / (std::sqrt(v[i]) * root + eps);
+  for (int i = 0; i < Part<A>::n; ++i) {
+    V grad = decay * part.w[i];
+    if (g) {
+      V own;
+      std::memcpy(&own, g + i * Lanes<A>::n, sizeof(V));
+      grad += own;
+    }
+    part.m[i] += (grad - part.m[i]) * new1;
+    part.v[i] = part.v[i] * beta2 + new2 * grad * grad;
+    part.w[i] = part.w[i] * kept - size * part.m[i] / (root(part.v[i]) * scale + eps);
   }
 }
 
-// Whether all of them are below a number that nothing else is small against.
-template <typename A>
-INLINE bool gone(const A* values, int64_t width) {
-  constexpr A least = std::is_same_v<A, float> ? 1e-30 : 1e-200;
-  int above = 0;
-  for (int64_t i = 0; i < width; ++i) above |= std::abs(values[i]) > least;
-  return !above;
+// The terms `from` and on of a polynomial in z, over z to the power `from`.
+template <int from, typename A, typename V>
+INLINE V polynomial(const A* terms, V z) {
+  V sum = terms[kTerms - 1] + V{};
+  for (int p = kTerms - 2; p >= from; --p) sum = terms[p] + z * sum;
+  return sum;
+}
+
+// kLeap steps with gradients decay * w at once, if that is as exact as one by one: whether it was.
+template <typename A, typename V = typename Lanes<A>::type>
+INLINE bool leap(const Job& job, const double* line, Part<A>& part) {
+  const A beta1 = job.beta1, new1 = 1 - job.beta1, eps = job.eps;
+  const A keep = job.keep, new2 = 1 - job.keep;
+  const auto& terms = job.terms;
+  A c[kLeapColumns];
+  for (int i = 0; i < kLeapColumns; ++i) c[i] = line[i];
+  const A *fast = c + kFast, *pull = c + kPull, *second = c + kSecond;
+  const A gain = A(0.5) * new2 * c[kSquare], l2 = c[kL2];
+  Part<A> next;
+  auto exact = part.w[0] == part.w[0];
+  for (int i = 0; i < Part<A>::n; ++i) {
+    const V w = part.w[i], m = part.m[i], v = part.v[i];
+    const V gained = gain * w * w, middle = v + gained;
+    const V s = root(middle) * c[kX];
+    const V f = 1 / (s + eps), h = s * f;
+    const V rate = f * (c[kMean] + h * h * c[kBend]), z = rate * l2;
+    // How the rate bends by what v gains, and altogether.
+    const V grown = h * gained / (middle + std::numeric_limits<A>::min());
+    const V own = grown * A(-1.0 / kLeap), slope = own + c[kSlope] - h * c[kSlopeX];
+    const V du = polynomial<1>(terms[kU], z), u = terms[kU][0] + z * du;
+    const V dr = polynomial<1>(terms[kR], z), db = z * polynomial<1>(terms[kBent], z);
+    const V bent = own * terms[kBent][0] + slope * db;
+    const V w_of_m = beta1 * rate * (u + bent) +
+                     f * (fast[0] - h * (fast[1] - h * (fast[2] - h * fast[3]))) -
+                     rate * rate * second[2];
+    const V w_of_w = z * (dr + new1 * (du - u) + beta1 * bent) -
+                     f * (pull[0] - h * (pull[1] - h * (pull[2] - h * pull[3]))) +
+                     rate * rate * second[0];
+    const V late = z * slope * (terms[kBent][0] + db);
+    const V m_of_m = terms[kR][0] + z * dr - beta1 * late - rate * second[3];
+    const V m_of_w = l2 * new1 * (u - late) + c[kLate] - rate * second[1];
+    const V to = w + (w * w_of_w - m * w_of_m);
+    next.w[i] = to;
+    next.m[i] = w * m_of_w + m * m_of_m;
+    next.v[i] = keep * v + gain * (w * w + w * to + to * to) * A(2.0 / 3);
+    const V from_w = w < 0 ? -w : w, to_w = to < 0 ? -to : to;
+    const V most = from_w > to_w ? from_w : to_w, least = most > c[kMean] ? most : c[kMean] + V{};
+    const V range = h * c[kRange], all = range + grown + c[kUneven], share = h > A(0.01) ? h : A(0.01) + V{};
+    exact &= (range * range <= A(1e-3)) & (gain * most * most * share <= A(1e-4) * middle) &
+             (all * all * z * most <= A(1e-6) * least) & (z <= A(0.2));
+  }
+  if (any(!exact)) return false;
+  part = next;
+  return true;
 }
 
 // Steps `from` + 1 .. `to` with gradients decay * w.
-template <typename A>
-INLINE void replay(const Job& job, int64_t from, int64_t to, const Row<A>& row) {
-  for (int64_t t = from + 1; t <= to; ++t) {
-    // L2 alone moves the row, and there may be nothing left to pull.
-    if ((t - from) % kLook == 0 && gone(row.w, row.width) && gone(row.m, row.width)) {
-      const A left = std::pow(job.beta2, static_cast<double>(to - t + 1));
-      for (int64_t i = 0; i < row.width; ++i) {
-        row.w[i] = row.m[i] = 0;
-        row.v[i] *= left;
+template <typename A, typename V = typename Lanes<A>::type>
+INLINE void replay(const Job& job, int64_t from, int64_t to, Part<A>& part) {
+  for (int64_t t = from; t < to;) {
+    const bool aligned = (t - job.base) % kLeap == 0;
+    if ((aligned || t == from) && part.gone()) {
+      const A left = std::exp2(job.log2 * static_cast<double>(to - t));
+      for (int i = 0; i < Part<A>::n; ++i) {
+        part.w[i] = part.m[i] = V{};
+        part.v[i] *= left;
       }
       return;
     }
-    make_step<A>(job, job.step(t), nullptr, row);
+    // float64 wants more digits than a leap has.
+    if constexpr (std::is_same_v<A, float>) {
+      if (aligned && t + kLeap <= to && leap(job, job.leap(t), part)) {
+        t += kLeap;
+        continue;
+      }
+    }
+    make_step<A>(job, job.step(++t), nullptr, part);
   }
 }
 
@@ -169,52 +227,55 @@ struct Series {
 
 // Steps `from` + 1 .. `to` without any gradient: m and v decay, and w moves by m times a sum that
 // depends on v and the steps alone.
-template <typename A>
-INLINE void coast(const Job& job, int64_t from, int64_t to, const Row<A>& row,
-                  A* __restrict total) {
+template <typename A, typename V = typename Lanes<A>::type>
+INLINE void coast(const Job& job, int64_t from, int64_t to, Part<A>& part) {
+  constexpr int n = Part<A>::n;
   const double* start = job.step(from);
   const double root2 = std::sqrt(job.beta2), missed = static_cast<double>(to - from);
-  const A eps = job.eps;
-  const Series series(start, root2 * job.step(from + 1)[kRoot]);
-  if (gone(row.m, row.width)) {  // never trained, or long ago
-    std::fill(total, total + row.width, A(0));
-  } else if (!job.grad && series.converges<A>()) {
-    const A* __restrict v = row.v;
-    const A mean = series.mean, c2 = series.c2, c3 = series.c3, c4 = series.c4, c5 = series.c5,
-            c6 = series.c6, weight = series.weight;
-    for (int64_t i = 0; i < row.width; ++i) {
-      const A s = std::sqrt(v[i]), f = 1 / (s * mean + eps), h = s * f;
-      total[i] = weight * f * (1 + h * h * (c2 - h * (c3 - h * (c4 - h * (c5 - h * c6)))));
-    }
-  } else {
-    std::fill(total, total + row.width, A(0));
-    double momentum = job.beta1, second = root2;
-    for (int64_t t = from + 1; t <= to && momentum > kSpent; ++t) {
-      const double* step = job.step(t);
-      const A weight = step[kSize] * momentum * start[kLeft] / step[kLeft];
-      const A x = second * step[kRoot];
-      for (int64_t i = 0; i < row.width; ++i) {
-        total[i] += weight / (std::sqrt(row.v[i]) * x + eps);
+  const A eps = job.eps, least = kLeast<A>;
+  auto still = part.m[0] == part.m[0];
+  for (int i = 0; i < n; ++i) still &= (part.m[i] <= least) & (part.m[i] >= -least);
+  V total[n] = {};
+  if (any(~still)) {  // else never trained, or long ago
+    const Series series(start, root2 * job.step(from + 1)[kRoot]);
+    if (!job.grad && series.converges<A>()) {
+      const A mean = series.mean, c2 = series.c2, c3 = series.c3, c4 = series.c4, c5 = series.c5,
+              c6 = series.c6, weight = series.weight;
+      for (int i = 0; i < n; ++i) {
+        const V s = root(part.v[i]), f = 1 / (s * mean + eps), h = s * f;
+        total[i] = weight * f * (1 + h * h * (c2 - h * (c3 - h * (c4 - h * (c5 - h * c6)))));
       }
-      momentum *= job.beta1;
-      second *= root2;
+    } else {
+      V s[n];
+      for (int i = 0; i < n; ++i) s[i] = root(part.v[i]);
+      double momentum = job.beta1, second = root2;
+      for (int64_t t = from + 1; t <= to && momentum > kSpent; ++t) {
+        const double* step = job.step(t);
+        const A weight = step[kSize] * momentum * start[kLeft] / step[kLeft];
+        const A x = second * step[kRoot];
+        for (int i = 0; i < n; ++i) total[i] += weight / (s[i] * x + eps);
+        momentum *= job.beta1;
+        second *= root2;
+      }
     }
   }
-  const A left1 = std::pow(job.beta1, missed), left2 = std::pow(job.beta2, missed);
+  const A left1 = std::exp2(job.log1 * missed), left2 = std::exp2(job.log2 * missed);
   const A kept = job.step(to)[kLeft] / start[kLeft];
-  for (int64_t i = 0; i < row.width; ++i) {
-    row.w[i] = kept * (row.w[i] - row.m[i] * total[i]);
-    row.m[i] *= left1;
-    row.v[i] *= left2;
+  for (int i = 0; i < n; ++i) {
+    part.w[i] = kept * (part.w[i] - part.m[i] * total[i]);
+    part.m[i] *= left1;
+    part.v[i] *= left2;
   }
 }
 
 template <typename A>
 INLINE void run(const Job& job, int64_t begin, int64_t end) {
-  std::vector<A> space(5 * job.width);
-  A* part = space.data();
-  const Row<A> row{part, part + job.width, part + 2 * job.width, job.width};
-  A *grad = part + 3 * job.width, *total = part + 4 * job.width;
+  constexpr int64_t values = Part<A>::values;
+  const int64_t room = (job.width + values - 1) / values * values;  // what is past the width is zero
+  std::vector<A> space(4 * room);
+  A* first = space.data();
+  const Row<A> row{first, first + room, first + 2 * room, job.width};
+  A* grad = first + 3 * room;
   const int64_t due = job.grad ? job.now - 1 : job.now;
   for (int64_t u = begin; u < end; ++u) {
     const int64_t at = job.rows ? job.rows[u] : u;
@@ -235,16 +296,14 @@ INLINE void run(const Job& job, int64_t begin, int64_t end) {
     job.weight.read(at, row.w);
     job.exp_avg.read(at, row.m);
     job.exp_avg_sq.read(at, row.v);
-    if (made < due) {
-      if (job.l2) {
-        replay(job, made, due, row);
-      } else {
-        coast(job, made, due, row, total);
-      }
-    }
-    if (job.grad) {
-      job.grad->read(u, grad);
-      make_step(job, job.step(job.now), grad, row);
+    std::fill(row.v + row.width, row.v + room, A(1));  // else they would refuse a leap
+    if (job.grad) job.grad->read(u, grad);
+    for (int64_t column = 0; column < job.width; column += values) {
+      Part<A> part;
+      part.read(row, column);
+      if (made < due) job.l2 ? replay(job, made, due, part) : coast(job, made, due, part);
+      if (job.grad) make_step<A>(job, job.step(job.now), grad + column, part);
+      part.write(row, column);
     }
     job.weight.write(at, row.w);
     job.exp_avg.write(at, row.m);
@@ -252,18 +311,6 @@ INLINE void run(const Job& job, int64_t begin, int64_t end) {
     job.last[at] = static_cast<int32_t>(job.now);
   }
 }
-
-// Rows that L2 pulls to zero end in numbers so small that the processor slows down a hundredfold.
-class FlushToZero {
- public:
-#ifdef __SSE2__
-  FlushToZero() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
-  ~FlushToZero() { _mm_setcsr(before_); }
-
- private:
-  unsigned int before_;
-#endif
-};
 
 // A template cannot be multiversioned, so each type has its entry.
 MULTIVERSION void run_entry(const Job& job, int64_t begin, int64_t end, float) {
@@ -275,7 +322,7 @@ MULTIVERSION void run_entry(const Job& job, int64_t begin, int64_t end, double) 
 
 void check(const Tensor& weight, const Tensor& exp_avg, const Tensor& exp_avg_sq,
            const Tensor& last, const std::optional<Tensor>& rows, const std::optional<Tensor>& grad,
-           const Tensor& steps, const Tensor& clock) {
+           const Tensor& steps, const Tensor& leaps, const Tensor& clock) {
   STD_TORCH_CHECK(weight.dim() == 2, "adam_rows: weight must be [R, W]");
   const int64_t size = weight.size(0), width = weight.size(1);
   for (const Tensor* state : {&exp_avg, &exp_avg_sq}) {
@@ -292,6 +339,11 @@ void check(const Tensor& weight, const Tensor& exp_avg, const Tensor& exp_avg_sq
                       clock.scalar_type() == ScalarType::Long,
                   "adam_rows: steps must be float64 [N, ", static_cast<int64_t>(kColumns),
                   "] and clock int64 [2]");
+  STD_TORCH_CHECK(leaps.dim() == 2 && leaps.size(1) == kLeapColumns &&
+                      leaps.size(0) >= kPolynomials + steps.size(0) / kLeap &&
+                      leaps.scalar_type() == ScalarType::Double,
+                  "adam_rows: leaps must be float64 [", static_cast<int64_t>(kPolynomials),
+                  " + N / ", kLeap, ", ", static_cast<int64_t>(kLeapColumns), "]");
   const int64_t count = rows ? rows->numel() : size;
   STD_TORCH_CHECK(!rows || (rows->dim() == 1 && rows->scalar_type() == ScalarType::Long),
                   "adam_rows: rows must be int64 [U]");
@@ -301,10 +353,12 @@ void check(const Tensor& weight, const Tensor& exp_avg, const Tensor& exp_avg_sq
 
 void adam_rows(const Tensor& weight, const Tensor& exp_avg, const Tensor& exp_avg_sq,
                const Tensor& last, const std::optional<Tensor>& rows_in,
-               const std::optional<Tensor>& grad_in, const Tensor& steps_in, const Tensor& clock_in,
+               const std::optional<Tensor>& grad_in, const Tensor& steps_in,
+               const Tensor& leaps_in, const Tensor& clock_in,
                double beta1, double beta2, double eps, bool decoupled, bool l2) {
-  check(weight, exp_avg, exp_avg_sq, last, rows_in, grad_in, steps_in, clock_in);
+  check(weight, exp_avg, exp_avg_sq, last, rows_in, grad_in, steps_in, leaps_in, clock_in);
   const Tensor steps = torch::stable::contiguous(steps_in);
+  const Tensor leaps = torch::stable::contiguous(leaps_in);
   const Tensor clock = torch::stable::contiguous(clock_in);
   const auto* now = static_cast<const int64_t*>(clock.const_data_ptr());
   STD_TORCH_CHECK(now[0] >= 0 && now[1] >= now[0] && now[1] - now[0] < steps.size(0),
@@ -321,15 +375,18 @@ void adam_rows(const Tensor& weight, const Tensor& exp_avg, const Tensor& exp_av
   }
   const int64_t count = rows ? rows->numel() : size;
   const auto* row = rows ? static_cast<const int64_t*>(rows->const_data_ptr()) : nullptr;
-  for (int64_t u = 0; u < count; ++u) {
-    const int64_t at = row ? row[u] : u;
-    STD_TORCH_CHECK(at >= 0 && at < size, "adam_rows: row ", at, " at ", u,
-                    " is outside the table of ", size, " rows");
-  }
-  const Job job{{weight, width}, {exp_avg, width}, {exp_avg_sq, width},
+  if (row) check_rows("adam_rows", row, count, size);
+  Job job{{weight, width}, {exp_avg, width}, {exp_avg_sq, width},
                 made, row, gradient ? &*gradient : nullptr,
-                static_cast<const double*>(steps.const_data_ptr()), now[0], now[1], width,
-                beta1, beta2, eps, decoupled, l2};
+                static_cast<const double*>(steps.const_data_ptr()),
+                static_cast<const double*>(leaps.const_data_ptr()), now[0], now[1], width,
+                beta1, beta2, std::log2(beta1), std::log2(beta2), eps, std::pow(beta2, kLeap), decoupled, l2,
+          {}};
+  for (int i = 0; i < kPolynomials; ++i) {
+    for (int p = 0; p < kTerms; ++p) {
+      job.terms[i][p] = static_cast<float>(job.leaps[i * kLeapColumns + p]);
+    }
+  }
   for_type(weight.scalar_type(), "adam_rows", [&](auto zero) {
     torch::stable::parallel_for(0, count, kGrain, [&](int64_t begin, int64_t end) {
       const FlushToZero mode;

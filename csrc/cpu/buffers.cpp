@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <cstdint>
 #include <cstdlib>
 #include <iterator>
 #include <map>
@@ -84,6 +85,16 @@ torch::stable::Tensor scratch(const torch::stable::Tensor& like, std::vector<int
   return empty_kept(like, sizes, kScratch);
 }
 
+// Asks for huge pages where nothing was written yet: random rows of a table miss the small ones' table.
+void huge_pages(const torch::stable::Tensor& table) {
+#ifdef __linux__
+  const auto first = reinterpret_cast<uintptr_t>(table.mutable_data_ptr());
+  const uintptr_t begin = (first + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (first + table.numel() * table.element_size()) / kHugePage * kHugePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 }  // namespace
 
 torch::stable::Tensor empty_kept(const torch::stable::Tensor& like,
@@ -101,5 +112,8 @@ torch::stable::Tensor empty_kept(const torch::stable::Tensor& like,
                                   like.scalar_type(), [](void* block) { pool().give_back(block); });
 }
 
-// The schema is defined in stem_fast/ops.py.
-STABLE_TORCH_LIBRARY_IMPL(stem_fast, CPU, m) { m.impl("empty_kept", TORCH_BOX(&scratch)); }
+// The schemas are defined in stem_fast/ops.py.
+STABLE_TORCH_LIBRARY_IMPL(stem_fast, CPU, m) {
+  m.impl("empty_kept", TORCH_BOX(&scratch));
+  m.impl("huge_pages", TORCH_BOX(&huge_pages));
+}

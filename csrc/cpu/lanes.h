@@ -7,6 +7,7 @@
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -37,10 +38,19 @@ struct Lanes {
   typedef A type __attribute__((vector_size(32)));
 };
 
+// The bits of as many bfloat16, and of the float32 they are the upper half of.
+typedef uint16_t Halves __attribute__((vector_size(16)));
+typedef uint32_t Words __attribute__((vector_size(32)));
+
 template <typename T, typename V = typename Lanes<Sum<T>>::type>
 INLINE void load(const T* from, V& to) {
   if constexpr (std::is_same_v<T, Sum<T>>) {
     std::memcpy(&to, from, sizeof(V));
+  } else if constexpr (std::is_same_v<T, torch::headeronly::BFloat16>) {
+    Halves half;
+    std::memcpy(&half, from, sizeof(half));
+    const Words word = __builtin_convertvector(half, Words) << 16;
+    std::memcpy(&to, &word, sizeof(V));
   } else {
     for (int i = 0; i < Lanes<Sum<T>>::n; ++i) to[i] = static_cast<float>(from[i]);
   }
@@ -50,9 +60,32 @@ template <typename T, typename V = typename Lanes<Sum<T>>::type>
 INLINE void store(const V& from, T* to) {
   if constexpr (std::is_same_v<T, Sum<T>>) {
     std::memcpy(to, &from, sizeof(V));
+  } else if constexpr (std::is_same_v<T, torch::headeronly::BFloat16>) {
+    // To the nearest, ties to even; NaN has a bit of its own, lest rounding make it infinite.
+    Words word;
+    std::memcpy(&word, &from, sizeof(V));
+    const Words rounded = (word + 0x7fff + (word >> 16 & 1)) >> 16;
+    const Words nan = word >> 16 | 0x40;
+    const Halves half = __builtin_convertvector(from == from ? rounded : nan, Halves);
+    std::memcpy(to, &half, sizeof(half));
   } else {
     for (int i = 0; i < Lanes<Sum<T>>::n; ++i) to[i] = static_cast<T>(from[i]);
   }
+}
+
+template <typename V>
+INLINE V root(V values) {
+  for (size_t i = 0; i < sizeof(V) / sizeof(values[0]); ++i) values[i] = std::sqrt(values[i]);
+  return values;
+}
+
+// Whether any lane of a comparison is true.
+template <typename M>
+INLINE bool any(const M& mask) {
+  int64_t words[sizeof(M) / sizeof(int64_t)], found = 0;
+  std::memcpy(words, &mask, sizeof(M));
+  for (const int64_t word : words) found |= word;
+  return found != 0;
 }
 
 // Like store, but past the caches where the place allows it: no line is read to be overwritten.

@@ -15,8 +15,14 @@ namespace {
 constexpr int kThreads = 256;
 // Columns of the table of steps.
 enum Column { kSize, kRoot, kDecay, kLeft, kMoments, kColumns = kMoments + 7 };
-// Steps of a replay between two looks at whether anything still moves.
-constexpr int kLook = 32;
+// Steps of a leap. The table of leaps begins with a line of coefficients for each polynomial.
+constexpr int kLeap = 16;
+enum Polynomial { kU, kR, kBent, kPolynomials };
+constexpr int kTerms = 8;
+enum LeapColumn {
+  kX, kMean, kBend, kFast, kPull = kFast + 4, kL2 = kPull + 4, kLate, kSquare, kRange, kSlope,
+  kSlopeX, kUneven, kSecond, kLeapColumns = kSecond + 4
+};
 // Momentum of which so little is left moves nothing: 2^-60.
 constexpr double kSpent = 0x1p-60;
 
@@ -27,12 +33,13 @@ struct Adam {
   int32_t* last;
   const int64_t* rows;  // nullptr: all
   const T* grad;        // nullptr: none
-  const double* steps;
+  const double *steps, *leaps;
   const int64_t* clock;
   int64_t count, size;  // of rows to handle, of the table
   int64_t lines;
   int width;
-  double beta1, beta2, root2, eps;
+  double beta1, beta2, root2, keep, eps;  // keep: what a leap leaves of v
+  double log1, log2;                      // of beta1 and beta2, to base 2: pow spills registers
   bool decoupled, l2;
 };
 
@@ -47,7 +54,8 @@ struct Elements {
     bool above = false;
 #pragma unroll
     for (int i = 0; i < n; ++i) {
-      above |= fabs(m[i]) > least || (!momentum_alone && fabs(w[i]) > least);
+      // Written so that NaN is above.
+      above |= !(fabs(m[i]) <= least) || !(momentum_alone || fabs(w[i]) <= least);
     }
     return !above;
   }
@@ -69,14 +77,79 @@ __device__ void make_step(const Adam<T, S>& a, const double* step, const A (&gra
   }
 }
 
+// A polynomial in z without its first term, over z.
+template <typename A>
+__device__ A polynomial(const double* terms, A z) {
+  A sum = terms[kTerms - 1];
+#pragma unroll
+  for (int p = kTerms - 2; p > 0; --p) sum = static_cast<A>(terms[p]) + z * sum;
+  return sum;
+}
+
+// f times the sum over p of (-h)^p times column p.
+template <typename A>
+__device__ A series(const double* c, A f, A h) {
+  const A c0 = c[0], c1 = c[1], c2 = c[2], c3 = c[3];
+  return f * (c0 - h * (c1 - h * (c2 - h * c3)));
+}
+
+// kLeap steps with gradients decay * w at once, if that is as exact as one by one: whether it was.
+template <typename T, typename S, typename A, int n>
+__device__ bool leap(const Adam<T, S>& a, const double* line, Elements<A, n>& e) {
+  const double* terms = a.leaps;
+  const A beta1 = a.beta1, new1 = 1 - a.beta1, keep = a.keep, eps = a.eps;
+  const A mean = line[kMean], l2 = line[kL2];
+  const A gain = 0.5 * (1 - a.keep) * line[kSquare];
+  const A w_second = line[kSecond], late_second = line[kSecond + 1];
+  const A fast_second = line[kSecond + 2], left_second = line[kSecond + 3];
+  const A u0 = terms[0], r0 = terms[kR * kLeapColumns], b0 = terms[kBent * kLeapColumns];
+  Elements<A, n> next;
+  bool exact = true;
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    const A w = e.w[i], m = e.m[i], v = e.v[i];
+    const A gained = gain * w * w, middle = v + gained;
+    const A s = sqrt(middle) * static_cast<A>(line[kX]), f = 1 / (s + eps), h = s * f;
+    const A rate = f * (mean + h * h * static_cast<A>(line[kBend])), z = rate * l2;
+    // How the rate bends by what v gains, and altogether.
+    const A grown = h * gained / (middle + A(1.1754944e-38));
+    const A own = grown * A(-1.0 / kLeap);
+    const A slope = own + static_cast<A>(line[kSlope]) - h * static_cast<A>(line[kSlopeX]);
+    const A du = polynomial(terms, z), u = u0 + z * du;
+    const A dr = polynomial(terms + kR * kLeapColumns, z);
+    const A db = z * polynomial(terms + kBent * kLeapColumns, z);
+    const A bent = own * b0 + slope * db;
+    const A w_of_m = beta1 * rate * (u + bent) + series(line + kFast, f, h) -
+                     rate * rate * fast_second;
+    const A w_of_w = z * (dr + new1 * (du - u) + beta1 * bent) - series(line + kPull, f, h) +
+                     rate * rate * w_second;
+    const A late = z * slope * (b0 + db);
+    const A m_of_m = r0 + z * dr - beta1 * late - rate * left_second;
+    const A m_of_w =
+        l2 * new1 * (u - late) + static_cast<A>(line[kLate]) - rate * late_second;
+    const A to = w + (w * w_of_w - m * w_of_m);
+    next.w[i] = to;
+    next.m[i] = w * m_of_w + m * m_of_m;
+    next.v[i] = keep * v + gain * (w * w + w * to + to * to) * A(2.0 / 3);
+    const A most = fmax(fabs(w), fabs(to)), range = h * static_cast<A>(line[kRange]);
+    const A all = range + grown + static_cast<A>(line[kUneven]);
+    exact = exact && range * range <= A(1e-3) &&
+            gain * most * most * fmax(h, A(0.01)) <= A(1e-4) * middle &&
+            all * all * z * most <= A(1e-6) * fmax(most, mean) && z <= A(0.2);
+  }
+  if (exact) e = next;
+  return exact;
+}
+
 // Steps `from` + 1 .. `to`, lines of the table, with gradients decay * w.
 template <typename T, typename S, typename A, int n>
 __device__ void replay(const Adam<T, S>& a, int64_t from, int64_t to, Elements<A, n>& e) {
   const A none[n] = {};
-  for (int64_t t = from + 1; t <= to; ++t) {
+  for (int64_t t = from; t < to;) {
+    const bool aligned = t % kLeap == 0;
     // L2 alone moves them, and there may be nothing left to pull.
-    if ((t - from) % kLook == 0 && e.gone(false)) {
-      const A left = pow(a.beta2, static_cast<double>(to - t + 1));
+    if ((aligned || t == from) && e.gone(false)) {
+      const A left = exp2(a.log2 * static_cast<double>(to - t));
 #pragma unroll
       for (int i = 0; i < n; ++i) {
         e.w[i] = e.m[i] = 0;
@@ -84,7 +157,15 @@ __device__ void replay(const Adam<T, S>& a, int64_t from, int64_t to, Elements<A
       }
       return;
     }
-    make_step(a, a.steps + t * kColumns, none, e);
+    // float64 wants more digits than a leap has.
+    if constexpr (std::is_same_v<A, float>) {
+      if (aligned && t + kLeap <= to &&
+          leap(a, a.leaps + (kPolynomials + t / kLeap) * kLeapColumns, e)) {
+        t += kLeap;
+        continue;
+      }
+    }
+    make_step(a, a.steps + ++t * kColumns, none, e);
   }
 }
 
@@ -128,7 +209,7 @@ __device__ void coast(const Adam<T, S>& a, int64_t from, int64_t to, Elements<A,
     }
   }
   const double missed = static_cast<double>(to - from);
-  const A left1 = pow(a.beta1, missed), left2 = pow(a.beta2, missed);
+  const A left1 = exp2(a.log1 * missed), left2 = exp2(a.log2 * missed);
   const A kept = a.steps[to * kColumns + kLeft] / start[kLeft];
 #pragma unroll
   for (int i = 0; i < n; ++i) {
@@ -138,17 +219,9 @@ __device__ void coast(const Adam<T, S>& a, int64_t from, int64_t to, Elements<A,
   }
 }
 
-template <int n, typename T, typename A>
-__device__ void read(const T* from, A (&to)[n]) {
-  T values[n];
-  load(from, values);
-#pragma unroll
-  for (int i = 0; i < n; ++i) to[i] = static_cast<A>(values[i]);
-}
-
 // Threads are (columns, rows).
 template <typename T, typename S, int n>
-__global__ void __launch_bounds__(kThreads) adam_kernel(const __grid_constant__ Adam<T, S> a) {
+__global__ void __launch_bounds__(kThreads, 1) adam_kernel(const __grid_constant__ Adam<T, S> a) {
   using A = Sum<T>;
   const int64_t u = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
   const int64_t base = a.clock[0], now = a.clock[1], due = a.grad ? now - 1 : now;
@@ -186,7 +259,7 @@ __global__ void __launch_bounds__(kThreads) adam_kernel(const __grid_constant__ 
 
 template <typename T, typename S>
 void run(const Tensor& weight, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& last,
-         const std::optional<Tensor>& rows, const std::optional<Tensor>& grad, const Tensor& steps,
+         const std::optional<Tensor>& rows, const std::optional<Tensor>& grad, const Tensor& steps, const Tensor& leaps,
          const Tensor& clock, double beta1, double beta2, double eps, bool decoupled, bool l2) {
   Adam<T, S> a{};
   a.weight = static_cast<T*>(weight.mutable_data_ptr());
@@ -196,12 +269,15 @@ void run(const Tensor& weight, const Tensor& exp_avg, const Tensor& exp_avg_sq, 
   if (rows) a.rows = static_cast<const int64_t*>(rows->const_data_ptr());
   if (grad) a.grad = static_cast<const T*>(grad->const_data_ptr());
   a.steps = static_cast<const double*>(steps.const_data_ptr());
+  a.leaps = static_cast<const double*>(leaps.const_data_ptr());
   a.clock = static_cast<const int64_t*>(clock.const_data_ptr());
   a.size = weight.size(0);
   a.count = rows ? rows->size(0) : a.size;
   a.lines = steps.size(0);
   a.width = static_cast<int>(weight.size(1));
   a.beta1 = beta1, a.beta2 = beta2, a.root2 = std::sqrt(beta2), a.eps = eps;
+  a.keep = std::pow(beta2, kLeap);
+  a.log1 = std::log2(beta1), a.log2 = std::log2(beta2);
   a.decoupled = decoupled, a.l2 = l2;
   constexpr int wide = 16 / sizeof(Sum<T>);
   const bool vectors =
@@ -218,8 +294,9 @@ void run(const Tensor& weight, const Tensor& exp_avg, const Tensor& exp_avg_sq, 
 
 void adam_rows(const Tensor& weight, const Tensor& exp_avg, const Tensor& exp_avg_sq,
                const Tensor& last, const std::optional<Tensor>& rows_in,
-               const std::optional<Tensor>& grad_in, const Tensor& steps_in, const Tensor& clock_in,
-               double beta1, double beta2, double eps, bool decoupled, bool l2) {
+               const std::optional<Tensor>& grad_in, const Tensor& steps_in,
+               const Tensor& leaps_in, const Tensor& clock_in, double beta1, double beta2,
+               double eps, bool decoupled, bool l2) {
   STD_TORCH_CHECK(weight.dim() == 2, "adam_rows: weight must be [R, W]");
   const int64_t size = weight.size(0), width = weight.size(1);
   for (const Tensor* state : {&exp_avg, &exp_avg_sq}) {
@@ -238,6 +315,11 @@ void adam_rows(const Tensor& weight, const Tensor& exp_avg, const Tensor& exp_av
                       clock_in.scalar_type() == ScalarType::Long,
                   "adam_rows: steps must be float64 [N, ", static_cast<int64_t>(kColumns),
                   "] and clock int64 [2]");
+  STD_TORCH_CHECK(leaps_in.dim() == 2 && leaps_in.size(1) == kLeapColumns &&
+                      leaps_in.size(0) >= kPolynomials + steps_in.size(0) / kLeap &&
+                      leaps_in.scalar_type() == ScalarType::Double,
+                  "adam_rows: leaps must be float64 [", static_cast<int64_t>(kPolynomials),
+                  " + N / ", kLeap, ", ", static_cast<int64_t>(kLeapColumns), "]");
   STD_TORCH_CHECK(!rows_in || (rows_in->dim() == 1 && rows_in->scalar_type() == ScalarType::Long),
                   "adam_rows: rows must be int64 [U]");
   const int64_t count = rows_in ? rows_in->size(0) : size;
@@ -245,12 +327,13 @@ void adam_rows(const Tensor& weight, const Tensor& exp_avg, const Tensor& exp_av
                                grad_in->size(1) == width &&
                                grad_in->scalar_type() == weight.scalar_type()),
                   "adam_rows: grad must be [", count, ", ", width, "] of weight's type");
-  check_device("adam_rows", weight, {exp_avg, exp_avg_sq, last, steps_in, clock_in});
+  check_device("adam_rows", weight, {exp_avg, exp_avg_sq, last, steps_in, leaps_in, clock_in});
   if (rows_in) check_device("adam_rows", weight, {*rows_in});
   if (grad_in) check_device("adam_rows", weight, {*grad_in});
   if (count == 0 || width == 0) return;
   const DeviceGuard guard(weight.get_device_index());
   const Tensor steps = torch::stable::contiguous(steps_in);
+  const Tensor leaps = torch::stable::contiguous(leaps_in);
   const Tensor clock = torch::stable::contiguous(clock_in);
   std::optional<Tensor> rows, grad;
   if (rows_in) rows = torch::stable::contiguous(*rows_in);
@@ -259,8 +342,8 @@ void adam_rows(const Tensor& weight, const Tensor& exp_avg, const Tensor& exp_av
     using T = decltype(zero);
     const ScalarType state = exp_avg.scalar_type();
     const auto with = [&](auto kind) {
-      run<T, decltype(kind)>(weight, exp_avg, exp_avg_sq, last, rows, grad, steps, clock, beta1,
-                             beta2, eps, decoupled, l2);
+      run<T, decltype(kind)>(weight, exp_avg, exp_avg_sq, last, rows, grad, steps, leaps, clock,
+                             beta1, beta2, eps, decoupled, l2);
     };
     if (state == ScalarType::BFloat16) return with(BFloat16());
     if (state == weight.scalar_type()) return with(T());

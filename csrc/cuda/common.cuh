@@ -63,6 +63,15 @@ __device__ void load(const T* from, T (&to)[n]) {
   }
 }
 
+// The same in another type.
+template <int n, typename T, typename A>
+__device__ void read(const T* from, A (&to)[n]) {
+  T values[n];
+  load(from, values);
+#pragma unroll
+  for (int i = 0; i < n; ++i) to[i] = static_cast<A>(values[i]);
+}
+
 template <int n, typename T, typename A>
 __device__ void store(const A (&from)[n], T* to) {
   using Raw = typename Access<kAccess<n, T> * sizeof(T)>::type;

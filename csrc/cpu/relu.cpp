@@ -1,0 +1,108 @@
+// The backward pass of a bias and a ReLU on CPU: masks the gradient and sums it over the samples in
+// one read of it. The mathematics is stem_fast/reference.py's relu_backward.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+#include <vector>
+
+#include "lanes.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Samples of a partial sum: fixed, so that the sums are the same bits for any number of threads.
+constexpr int64_t kBlock = 128;
+// Samples handled together: a sum is read and written once for all of them.
+constexpr int kTile = 4;
+
+template <int n, typename T, typename A = Sum<T>>
+INLINE void mask(T* grad, const T* y, A* sums, int64_t width) {
+  constexpr int lanes = Lanes<A>::n;
+  int64_t h = 0;
+  for (; h + lanes <= width; h += lanes) {
+    typename Lanes<A>::type sum;
+    load(sums + h, sum);
+    for (int i = 0; i < n; ++i) {
+      typename Lanes<A>::type g, value;
+      load(grad + i * width + h, g);
+      load(y + i * width + h, value);
+      g = value <= 0 ? typename Lanes<A>::type{} : g;
+      store(g, grad + i * width + h);
+      sum += g;
+    }
+    store(sum, sums + h);
+  }
+  for (; h < width; ++h) {
+    for (int i = 0; i < n; ++i) {
+      T* g = grad + i * width + h;
+      if (static_cast<A>(y[i * width + h]) <= 0) *g = static_cast<T>(A(0));
+      sums[h] += static_cast<A>(*g);
+    }
+  }
+}
+
+// Blocks [begin, end) of samples, each with its sums.
+template <typename T, typename A = Sum<T>>
+INLINE void mask_blocks(T* grad, const T* y, A* sums, int64_t batch, int64_t width, int64_t begin,
+                        int64_t end) {
+  for (int64_t block = begin; block < end; ++block) {
+    A* sum = sums + block * width;
+    std::fill(sum, sum + width, A(0));
+    const int64_t last = std::min(batch, (block + 1) * kBlock);
+    int64_t b = block * kBlock;
+    for (; b + kTile <= last; b += kTile) mask<kTile>(grad + b * width, y + b * width, sum, width);
+    for (; b < last; ++b) mask<1>(grad + b * width, y + b * width, sum, width);
+  }
+}
+
+// A template cannot be multiversioned, so each type has its entry.
+#define ENTRY(T)                                                                                \
+  MULTIVERSION void entry(T* grad, const T* y, Sum<T>* sums, int64_t batch, int64_t width,      \
+                          int64_t begin, int64_t end) {                                         \
+    mask_blocks<T>(grad, y, sums, batch, width, begin, end);                                    \
+  }
+ENTRY(double)
+ENTRY(float)
+ENTRY(torch::headeronly::BFloat16)
+ENTRY(torch::headeronly::Half)
+
+Tensor relu_backward(Tensor grad, const Tensor& y_in) {
+  const Tensor y = torch::stable::contiguous(y_in);
+  STD_TORCH_CHECK(grad.dim() == 2 && y.dim() == 2 && grad.size(0) == y.size(0) &&
+                      grad.size(1) == y.size(1) && grad.scalar_type() == y.scalar_type(),
+                  "relu_backward: the gradient and y must be [B, H] of one type");
+  STD_TORCH_CHECK(grad.is_contiguous(), "relu_backward: the gradient must be contiguous");
+  const int64_t batch = y.size(0), width = y.size(1);
+  Tensor sums;
+  for_type(y.scalar_type(), "relu_backward", [&](auto zero) {
+    using T = decltype(zero);
+    using A = Sum<T>;
+    const ScalarType type = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
+    sums = torch::stable::new_zeros(y, {width}, type);
+    const int64_t blocks = (batch + kBlock - 1) / kBlock;
+    std::vector<A> partial(blocks * width);
+    torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+      entry(static_cast<T*>(grad.mutable_data_ptr()), static_cast<const T*>(y.const_data_ptr()),
+            partial.data(), batch, width, begin, end);
+    });
+    A* total = static_cast<A*>(sums.mutable_data_ptr());
+    for (int64_t i = 0; i < blocks; ++i) {
+      for (int64_t h = 0; h < width; ++h) total[h] += partial[i * width + h];
+    }
+  });
+  return sums;
+}
+
+}  // namespace
+
+// The schema is defined in stem_fast/ops.py.
+STABLE_TORCH_LIBRARY_IMPL(stem_fast, CPU, m) { m.impl("relu_backward", TORCH_BOX(&relu_backward)); }

@@ -1,0 +1,89 @@
+"""Adagrad of a batch's rows: one read and one write of a row's weight and sum. A row belongs to one
+program, so results repeat bit for bit."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _load(weight, grad, at, at_grad, decay, inside, SUM):
+    """w and the gradient with L2."""
+    w = tl.load(weight + at, mask=inside, other=0.0).to(SUM)
+    return w, tl.load(grad + at_grad, mask=inside, other=0.0).to(SUM) + decay * w
+
+
+@triton.jit
+def _adagrad_rows(
+    weight,  # [R, width]
+    sums,  # [R, width] or [R]
+    rows,  # [U]
+    grad,  # [U, width]
+    options,  # [2], lr and weight_decay
+    width,
+    EPS: tl.constexpr,
+    NAMED: tl.constexpr,  # whether there are rows; else all
+    ROW_WISE: tl.constexpr,  # whether sums are of rows
+    SUM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    u = tl.program_id(0).to(tl.int64)
+    row = tl.load(rows + u) if NAMED else u
+    lr, decay = tl.load(options).to(SUM), tl.load(options + 1).to(SUM)
+    # Row 0 is padding where rows are named: a plan repeats it.
+    if (row != 0) | (not NAMED):
+        column = tl.arange(0, BLOCK)
+        size = lr
+        if ROW_WISE:
+            squares = tl.zeros([BLOCK], SUM)
+            for start in range(0, width, BLOCK):  # the second reading is from cache
+                here, inside = start + column, start + column < width
+                _, g = _load(weight, grad, row * width + here, u * width + here, decay, inside, SUM)
+                squares += g * g
+            total = tl.load(sums + row).to(SUM) + tl.sum(squares) / width
+            tl.store(sums + row, total.to(sums.dtype.element_ty))
+            size = lr / (tl.sqrt(total) + EPS)
+        for start in range(0, width, BLOCK):
+            here, inside = start + column, start + column < width
+            at = row * width + here
+            w, g = _load(weight, grad, at, u * width + here, decay, inside, SUM)
+            if ROW_WISE:
+                w -= size * g
+            else:
+                total = tl.load(sums + at, mask=inside, other=0.0).to(SUM) + g * g
+                tl.store(sums + at, total.to(sums.dtype.element_ty), mask=inside)
+                w -= lr * g / (tl.sqrt(total) + EPS)
+            tl.store(weight + at, w.to(weight.dtype.element_ty), mask=inside)
+
+
+def _constants(weight: Tensor) -> dict[str, object]:
+    return {
+        "SUM": tl.float64 if weight.dtype == torch.float64 else tl.float32,
+        "BLOCK": min(triton.next_power_of_2(weight.shape[1]), 512),
+        "num_warps": 1 if weight.shape[1] <= 128 else 4,
+    }
+
+
+def adagrad_rows(
+    weight: Tensor, sum: Tensor, rows: Tensor | None, grad: Tensor, options: Tensor, eps: float
+) -> None:
+    """Triton version of :func:`stem_fast.reference.adagrad_rows`."""
+    count = len(weight) if rows is None else len(rows)
+    if not count or not weight.shape[1]:
+        return
+    with torch.cuda.device_of(weight):
+        _adagrad_rows[(count,)](
+            weight,
+            sum,
+            weight if rows is None else rows.contiguous(),
+            grad.contiguous(),
+            options,
+            width=weight.shape[1],
+            EPS=eps,
+            NAMED=rows is not None,
+            ROW_WISE=sum.dim() == 1,
+            **_constants(weight),
+        )
