@@ -77,8 +77,11 @@ def create_run(
 
 
 def save_weights(path: str | Path, model: STEMNet) -> None:
-    """Replace the weights of the run folder PATH in one step."""
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+    """Replace the weights of the run folder PATH in one step; float32, also of a float64 model."""
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        kept = tensor.float() if tensor.dtype == torch.float64 else tensor
+        tensors[name] = kept.cpu().contiguous()
     with replacing(Path(path) / WEIGHTS) as partial:
         save_file(tensors, partial)
 

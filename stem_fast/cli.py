@@ -22,6 +22,7 @@ from stem_fast import checkpoint, data, ops, report, synth
 from stem_fast import train as training
 from stem_fast.config import FitSettings, TrainingConfig, fit_settings, parse_join
 from stem_fast.model import MODELS, STEMNet
+from stem_fast.precision import check as check_precision
 from stem_fast.schema import DataError, Encoding
 
 
@@ -99,6 +100,9 @@ _Cache = Annotated[
 ]
 _Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
 _Run = Annotated[Path, typer.Argument(metavar="RUN", help="run folder, made by fit --out")]
+_Precision = Annotated[
+    str | None, typer.Option(help="fp32, tf32, bf16, fp64 (default: as in training)")
+]
 _BatchSize = Annotated[int | None, typer.Option(min=1, help="rows (default: as in training)")]
 
 
@@ -191,6 +195,10 @@ def fit(
     ] = None,
     task_weights: Annotated[_List, _flag(_TRAINING, "one a task: 1,0.5", metavar="A,B")] = None,
     seed: Annotated[_Int, _flag(_TRAINING, "of weights, shuffles", default=_OFFICIAL.seed)] = None,
+    precision: Annotated[
+        _Text,
+        _flag(_TRAINING, "of products: fp32, tf32, bf16; or fp64", default=_OFFICIAL.precision),
+    ] = None,
     device: Annotated[_Text, _flag(_TRAINING, "auto, cpu, cuda or cuda:N", default="auto")] = None,
 ) -> None:
     """Train a model with early stopping and keep its best weights in a run folder."""
@@ -207,6 +215,7 @@ def _fit(settings: FitSettings) -> None:
     # All that can be refused without reading data is refused first.
     training.check(config, schema.labels)
     device = _device(settings.device)
+    check_precision(config.precision, device)
     checkpoint.prepare(settings.out, overwrite=settings.overwrite)
 
     console = report.console()
@@ -310,14 +319,20 @@ def evaluate(
     cache: _Cache = None,
     batch_size: _BatchSize = None,
     device: _Device = "auto",
+    precision: _Precision = None,
 ) -> None:
     """Score a run on labelled data."""
     _refuse_folder(json)
     model, encoding, config = checkpoint.load_run(run, _device(device))
+    check_precision(precision or config.precision, _device(device))
     with report.console().status(f"evaluating {table}"):
         rows = data.load(table, encoding, cache=cache, joins=_joins(join), weight=False)
         result = training.evaluate(
-            model, rows, batch_size=batch_size or config.batch_size, device=_device(device)
+            model,
+            rows,
+            batch_size=batch_size or config.batch_size,
+            device=_device(device),
+            precision=precision or config.precision,
         )
     if json is not None:
         checkpoint.save_json(json, result)
@@ -333,16 +348,22 @@ def predict(
     cache: _Cache = None,
     batch_size: _BatchSize = None,
     device: _Device = "auto",
+    precision: _Precision = None,
 ) -> None:
     """Write one column a task, probabilities (values of regression tasks), rows in order."""
     writers = {".parquet": pyarrow.parquet.write_table, ".csv": pyarrow.csv.write_csv}
     if out.suffix not in writers:
         raise DataError(f"--out is {out}: name a .parquet or .csv file.")
     model, encoding, config = checkpoint.load_run(run, _device(device))
+    check_precision(precision or config.precision, _device(device))
     with report.console().status(f"predicting {table}"):
         rows = data.load(table, encoding, cache=cache, joins=_joins(join), labels=False)
         predictions = training.predict(
-            model, rows, batch_size=batch_size or config.batch_size, device=_device(device)
+            model,
+            rows,
+            batch_size=batch_size or config.batch_size,
+            device=_device(device),
+            precision=precision or config.precision,
         )
     columns = dict(zip(encoding.schema.tasks, predictions.T, strict=True))
     with checkpoint.replacing(out) as partial:

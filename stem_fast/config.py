@@ -17,6 +17,7 @@ import yaml
 
 from stem_fast.data import Join
 from stem_fast.model import MODELS
+from stem_fast.precision import PRECISIONS
 from stem_fast.schema import DataError, Schema, nearest, parse_sequences
 
 EMBEDDING_OPTIMIZERS = ("adam", "dense_adam", "lazy_adam", "sgd", "adagrad", "rowwise_adagrad")
@@ -102,6 +103,12 @@ def _optimizer(key: str, value: Any) -> str:
     return str(value)
 
 
+def _precision(key: str, value: Any) -> str:
+    if value not in PRECISIONS:
+        raise _refuse(key, value, f"one of {', '.join(PRECISIONS)}")
+    return str(value)
+
+
 def _pooling(key: str, value: Any) -> str:
     if value not in ("mean", "sum"):
         raise _refuse(key, value, "mean or sum")
@@ -154,6 +161,7 @@ _TRAINING: dict[str, Check] = {
     "monitor": _text,
     "seed": _integer(0, 2**63 - 1),
     "task_weights": _list_of(_NOT_NEGATIVE),
+    "precision": _precision,
 }
 _SCHEMA = tuple(field.name for field in dataclasses.fields(Schema))
 KEYS = (*_FILES, *_SCHEMA, "pooling", "model", *_NETWORK, *_TRAINING)
@@ -175,6 +183,8 @@ class TrainingConfig:
     monitor                metric that decides which epoch is best, see ``train.Monitor``
     seed                   of the shuffles (and, in ``stem-fast fit``, of the first weights)
     task_weights           factor on each task's loss; None: all 1
+    precision              of matrix products: fp32, tf32 (CUDA) or bf16, or all in fp64, see
+                           :mod:`stem_fast.precision`
 
     Raises DataError for a value of another type or out of range.
     """
@@ -190,6 +200,7 @@ class TrainingConfig:
     monitor: str = "auc"
     seed: int = 2023
     task_weights: tuple[float, ...] | None = None
+    precision: str = "fp32"
 
     def __post_init__(self) -> None:
         for key, check in _TRAINING.items():

@@ -34,6 +34,7 @@ def to_official(model: STEMNet) -> dict[str, Tensor]:
 
     The tensors are copies, so training the model on does not change them.
     """
+    model.embedding.flush()
     return {key: tensor.clone() for key, tensor in _views(model)}
 
 

@@ -105,7 +105,7 @@ class EmbeddingArena(nn.Module):
                         f"sequence {name!r} shares {shared!r}, which is no categorical field"
                     )
                 self.tables[name] = self.tables[shared]
-        self.weight = nn.Parameter(torch.empty(rows, spaces * dim))
+        self.weight = nn.Parameter(ops.new_table(torch.empty(rows, spaces * dim)))
         self.numeric_weight = (
             nn.Parameter(torch.empty(len(self.numeric), spaces * dim)) if self.numeric else None
         )
@@ -415,7 +415,7 @@ class GroupedMLP(nn.Module):
     """E MLPs of one shape side by side (FuxiCTR's MLP_Block, E times).
 
     Each hidden layer is linear, batch norm if asked, activation, dropout if above 0; ``outputs``
-    adds a last linear layer with nothing after it.
+    adds a last linear layer with nothing after it, which autocast leaves in its own type.
 
     ``blocks`` is kept in the order of MLP_Block's ``nn.Sequential``, so that a block's index is the
     number in the official checkpoint's key.
@@ -449,11 +449,19 @@ class GroupedMLP(nn.Module):
 
     def forward(self, x: Tensor | Sequence[Tensor], reads: Sequence[int]) -> Tensor:
         """N inputs [B, I] -> [n, B, O]; the first n networks run, e reads ``x[reads[e]]``."""
-        first, *rest = self.blocks  # the first is linear
-        y: Tensor = first(x, reads)
-        for block in rest:
-            y = block(y, range(len(y))) if isinstance(block, GroupedLinear) else block(y)
-        return y
+        *blocks, last = self.blocks
+        for block in blocks:
+            if isinstance(block, GroupedLinear):
+                x, reads = block(x, reads), range(len(reads))
+            else:
+                x = block(x)
+        if not isinstance(last, GroupedLinear):
+            return last(x)
+        device = last.weight.device.type
+        if not torch.is_autocast_enabled(device):
+            return last(x, reads)
+        with torch.autocast(device, enabled=False):
+            return last([each.to(last.weight.dtype) for each in x], reads)
 
     def official(self, group: int) -> Iterator[tuple[str, Tensor]]:
         """(key within MLP_Block, view of network ``group``'s tensor) of every parameter, buffer."""

@@ -35,15 +35,22 @@ SCHEMAS = {
     "row_gradients": "(Tensor grad_x, Tensor grad_z, int[] sums, Tensor segments, Tensor sources,"
     " Tensor scales, int dim) -> Tensor",
     "empty_kept": "(Tensor like, SymInt[] size) -> Tensor",
+    "huge_pages": "(Tensor(a!) table) -> ()",
     "check_ids": "(Tensor ids, Tensor sizes, Tensor(a!) bad) -> Tensor",
     "mixture": "(Tensor y, Tensor logits, int[] see, int[] learn) -> Tensor",
     "mixture_backward": "(Tensor grad, Tensor y, Tensor logits, int[] see, int[] learn)"
     " -> (Tensor, Tensor)",
     "mixture_expert_backward": "(Tensor[] grads, Tensor y, Tensor p, int[] learn, int e)"
     " -> (Tensor, Tensor)",
+    "relu_backward": "(Tensor(a!) grad, Tensor y) -> Tensor",
+    "grouped_linear": "(Tensor x, int[] reads, Tensor weight, Tensor bias, bool relu) -> Tensor",
     "adam_rows": "(Tensor(a!) weight, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) last,"
-    " Tensor? rows, Tensor? grad, Tensor steps, Tensor clock, float beta1, float beta2, float eps,"
-    " bool decoupled, bool l2) -> ()",
+    " Tensor? rows, Tensor? grad, Tensor steps, Tensor leaps, Tensor clock, float beta1,"
+    " float beta2, float eps, bool decoupled, bool l2) -> ()",
+    "sgd_rows": "(Tensor(a!) weight, Tensor(b!)? momentum_buffer, Tensor(c!) last, Tensor? rows,"
+    " Tensor? grad, Tensor steps, Tensor clock) -> ()",
+    "adagrad_rows": "(Tensor(a!) weight, Tensor(b!) sum, Tensor? rows, Tensor grad, Tensor options,"
+    " float eps) -> ()",
 }
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema)
@@ -95,6 +102,12 @@ def row_plan(ids: Tensor, offsets: Tensor, bags: Sequence[Tensor] = (), mean: in
 def check_ids(ids: Tensor, sizes: Tensor, bad: Tensor) -> Tensor:
     """Ids within their vocabularies, without waiting; see :func:`reference.check_ids`."""
     return torch.ops.stem_fast.check_ids(ids, sizes, bad)
+
+
+def new_table(table: Tensor) -> Tensor:
+    """A tensor that nothing was written to, in huge pages where there are such."""
+    torch.ops.stem_fast.huge_pages(table)
+    return table
 
 
 def merge_rows(rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,6 +177,10 @@ def _row_gradients_fake(
 
 def _empty_kept_fake(like: Tensor, size: list[int]) -> Tensor:
     return like.new_empty(size)
+
+
+def _huge_pages_fake(table: Tensor) -> None:
+    """Nothing is written."""
 
 
 def _check_ids_fake(ids: Tensor, sizes: Tensor, bad: Tensor) -> Tensor:
@@ -251,8 +268,21 @@ def _mixture_expert_backward_fake(
     return y.new_empty(y.shape), p.new_empty(p.shape[:2])
 
 
+def _relu_backward_fake(grad: Tensor, y: Tensor) -> Tensor:
+    return y.new_empty(y.shape[1], dtype=torch.promote_types(y.dtype, torch.float32))
+
+
+def _grouped_linear_fake(
+    x: Tensor, reads: list[int], weight: Tensor, bias: Tensor, relu: bool
+) -> Tensor:
+    return x.new_empty(len(reads), x.shape[1], weight.shape[1])
+
+
 def _adam_rows_fake(*arguments: Any) -> None:
     """Everything is changed in place."""
+
+
+_sgd_rows_fake = _adagrad_rows_fake = _adam_rows_fake
 
 
 def _mixture_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -271,6 +301,12 @@ torch.library.register_autograd("stem_fast::mixture", _mixture_grad, setup_conte
 def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
     raise RuntimeError("the ops of stem_fast have no second derivative (create_graph=True)")
 
+
+def _no_gradient(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError("grouped_linear has no gradient: it is for inference")
+
+
+torch.library.register_autograd("stem_fast::grouped_linear", _no_gradient)
 
 for _name in ("lookup_backward", "row_gradients", "mixture_backward", "mixture_expert_backward"):
     torch.library.register_autograd(f"stem_fast::{_name}", _no_second_derivative)
@@ -322,7 +358,7 @@ def _load_triton() -> str:
     if not interpreted and not torch.cuda.is_available():
         return "no CUDA device"
     try:
-        from stem_fast.kernels import adam, lookup, mixture, row_plan
+        from stem_fast.kernels import adagrad, adam, lookup, mixture, row_plan, sgd
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
@@ -333,6 +369,8 @@ def _load_triton() -> str:
         (row_plan, ("row_plan",)),
         (mixture, ("mixture", "mixture_backward")),
         (adam, ("adam_rows",)),
+        (sgd, ("sgd_rows",)),
+        (adagrad, ("adagrad_rows",)),
     ):
         for name in names:
             _library.impl(name, getattr(module, name), device)

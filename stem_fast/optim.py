@@ -14,8 +14,19 @@ are the same for every row of that age. ``f(x) = 1 / (sqrt(v) x + eps)`` hardly 
 steps in which a_j is not yet nothing, so its sum is the series of f around the mean x, whose
 coefficients are the central moments of x_j under the weights a_j: seven numbers for each ``s``,
 kept by :class:`Schedule`. Where the series is not exact to rounding (the first 200 steps of a
-training) the sum is made term by term. With L2 the row's gradient is ``weight_decay * w`` and the
-missed steps are made one by one, in registers, until nothing moves any more.
+training) the sum is made term by term.
+
+With L2 a row that misses steps has the gradient ``weight_decay * w``, and they are made in
+registers until nothing moves any more: in float32 sixteen at a time (a *leap*), where that is as
+exact as one by one. With ``c = lr_j / (sqrt(v) x_j + eps)`` held at its mean over the leap and
+``z = c * weight_decay``, sixteen steps are the 16th power of
+
+    (w, m) -> (w - c m', m'),   m' = beta1 m + (1 - beta1) weight_decay w
+
+whose entries are polynomials in z. How c changes within the leap enters to first order: the
+largest terms by sums over its steps that :class:`Schedule` keeps, as it does of x_j, the others by
+c's slope and a third polynomial. How weight_decay changes (clipping scales it) enters to second
+order.
 """
 
 from __future__ import annotations
@@ -24,14 +35,21 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from stem_fast import ops
 from stem_fast.layers import EmbeddingArena
 
 MOMENTS = 7  # of x_j, the zeroth included
 COLUMNS = 4 + MOMENTS
 SPENT = 2.0**-60  # momentum of which so little is left moves nothing
+LEAP = 16  # steps
+TERMS = 8  # of a polynomial of leaps; what is left out is below float32's rounding
+POLYNOMIALS = 3
+LEAP_COLUMNS = 22
+TORCHS_ALONE = ("amsgrad", "maximize", "nesterov", "dampening", "lr_decay")  # options
 
 
 class Schedule:
@@ -46,13 +64,33 @@ class Schedule:
     4  and on: for rows that made step t and none since, the sums over j of
        ``a_j * (x_j - x_1)^p``, p = 0 .. 6, decoupled: of ``a_j`` over the product up to there.
 
-    ``clock`` is int64 [2], (base, now). Both are on the table's device and no line waits for it.
+    ``leaps`` is float64 [3 + N // 16, 22]. Lines 0 .. 2 hold the coefficients of
+    :func:`leap_polynomials`; line ``3 + i // 16`` tells of the steps ``base + i + 1 ..
+    base + i + 16``, with x_j as for a row that made step ``base + i``, in columns
+
+    0       the mean x of the x_j under the weights s_j = lr_j / (1 - beta1^j), as every mean here
+    1, 2    the sums of s_j and of ``s_j d_j^2``, ``d_j = x_j / x - 1``, over 16
+    3 .. 6  the sums of ``beta1^j s_j d_j^p``, p = 0 .. 3, less what c at its mean has of them
+    7 .. 10 the same with what m has of gradients weight_decay since the leap began for beta1^j
+    11      the mean of weight_decay
+    12      what m ends with of such gradients, less what a constant one leaves
+    13      the mean of weight_decay^2
+    14      the largest ``|d_j|``; infinite where no leap is known
+    15, 16  the slopes a step of s_j, as part of its mean, and of d_j
+    17      the largest ``|s_j / mean - 1|``
+    18 .. 21  what weight_decay, where it changes, adds to the second order in c: to w (times c^2)
+            and m (times -c) from w, then from m
+
+    ``clock`` is int64 [2], (base, now). All are on the table's device and no line waits for it.
     """
 
     def __init__(self, betas: tuple[float, float], step: int, device: torch.device) -> None:
         self.betas = betas
         self.steps = torch.zeros(1024, COLUMNS, dtype=torch.float64, device=device)
         self.steps[0, 3] = 1
+        size = POLYNOMIALS + len(self.steps) // LEAP, LEAP_COLUMNS
+        self.leaps = torch.full(size, math.inf, dtype=torch.float64, device=device)
+        self.leaps[:POLYNOMIALS, :TERMS] = torch.tensor(leap_polynomials(betas[0]))
         self.clock = torch.tensor([step, step], device=device)
         self.made = 0  # steps since the flush, as far as the host knows
         self.l2 = False  # whether coupled weight decay was above 0 in one of them
@@ -61,6 +99,12 @@ class Schedule:
         self._age, self._momentum = age.long(), betas[0] ** age
         self._root = betas[1] ** (age / 2)
         self._powers = torch.arange(MOMENTS, device=device)
+        age = torch.arange(1, LEAP + 1, dtype=torch.float64, device=device)
+        self._leap_momentum, self._leap_root = betas[0] ** age, betas[1] ** (age / 2)
+        lag = age[:, None] - age
+        middle = age - age.mean()
+        self._leap_slope = middle / middle.square().sum()
+        self._leap_lag = torch.where(lag >= 0, (1 - betas[0]) * betas[0] ** lag.clamp(min=0), 0)
 
     def advance(self, lr: float | Tensor, weight_decay: float | Tensor, *, decoupled: bool) -> None:
         """Adds a step."""
@@ -68,6 +112,8 @@ class Schedule:
         self.made += 1
         if self.made >= len(self.steps):
             self.steps = torch.cat([self.steps, torch.zeros_like(self.steps)])
+            more = torch.full_like(self.leaps[POLYNOMIALS:], math.inf)
+            self.leaps = torch.cat([self.leaps, more])
         steps, clock = self.steps, self.clock
         beta1, beta2 = self.betas
         clock[1] += 1
@@ -87,13 +133,75 @@ class Schedule:
         distance = self._root * root - self._root[0] * steps[start + 1, 1]
         terms = weight[:, None] * distance[:, None] ** self._powers
         steps[:, 4:].index_add_(0, start, terms)
+        # A CUDA graph does not count its steps: there the newest leap is written while it grows.
+        if self.l2 and (self.made % LEAP == 0 or clock.is_cuda):
+            self._write_leap(line)
+
+    def _write_leap(self, line: Tensor) -> None:
+        """The leap that a line [1] belongs to."""
+        number = (line - 1) // LEAP
+        lines = number * LEAP + torch.arange(1, LEAP + 1, device=line.device)
+        size, root, decay = self.steps[lines.clamp(max=len(self.steps) - 1), :3].unbind(1)
+        total = size.sum()
+        share = torch.where(total > 0, size / total, 1 / LEAP)
+        x = root * self._leap_root
+        mean_x = (share * x).sum()
+        d = x / mean_x - 1
+        mean, bend, l2 = total / LEAP, (size * d * d).sum() / LEAP, (share * decay).sum()
+        powers = d[:, None] ** self._powers[:4]
+        lagged = self._leap_lag @ decay
+        fast, pull = (size * self._leap_momentum) @ powers, (size * lagged) @ powers
+        # What c at its mean makes of them is in the powers of the matrix.
+        constant = torch.stack([mean, bend.new_zeros(()), bend, bend.new_zeros(())])
+        momentum = self._leap_momentum.sum()
+        fast, pull = fast - momentum * constant, pull - l2 * (LEAP - momentum) * constant
+        late = lagged[-1] - l2 * (1 - self._leap_momentum[-1])
+        uneven = LEAP * share
+        slopes = self._leap_slope @ torch.stack([uneven, d], 1)
+        ends = torch.stack([l2, late, decay.square().mean(), d.abs().amax()])
+        uneven = (uneven - 1).abs().amax(0, keepdim=True)
+        second = self._leap_second(decay) - self._leap_second(l2.expand(LEAP))
+        parts = torch.stack([mean_x, mean, bend]), fast, pull, ends, slopes, uneven, second
+        found = torch.cat(parts)
+        self.leaps.index_copy_(0, POLYNOMIALS + number, found[None])
+
+    def _leap_second(self, decay: Tensor) -> Tensor:
+        """The terms of second order in c, [4], of a leap with weight_decay [16] and c = 1."""
+        lagged = self._leap_lag @ decay
+        before = torch.stack([lagged, self._leap_momentum], 1)  # what w has lost per w, per m
+        after = self._leap_lag @ (decay[:, None] * (before.cumsum(0) - before))
+        return torch.stack([after.sum(0), after[-1]], 1).flatten()
 
     def flushed(self) -> None:
         """Every row has made every step: the table begins anew."""
         self.clock[0].copy_(self.clock[1])
         self.steps[0] = 0
         self.steps[0, 3] = 1
-        self.made, self.l2 = 0, False
+        self.leaps[POLYNOMIALS:] = math.inf
+        self.made = 0
+        # The steps of a CUDA graph are L2's if that of its capture was.
+        self.l2 = self.l2 and self.clock.is_cuda
+
+
+def leap_polynomials(beta1: float) -> list[list[float]]:
+    """Coefficients [3, 8] of the polynomials in z that make sixteen steps with L2.
+
+    With m scaled by c and a for 1 - beta1, k steps take (w, m) to
+    ``(P_k w - beta1 U_k m, a z U_k w + R_k m)``, where ``P_k = R_k + a (1 - z) U_k``. The first two
+    are U and R of 16 steps. If c is a little larger in step k, w ends lower by as large a part of m
+    after step k, times P of the steps that are left, and m by the same with ``a z U``. Of a part b
+    that rises by one a step and is zero in the middle, that is by ``beta1 B m - z beta1 B w`` and
+    ``z (beta1 B m + a z B w)``, with ``B = a sum_k b_k U_{16-k} U_k``, the third.
+    """
+    new = 1 - beta1
+    one = np.eye(LEAP)[0]
+    u = [0 * one, one]
+    for k in range(1, LEAP):
+        u.append((1 + beta1) * u[k] - new * np.append(0, u[k][:-1]) - beta1 * u[k - 1])
+    rises = np.arange(1, LEAP + 1) - (LEAP + 1) / 2
+    products = [np.convolve(u[LEAP - k], u[k])[:TERMS] for k in range(1, LEAP + 1)]
+    found = u[LEAP][:TERMS], beta1 * (u[LEAP] - u[LEAP - 1])[:TERMS], new * rises @ products
+    return [each.tolist() for each in found]
 
 
 class TableOptimizer(torch.optim.Optimizer):
@@ -174,31 +282,45 @@ class TableOptimizer(torch.optim.Optimizer):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a ``state_dict``.
+        """Continue from a ``state_dict`` of this class, or of torch's of the dense table.
 
         Raises:
-            ValueError: groups of other sizes, or state of another shape.
+            ValueError: groups of other sizes, state of another shape, or an option of torch's that
+                has no sparse form here; nothing is loaded then.
         """
-        self.flush()  # steps owed under the old state
-        super().load_state_dict(state_dict)
+        for number, group in enumerate(state_dict["param_groups"]):
+            for option in TORCHS_ALONE:
+                if group.get(option):
+                    raise ValueError(
+                        f"parameter group {number} has {option}={group[option]}: not supported"
+                    )
         saved = [
             state_dict["state"].get(i) for g in state_dict["param_groups"] for i in g["params"]
         ]
-        for weight, given in zip(self._arenas, saved, strict=True):
+        large: list[tuple[Tensor, str, Tensor]] = []
+        for weight, given in zip(self._arenas, saved, strict=False):
             for name, value in (given or {}).items():
                 if not isinstance(value, Tensor) or not value.dim():
                     continue
-                width = value.shape[1:]
-                if len(value) != len(weight) or width not in ((), weight.shape[1:]):
+                due = self._state_shape(weight)
+                if value.shape != due:
                     raise ValueError(
-                        f"{name} is {list(value.shape)}, the table {list(weight.shape)}"
+                        f"{name} is {list(value.shape)}, the table {list(weight.shape)}: "
+                        f"{list(due)} is due"
                     )
-                # torch casts it to the weight's type.
-                dtype = self._state_dtype(weight)
-                self.state[weight][name] = value.to(weight.device, dtype, copy=True).contiguous()
+                large.append((weight, name, value))
+        self.flush()  # steps owed under the old state
+        super().load_state_dict(state_dict)
+        for weight, name, value in large:
+            # torch has cast it to the weight's type.
+            dtype = self._state_dtype(weight)
+            self.state[weight][name] = value.to(weight.device, dtype, copy=True).contiguous()
 
     def _state_dtype(self, weight: Tensor) -> torch.dtype:
         return torch.promote_types(weight.dtype, torch.float32)
+
+    def _state_shape(self, weight: Tensor) -> torch.Size:
+        return weight.shape
 
 
 class ExactAdam(TableOptimizer):
@@ -271,6 +393,7 @@ class ExactAdam(TableOptimizer):
             rows,
             values,
             schedule.steps,
+            schedule.leaps,
             schedule.clock,
             *group["betas"],
             group["eps"],
@@ -286,7 +409,7 @@ class ExactAdam(TableOptimizer):
                 state["step"] = torch.zeros(())
                 for name in ("exp_avg", "exp_avg_sq"):
                     dtype = self._state_dtype(weight)
-                    state[name] = torch.zeros_like(weight, dtype=dtype)
+                    state[name] = ops.new_table(torch.empty_like(weight, dtype=dtype)).zero_()
             step = int(state["step"])
             self._schedules[weight] = Schedule(group["betas"], step, weight.device)
             self._last[weight] = torch.full_like(weight[:, 0], step, dtype=torch.int32)
@@ -302,16 +425,7 @@ class ExactAdam(TableOptimizer):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a ``state_dict`` of this class or of torch's Adam or AdamW.
-
-        Raises:
-            ValueError: groups of other sizes, state of another shape, or ``amsgrad`` or
-                ``maximize``, which have no exact sparse form here.
-        """
-        for number, group in enumerate(state_dict["param_groups"]):
-            for option in ("amsgrad", "maximize"):
-                if group.get(option):
-                    raise ValueError(f"parameter group {number} has {option}=True: not supported")
+        """As :meth:`TableOptimizer.load_state_dict`; torch's Adam and AdamW have the same form."""
         super().load_state_dict(state_dict)
         self._schedules.clear()
         self._last.clear()
@@ -329,6 +443,60 @@ class LazyAdam(ExactAdam):
     ) -> None:
         super()._update(weight, group, rows, values)
         self._schedules[weight].flushed()  # nothing is owed
+
+
+class Products:
+    """What every step of SGD since the last flush did, as the table that ``sgd_rows`` reads.
+
+    ``steps`` is float64 [N, 7]. Line i, of step ``base + i``, holds in columns
+
+    0 .. 2  its ``lr``, ``momentum`` and ``weight_decay``
+    3 .. 6  the product of the steps ``i + 1 .. i + b``, of those that were made, b the lowest bit
+            of i (line 0: of all steps since ``base``), as a matrix on a row's (w, b).
+
+    A row of line i makes the steps of that line, then those of line ``i + b``, and so on: at most
+    ``log2(N)`` products. A new step belongs to as many lines: to that before it and to those whose
+    number is that one's with its lowest bits cleared, as in a Fenwick tree.
+
+    ``clock`` is int64 [2], (base, now). Both are on the table's device and no line waits for it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.steps = torch.zeros(1024, 7, dtype=torch.float64, device=device)
+        self.clock = torch.zeros(2, dtype=torch.int64, device=device)
+        self.made = 0  # steps since the flush, as far as the host knows
+        self.owing = False  # whether any step moves rows that have no gradient
+        self._bits = torch.arange(32, device=device)
+        self._identity = torch.eye(2, dtype=torch.float64, device=device).flatten()
+        self.steps[0, 3:] = self._identity
+
+    def advance(self, lr: float | Tensor, momentum: float, weight_decay: float | Tensor) -> None:
+        """Adds a step."""
+        self.owing |= momentum != 0 or isinstance(weight_decay, Tensor) or weight_decay != 0
+        self.made += 1
+        if self.made >= len(self.steps):
+            self.steps = torch.cat([self.steps, torch.zeros_like(self.steps)])
+        self.clock[1] += 1
+        line = (
+            self.clock[1:] - self.clock[:1]
+        )  # not a scalar: an index of those would be waited for
+        options = _options(self.steps, lr, momentum, weight_decay)
+        rate, _, decay = options[:, None]
+        keep = 1 - rate * decay
+        if momentum:
+            step = torch.cat([keep, -momentum * rate, decay, options[1:2]])
+        else:  # the momentum of steps before stands still
+            step = torch.cat([keep, torch.zeros_like(keep).expand(2), torch.ones_like(keep)])
+        lines = (line - 1) >> self._bits << self._bits  # repeat, with the same product
+        products = step.view(2, 2) @ self.steps[lines, 3:].view(-1, 2, 2)
+        self.steps[:, 3:].index_copy_(0, lines, products.flatten(1))
+        self.steps.index_copy_(0, line, torch.cat([options, self._identity])[None])
+
+    def flushed(self) -> None:
+        """Every row has made every step: the table begins anew."""
+        self.clock[0].copy_(self.clock[1])
+        self.steps[0, 3:].copy_(self._identity)
+        self.made = 0
 
 
 class SGD(TableOptimizer):
@@ -350,57 +518,44 @@ class SGD(TableOptimizer):
         momentum: float = 0.0,
         weight_decay: float | Tensor = 0.0,
     ) -> None:
-        self._owed: dict[Tensor, Tensor] = {}  # [N, 2, 2] float64: line i, since N - i steps
-        self._last: dict[Tensor, Tensor] = {}  # int64 [R], line of each row
+        self._products: dict[Tensor, Products] = {}
+        self._last: dict[Tensor, Tensor] = {}
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     def catch_up(self, weight: Tensor, rows: Tensor | None) -> None:
-        owed = self._owed.get(weight)
-        if owed is None or len(owed) == 1:
-            return
-        group, last, whole = self._group(weight), self._last[weight], rows is None
-        rows = _named(weight, rows)
-        with torch.no_grad():
-            missed = owed[last[rows]]
-            w = weight[rows].to(self._state_dtype(weight))
-            made = missed[:, :1, 0].to(w.dtype) * w
-            if group["momentum"]:
-                buffer = self.state[weight]["momentum_buffer"]
-                b, missed = buffer[rows], missed.to(w.dtype)
-                made = made + missed[:, 0, 1:] * b
-                buffer[rows] = missed[:, 1, :1] * w + missed[:, 1, 1:] * b
-            weight[rows] = made.to(weight.dtype)
-        if whole:
-            self._begin(weight)
-        else:
-            last[rows] = len(owed) - 1
-
-    def _begin(self, weight: Tensor) -> None:
-        self._owed[weight] = torch.eye(2, dtype=torch.float64, device=weight.device)[None]
-        self._last[weight] = torch.zeros_like(weight[:, 0], dtype=torch.int64)
+        products = self._products.get(weight)
+        # The steps of a CUDA graph are not counted by the host.
+        if products is not None and (products.made or weight.is_cuda):
+            if products.owing:
+                self._run(weight, rows, None)
+            if rows is None:
+                products.flushed()
 
     def _update(
         self, weight: Tensor, group: dict[str, Any], rows: Tensor | None, values: Tensor
     ) -> None:
-        if weight not in self._owed:
-            self._begin(weight)
-        self.catch_up(weight, rows)
-        lr, momentum, decay = group["lr"], group["momentum"], group["weight_decay"]
-        rows = _named(weight, rows)
-        dtype = self._state_dtype(weight)
-        w = weight[rows].to(dtype)
-        b = values.to(dtype) + w * decay
-        if momentum:
-            state = self.state[weight]
-            if not state:
-                state["momentum_buffer"] = torch.zeros_like(weight, dtype=dtype)
-            b += momentum * state["momentum_buffer"][rows]
-            state["momentum_buffer"][rows] = b
-        weight[rows] = (w - lr * b).to(weight.dtype)
-        one = torch.zeros(2, 2, dtype=torch.float64, device=weight.device)
-        one[0, 0], one[0, 1], one[1, 0], one[1, 1] = 1 - lr * decay, -lr * momentum, decay, momentum
-        self._owed[weight] = torch.cat([one @ self._owed[weight], torch.eye(2).to(one)[None]])
-        self._last[weight][rows] = len(self._owed[weight]) - 1
+        if weight not in self._products:
+            self._products[weight] = Products(weight.device)
+            self._last[weight] = torch.zeros_like(weight[:, 0], dtype=torch.int32)
+        if group["momentum"] and self.state[weight].get("momentum_buffer") is None:
+            buffer = ops.new_table(torch.empty_like(weight, dtype=self._state_dtype(weight)))
+            buffer.zero_()
+            self.state[weight]["momentum_buffer"] = buffer
+        self._products[weight].advance(group["lr"], group["momentum"], group["weight_decay"])
+        self._run(weight, rows, values)
+
+    @torch.no_grad()
+    def _run(self, weight: Tensor, rows: Tensor | None, values: Tensor | None) -> None:
+        products = self._products[weight]
+        torch.ops.stem_fast.sgd_rows(
+            weight,
+            self.state[weight].get("momentum_buffer"),
+            self._last[weight],
+            rows,
+            values,
+            products.steps,
+            products.clock,
+        )
 
 
 class Adagrad(TableOptimizer):
@@ -423,23 +578,15 @@ class Adagrad(TableOptimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
 
-    def _squares(self, grad: Tensor) -> Tensor:
-        return grad.square()
-
     def _update(
         self, weight: Tensor, group: dict[str, Any], rows: Tensor | None, values: Tensor
     ) -> None:
-        rows = _named(weight, rows)
-        state, dtype = self.state[weight], self._state_dtype(weight)
-        w = weight[rows].to(dtype)
-        grad = values.to(dtype) + w * group["weight_decay"]
-        squares = self._squares(grad)
+        state = self.state[weight]
         if not state:
-            state["sum"] = weight.new_zeros(len(weight), *squares.shape[1:], dtype=dtype)
-        total = state["sum"][rows] + squares
-        state["sum"][rows] = total
-        root = total.sqrt().view(len(total), -1) + group["eps"]
-        weight[rows] = (w - group["lr"] * grad / root).to(weight.dtype)
+            shape, dtype = self._state_shape(weight), self._state_dtype(weight)
+            state["sum"] = ops.new_table(weight.new_empty(shape, dtype=dtype)).zero_()
+        options = _options(weight, group["lr"], group["weight_decay"])
+        torch.ops.stem_fast.adagrad_rows(weight, state["sum"], rows, values, options, group["eps"])
 
 
 class RowWiseAdagrad(Adagrad):
@@ -455,8 +602,8 @@ class RowWiseAdagrad(Adagrad):
     ) -> None:
         super().__init__(params, lr, eps, weight_decay)
 
-    def _squares(self, grad: Tensor) -> Tensor:
-        return grad.square().mean(1)
+    def _state_shape(self, weight: Tensor) -> torch.Size:
+        return weight.shape[:1]
 
 
 OPTIMIZERS: dict[str, Callable[..., TableOptimizer]] = {
@@ -468,9 +615,10 @@ OPTIMIZERS: dict[str, Callable[..., TableOptimizer]] = {
 }
 
 
-def _named(weight: Tensor, rows: Tensor | None) -> Tensor:
-    """The rows, all of the table's where none are named."""
-    return torch.arange(len(weight), device=weight.device) if rows is None else rows
+def _options(like: Tensor, *options: float | Tensor) -> Tensor:
+    """Options of a step as float64 on the device of ``like``, which nothing waits for."""
+    zero = like.new_zeros(1, dtype=torch.float64)
+    return torch.cat([zero + option for option in options])
 
 
 def _check(options: Mapping[str, Any]) -> None:

@@ -186,6 +186,10 @@ def empty_kept(like: Tensor, size: Sequence[int]) -> Tensor:
     return like.new_empty(size)
 
 
+def huge_pages(table: Tensor) -> None:
+    """Ask for huge pages for memory that nothing was written to; on CPU, by the C++ library."""
+
+
 def _bag_rows(bags: Sequence[Tensor], mean: int, s: int) -> tuple[Tensor, Tensor, Tensor]:
     """(row, sample, float64 scale) of every row of the bags of field s that is not padding."""
     rows, bounds = bags[0], bags[1][s]
@@ -205,7 +209,11 @@ def _bag_rows(bags: Sequence[Tensor], mean: int, s: int) -> tuple[Tensor, Tensor
 
 
 def grouped_linear(
-    x: Tensor | Sequence[Tensor], reads: Sequence[int], weight: Tensor, bias: Tensor
+    x: Tensor | Sequence[Tensor],
+    reads: Sequence[int],
+    weight: Tensor,
+    bias: Tensor,
+    relu: bool = False,
 ) -> Tensor:
     """One linear layer of E networks that run side by side (experts, gates or towers).
 
@@ -215,6 +223,7 @@ def grouped_linear(
             the first networks run.
         weight: [E, O, I].
         bias: [E, O].
+        relu: whether a ReLU follows.
 
     Returns:
         [E, B, O].
@@ -222,7 +231,11 @@ def grouped_linear(
     # unbind and not indexing: the backward of x[n] fills a whole x with zeros each time.
     inputs = x.unbind() if isinstance(x, Tensor) else x
     networks = zip(reads, weight.unbind(), bias.unbind(), strict=False)
-    return torch.stack([F.linear(inputs[n], w, b) for n, w, b in networks])
+    outputs = [F.linear(inputs[n], w, b) for n, w, b in networks]
+    if not outputs:
+        return weight.new_empty(0, len(inputs[0]), weight.shape[1])
+    y = torch.stack(outputs)
+    return y.relu() if relu else y
 
 
 def space_sums(x: Tensor, sums: Sequence[int]) -> Tensor:
@@ -318,6 +331,29 @@ def mask_matrix(masks: Sequence[int], like: Tensor) -> Tensor:
     return torch.tensor([[bool(m >> e & 1) for e in experts] for m in masks], device=like.device)
 
 
+def relu_backward(grad: Tensor, y: Tensor) -> Tensor:
+    """The backward pass of ``y = relu(x + bias)``.
+
+    Args:
+        grad: [B, H] of y; becomes that of x, in place.
+        y: [B, H], of the same type.
+
+    Returns:
+        [H], the gradient of the bias: float32, for float64 float64.
+    """
+    grad.masked_fill_(y <= 0, 0)
+    return grad.sum(0, dtype=torch.promote_types(y.dtype, torch.float32))
+
+
+def _real_rows(weight: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rows without padding, all of the table's where none are named; and where they stood."""
+    if rows is None:
+        every = torch.arange(len(weight), device=weight.device)
+        return every, every
+    (real,) = (rows != 0).nonzero(as_tuple=True)
+    return rows[real], real
+
+
 def adam_rows(
     weight: Tensor,
     exp_avg: Tensor,
@@ -326,6 +362,7 @@ def adam_rows(
     rows: Tensor | None,
     grad: Tensor | None,
     steps: Tensor,
+    leaps: Tensor,
     clock: Tensor,
     beta1: float,
     beta2: float,
@@ -350,16 +387,14 @@ def adam_rows(
             ``lr / (1 - beta1^t)``, 1 is ``1 / sqrt(1 - beta2^t)``, 2 the coupled ``weight_decay``
             or the factor ``1 - lr * weight_decay``. The others are sums that save the loop, see
             :class:`stem_fast.optim.Schedule`.
+        leaps: float64 [3 + N // 16, 22], sums that save the loop with L2; not used here.
         clock: int64 [2], (base, now): no row is older than step ``base``; ``now`` is the newest.
         beta1, beta2, eps, decoupled: as in ``torch.optim.Adam``.
         l2: whether a coupled weight decay is above 0 in any step (a hint to faster versions).
     """
     base, now = clock.tolist()
-    if rows is None:
-        rows = torch.arange(len(weight), device=weight.device)
-    else:
-        real = rows != 0
-        rows, grad = rows[real], None if grad is None else grad[real]
+    rows, real = _real_rows(weight, rows)
+    grad = None if grad is None else grad[real]
     dtype = torch.promote_types(weight.dtype, torch.float32)
     w, m, v = (table[rows].to(dtype) for table in (weight, exp_avg, exp_avg_sq))
     made = last[rows].clamp(min=base)
@@ -377,3 +412,69 @@ def adam_rows(
     for table, changed in ((weight, w), (exp_avg, m), (exp_avg_sq, v)):
         table[rows] = changed.to(table.dtype)
     last[rows] = now
+
+
+def sgd_rows(
+    weight: Tensor,
+    momentum_buffer: Tensor | None,
+    last: Tensor,
+    rows: Tensor | None,
+    grad: Tensor | None,
+    steps: Tensor,
+    clock: Tensor,
+) -> None:
+    """SGD of some rows of a table, with the steps they missed; see :class:`stem_fast.optim.SGD`.
+
+    Everything is changed in place.
+
+    Args:
+        weight: [R, W].
+        momentum_buffer: [R, W], float32 (float64 for float64). None: no step had momentum.
+        last, rows, grad, clock: as :func:`adam_rows`'s.
+        steps: float64 [N, 7]; line i tells of step ``base + i``. Here: columns 0 .. 2 are the
+            step's ``lr``, ``momentum`` and ``weight_decay``. The others are products that save the
+            loop, see :class:`stem_fast.optim.Products`.
+    """
+    base, now = clock.tolist()
+    rows, real = _real_rows(weight, rows)
+    grad = None if grad is None else grad[real]
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    w = weight[rows].to(dtype)
+    b = torch.zeros_like(w) if momentum_buffer is None else momentum_buffer[rows].to(dtype)
+    made = last[rows].clamp(min=base)
+    first = int(made.min()) + 1 if len(made) else now + 1
+    for t in range(first, now + 1):
+        lr, momentum, decay = (float(x) for x in steps[t - base, :3])
+        g = torch.zeros_like(w) if grad is None or t < now else grad.to(dtype)
+        g = g + decay * w
+        new_b = momentum * b + g if momentum else b
+        new_w = w - lr * (new_b if momentum else g)
+        due = (made < t)[:, None]
+        w, b = torch.where(due, new_w, w), torch.where(due, new_b, b)
+    weight[rows] = w.to(weight.dtype)
+    if momentum_buffer is not None:
+        momentum_buffer[rows] = b.to(momentum_buffer.dtype)
+    last[rows] = now
+
+
+def adagrad_rows(
+    weight: Tensor, sum: Tensor, rows: Tensor | None, grad: Tensor, options: Tensor, eps: float
+) -> None:
+    """A step of Adagrad of some rows of a table, in place.
+
+    Args:
+        weight: [R, W].
+        sum: of the squared gradients of all steps, float32 (float64 for float64): [R, W], or [R] of
+            their mean over a row (FBGEMM's EXACT_ROWWISE_ADAGRAD).
+        rows, grad: as :func:`adam_rows`'s.
+        options: float64 [2], the step's ``lr`` and ``weight_decay``.
+        eps: as in ``torch.optim.Adagrad``.
+    """
+    lr, decay = options.tolist()
+    rows, real = _real_rows(weight, rows)
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    w = weight[rows].to(dtype)
+    g = grad[real].to(dtype) + decay * w
+    total = sum[rows].to(dtype) + (g.square().mean(1) if sum.dim() == 1 else g.square())
+    sum[rows] = total.to(sum.dtype)
+    weight[rows] = (w - lr * g / (total.sqrt().view(len(total), -1) + eps)).to(weight.dtype)

@@ -22,6 +22,8 @@ from stem_fast.data import Batch, Dataset
 from stem_fast.layers import GroupedBatchNorm
 from stem_fast.model import STEMNet
 from stem_fast.optim import OPTIMIZERS, TableOptimizer
+from stem_fast.precision import autocast, tf32
+from stem_fast.precision import check as check_precision
 from stem_fast.schema import DataError, nearest
 
 MIN_DELTA = 1e-6  # an epoch must be better than the best one by this much
@@ -125,19 +127,12 @@ def train_step(
     """
     if batch.labels is None:
         raise DataError("the data was loaded without labels, so it cannot train.")
+    if config.precision == "fp64" and model.embedding.weight.dtype != torch.float64:
+        raise DataError("precision is 'fp64', and the model is not: call model.double() before.")
     for optimizer in optimizers:
         optimizer.zero_grad()
-    logits = model(batch.ids, batch.numeric, batch.sequences)
-    loss = model.loss(
-        logits,
-        batch.labels,
-        task_weights=_task_weights(config.task_weights, logits.device),
-        sample_weights=batch.weight,
-    )
-    if config.net_regularizer:
-        loss = loss + model.regularization(0.0, config.net_regularizer)
-    loss.backward()
-    loss = loss.detach()
+    with tf32(config.precision):
+        loss = _backward(model, batch, config)
     table, strength = model.embedding.weight, config.embedding_regularizer
     if strength and table.grad is not None and not table.grad.is_sparse:
         # The gradient of model.regularization, without tensors as large as the table.
@@ -152,6 +147,23 @@ def train_step(
                 group["weight_decay"] = clipped * strength if strength else 0.0
         optimizer.step()
     return loss
+
+
+def _backward(model: STEMNet, batch: Batch, config: TrainingConfig) -> Tensor:
+    """The loss, the table's L2 term left out, as a detached scalar; and every gradient of it."""
+    with autocast(config.precision, batch.ids.device):
+        logits = model(batch.ids, batch.numeric, batch.sequences)
+    assert batch.labels is not None
+    loss = model.loss(
+        logits,
+        batch.labels,
+        task_weights=_task_weights(config.task_weights, logits.device),
+        sample_weights=batch.weight,
+    )
+    if config.net_regularizer:
+        loss = loss + model.regularization(0.0, config.net_regularizer)
+    loss.backward()
+    return loss.detach()
 
 
 @torch.no_grad()
@@ -206,16 +218,20 @@ def fit(
     Calls ``on_step(rows)`` after a step, ``on_best(model)`` after an epoch that improved, then
     ``on_epoch(record)``. The model's weights and dropout come from torch's global generator: seed
     that before building the model to make a run repeatable.
-    Raises DataError for a monitor or task weights that do not fit, TrainingError for a loss or a
-    prediction that is not finite.
+    Raises DataError for a monitor, task weights or a precision that do not fit, TrainingError for a
+    loss or a prediction that is not finite.
     """
     kinds = task_kinds(model)
     monitor = check(config, kinds)
+    check_precision(config.precision, device)
     _refuse_lone_row(model, len(train), config.batch_size)
     # Whether a metric is defined depends on labels alone: say so before training, not after.
     monitor.value(score(np.full((len(valid), len(kinds)), 0.5), valid, kinds))
 
     model.to(device)
+    dtype = model.embedding.weight.dtype
+    if config.precision == "fp64":
+        model.double()
     optimizers = make_optimizers(model, config)
     history: list[EpochRecord] = []
     best_value: float | None = None
@@ -227,7 +243,13 @@ def fit(
             start = time.perf_counter()
             loss = _train_epoch(model, optimizers, train, config, epoch, device, on_step)
             seconds = time.perf_counter() - start
-            result = evaluate(model, valid, batch_size=config.batch_size, device=device)
+            result = evaluate(
+                model,
+                valid,
+                batch_size=config.batch_size,
+                device=device,
+                precision=config.precision,
+            )
             value = monitor.value(result)
             best = monitor.improves(value, best_value)
             if best:
@@ -252,6 +274,8 @@ def fit(
         model.embedding.release()
         if best_weights:
             model.load_state_dict(best_weights)
+        if config.precision == "fp64":
+            model.to(dtype)
     return history
 
 
@@ -260,9 +284,9 @@ def make_optimizers(model: STEMNet, config: TrainingConfig) -> list[torch.optim.
     rest = [p for p in model.parameters() if p is not model.embedding.weight]
     rate = config.learning_rate
     if config.embedding_optimizer == "dense_adam":
-        return [torch.optim.Adam(model.parameters(), lr=rate)]
+        return [torch.optim.Adam(model.parameters(), lr=rate, fused=True)]
     table = OPTIMIZERS[config.embedding_optimizer](model.embedding, lr=rate)
-    return [torch.optim.Adam(rest, lr=rate), table]
+    return [torch.optim.Adam(rest, lr=rate, fused=True), table]
 
 
 def _train_epoch(
@@ -306,18 +330,20 @@ def predict(
     *,
     batch_size: int = 4096,
     device: str | torch.device = "cpu",
+    precision: str = "fp32",
 ) -> np.ndarray:
-    """Predictions float32 [N, T] in row order: probabilities, or values of regression tasks."""
-    training = model.training
-    model.to(device).eval()
+    """Predictions float32 [N, T] in row order: probabilities, or values of regression tasks.
+
+    Raises DataError for a precision that the device cannot do.
+    """
+    inference = model.to(device).compile_inference(precision)
     out = torch.empty(len(data), len(task_kinds(model)), device=device)
     start = 0
     for batch in data.batches(batch_size, device=device):
         end = start + len(batch.ids)
-        out[start:end] = model.predict(batch.ids, batch.numeric, batch.sequences)
+        out[start:end] = inference(batch.ids, batch.numeric, batch.sequences)
         start = end
-    model.train(training)
-    model.embedding.raise_bad_ids()
+    inference.model.embedding.raise_bad_ids()
     return out.cpu().numpy()
 
 
@@ -327,12 +353,13 @@ def evaluate(
     *,
     batch_size: int = 4096,
     device: str | torch.device = "cpu",
+    precision: str = "fp32",
 ) -> dict[str, Any]:
     """``metrics.evaluate`` of the model's predictions on labelled data.
 
     Raises TrainingError if a prediction is not finite.
     """
-    predictions = predict(model, data, batch_size=batch_size, device=device)
+    predictions = predict(model, data, batch_size=batch_size, device=device, precision=precision)
     kinds = task_kinds(model)
     bad = np.argwhere(~np.isfinite(predictions))
     if len(bad):

@@ -1,0 +1,129 @@
+"""A model made ready to serve: lookup, experts, mixture and towers with nothing of training."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stem_fast import precision as precisions
+from stem_fast.layers import GroupedLinear, GroupedMLP
+
+if TYPE_CHECKING:
+    from stem_fast.model import Sequences, STEMNet
+
+# Rows that go through the network together: the outputs of all experts stay in the cache.
+CHUNK = 1024
+# Up to as many rows, on CPU, the weights of a group are read once; beyond, networks are products,
+# one after the other. On CUDA those of a group are one batched product.
+FEW = 16
+
+
+class Inference:
+    """``STEMNet.predict`` with everything prepared that does not depend on the batch.
+
+    Networks of linear layers and ReLUs run ``CHUNK`` rows at a time, with copies of the weights
+    cast once: make a new one after training on. The table is the model's own. Models with batch
+    norm or other activations run as in ``predict``, with the model's own weights. fp64 runs a copy
+    of the whole model.
+
+    Args:
+        model: on the device to predict on.
+        precision: fp32, bf16, tf32 or fp64 (:mod:`stem_fast.precision`).
+
+    Raises DataError for a precision that the device cannot do.
+    """
+
+    def __init__(self, model: STEMNet, precision: str = "fp32") -> None:
+        device = model.embedding.weight.device
+        precisions.check(precision, device)
+        model.embedding.flush()
+        if precision == "fp64" and model.embedding.weight.dtype != torch.float64:
+            model = copy.deepcopy(model).double()
+        self.model, self.precision, self.device = model, precision, device
+        self.parts: tuple[Any, Any, Any] | None = None
+        groups = [*model.experts, *model.gate_mlps, model.towers]
+        if all(_is_plain(group) for group in groups):
+            dtype = torch.bfloat16 if precision == "bf16" else model.embedding.weight.dtype
+            plain = [_PlainMLP(group, dtype) for group in groups]
+            layers = len(model.experts)
+            self.parts = plain[:layers], plain[layers:-1], plain[-1]
+
+    @torch.no_grad()
+    def __call__(
+        self, ids: Tensor, numeric: Tensor | None = None, sequences: Sequences | None = None
+    ) -> Tensor:
+        """Probabilities (for regression tasks: values) [B, T], of the model's type (fp64: float64);
+        arguments and errors as for the model's call."""
+        model = self.model
+        with precisions.tf32(self.precision):
+            if self.parts is None:
+                with precisions.autocast(self.precision, self.device):
+                    return model.predict(ids, numeric, sequences)
+            # The weights are cast already: what autocast there is around has no part in it.
+            with torch.autocast(self.device.type, enabled=False):
+                inputs, added = model._inputs(ids, numeric, sequences)
+                rows = len(inputs[0])
+                outputs = []
+                for start in range(0, max(rows, 1), CHUNK):
+                    part = slice(start, start + CHUNK)
+                    chunk = [x[part] for x in inputs], {k: z[part] for k, z in added.items()}
+                    outputs.append(model._network(*chunk, *self.parts)[0])
+        return model._probabilities(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
+
+
+def _is_plain(group: nn.Module) -> bool:
+    assert isinstance(group, GroupedMLP)
+    return all(isinstance(b, GroupedLinear | nn.ReLU | nn.Dropout) for b in group.blocks)
+
+
+class _PlainMLP:
+    """A GroupedMLP of linear layers and ReLUs in evaluation, called alike; its output layer is in
+    the type of the model."""
+
+    def __init__(self, group: GroupedMLP, dtype: torch.dtype) -> None:
+        blocks = [block for block in group.blocks if not isinstance(block, nn.Dropout)]
+        self.layers: list[tuple[Tensor, Tensor, bool]] = []
+        for i, block in enumerate(blocks):
+            if isinstance(block, GroupedLinear):
+                relu = i + 1 < len(blocks)  # an output layer has none, and is the last
+                kind = dtype if relu else block.weight.dtype
+                weight, bias = (p.detach().to(kind, copy=True) for p in (block.weight, block.bias))
+                self.layers.append((weight, bias, relu))
+
+    def __call__(self, x: Sequence[Tensor], reads: Sequence[int]) -> Tensor:
+        """N inputs [B, I] -> [n, B, O], as GroupedMLP."""
+        x = [each.to(self.layers[0][0].dtype) for each in x]
+        if x[0].is_cpu and len(x[0]) > FEW:
+            return torch.stack([self._one(e, x[n]) for e, n in enumerate(reads)])
+        y = torch.stack([x[n] for n in reads])
+        for weight, bias, relu in self.layers:
+            y = y.to(weight.dtype)
+            if y.is_cpu:
+                y = torch.ops.stem_fast.grouped_linear(y, list(range(len(y))), weight, bias, relu)
+            else:
+                y = torch.baddbmm(bias[: len(y), None], y, weight[: len(y)].mT)
+                y = y.relu_() if relu else y
+        return y
+
+    def _one(self, e: int, x: Tensor) -> Tensor:
+        """Network e of [B, I]."""
+        for weight, bias, relu in self.layers:
+            x = _linear(x.to(weight.dtype), weight[e], bias[e], relu)
+        return x
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
+    """A linear layer with or without a ReLU, on CPU by oneDNN, which has both in one pass."""
+    known = x.dtype == torch.float32 or (
+        x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+    if x.device.type == "cpu" and torch.backends.mkldnn.is_available() and known:
+        after = "relu" if relu else "none"
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, after, [], None)
+    y = F.linear(x, weight, bias)
+    return y.relu_() if relu else y

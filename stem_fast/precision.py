@@ -1,0 +1,61 @@
+"""In what numbers the matrix products run: fp32, tf32 (CUDA) or bf16; or everything in fp64.
+
+fp64 is for telling rounding from mathematics: a model is float32 before and after. In the others
+weights, their gradients and the optimizer's state, the embeddings, softmax, the last layer of gates
+and towers, and the loss are float32, and so are the sums within a product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+from stem_fast.schema import DataError
+
+PRECISIONS = ("fp32", "tf32", "bf16", "fp64")
+
+
+def check(precision: str, device: str | torch.device) -> None:
+    """Raises DataError for a precision that the device cannot do, or that there is not."""
+    device = torch.device(device)
+    if precision not in PRECISIONS:
+        raise DataError(f"precision is {precision!r}: give one of {', '.join(PRECISIONS)}.")
+    if precision == "tf32" and (
+        device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)
+    ):
+        raise DataError(
+            f"precision is 'tf32', which {device} cannot do (NVIDIA GPUs since Ampere can): give "
+            "fp32 or bf16."
+        )
+    if precision == "bf16" and device.type == "cuda":
+        with torch.cuda.device(device):
+            if not torch.cuda.is_bf16_supported(including_emulation=False):
+                raise DataError(f"precision is 'bf16', which {device} cannot do: give fp32.")
+
+
+def autocast(precision: str, device: str | torch.device) -> AbstractContextManager[Any]:
+    """What a forward pass in bf16 runs under; in another precision it does nothing."""
+    if precision != "bf16":
+        return nullcontext()
+    return torch.autocast(torch.device(device).type, torch.bfloat16)
+
+
+@contextmanager
+def tf32(precision: str) -> Iterator[None]:
+    """What forward and backward pass in tf32 run under; in another precision it does nothing.
+
+    The switch is the process's: requests in tf32 and in fp32 do not go well side by side.
+    """
+    if precision != "tf32":
+        yield
+        return
+    products = torch.backends.cuda.matmul
+    before = products.allow_tf32
+    products.allow_tf32 = True
+    try:
+        yield
+    finally:
+        products.allow_tf32 = before
