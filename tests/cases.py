@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from stem_fast import reference
-from stem_fast.optim import Schedule
+from stem_fast.optim import Products, Schedule
 
 # Tests of the ops run on every device there is.
 DEVICES = [
@@ -158,6 +158,8 @@ class AdamCase(NamedTuple):
     decoupled: bool = False
     betas: tuple[float, float] = (0.9, 0.999)
     named: bool = True  # rows, in no order, with padding between; else all
+    rates: int = 7  # learning rates in turn
+    scale: float = 1.0  # of the weights
 
     def arguments(self, dtype: torch.dtype = torch.float64, grads: bool = False) -> list[Any]:
         """Of adam_rows: rows of every age, with m and v of many sizes, some of them zero."""
@@ -168,12 +170,14 @@ class AdamCase(NamedTuple):
 
         schedule = Schedule(self.betas, self.base, torch.device("cpu"))
         for step in range(self.steps):
-            lr = 1e-3 * (1 + step % 7)
+            lr = 1e-3 * (1 + step % self.rates)
             schedule.advance(lr, self.decay * (1 + step % 2), decoupled=self.decoupled)
         size = 10 ** (normal(self.rows, 1) - 5)
         size[::5] = 0  # never trained
-        weight, m = normal(self.rows, self.width), normal(self.rows, self.width) * size
+        weight = normal(self.rows, self.width) * self.scale
+        m = normal(self.rows, self.width) * size
         v = normal(self.rows, self.width).square() * size.square()
+        v = torch.maximum(v, m.square() / 10)  # as large as Adam's is
         age = torch.randint(0, self.steps + 1, (self.rows,), generator=draw)
         last = (self.base + age).int()
         rows = torch.randperm(self.rows, generator=draw)[: max(self.rows // 2, 1)]
@@ -184,7 +188,7 @@ class AdamCase(NamedTuple):
         return [
             *(table.to(dtype) for table in (weight, m, v)),
             *(last, rows if self.named else None, None if grad is None else grad.to(dtype)),
-            *(schedule.steps, schedule.clock, *self.betas, 1e-8, self.decoupled),
+            *(schedule.steps, schedule.leaps, schedule.clock, *self.betas, 1e-8, self.decoupled),
             self.decay > 0 and not self.decoupled,
         ]
 
@@ -195,6 +199,8 @@ ADAMS = {
     "late": AdamCase(30, 48, 450, base=5000),
     "all rows": AdamCase(33, 5, 30, base=300, named=False),
     "l2": AdamCase(40, 9, 70, base=10, decay=1e-4),
+    "l2 in leaps": AdamCase(14, 11, 400, base=1000, decay=1e-6, rates=1, scale=1e-2),
+    "strong l2 for long": AdamCase(9, 7, 200, base=700, decay=1e-3),
     "decoupled": AdamCase(30, 33, 200, base=900, decay=0.1, decoupled=True),
     "no momentum": AdamCase(20, 4, 20, betas=(0.0, 0.9)),
     "wide": AdamCase(6, 600, 5, base=400),
@@ -202,7 +208,8 @@ ADAMS = {
 
 
 def check_adam_rows(run: Any, case: AdamCase, dtype: torch.dtype, grads: bool, device: str) -> None:
-    """An implementation's adam_rows against the reference's, in its type and in float64."""
+    """An implementation's adam_rows against the reference's, in its type and in float64; and that
+    it leaps where the case is for that."""
     own = to(device, case.arguments(dtype, grads))
     actual, exact = ([a.clone() if isinstance(a, torch.Tensor) else a for a in own] for _ in "ab")
     for i in (0, 1, 2, *([5] if grads else [])):
@@ -211,6 +218,12 @@ def check_adam_rows(run: Any, case: AdamCase, dtype: torch.dtype, grads: bool, d
     reference.adam_rows(*own)
     reference.adam_rows(*exact)
     assert torch.equal(actual[3], exact[3])
+    if case is ADAMS["l2 in leaps"] and dtype == torch.float32:
+        steps = to(device, case.arguments(dtype, grads))
+        steps[7][3:] = torch.inf
+        run(*steps)
+        leapt = (steps[0] != actual[0]).any(1).sum() >= 2
+        assert leapt or torch.equal(actual[0], own[0]), "neither leaps nor the reference"
     for values in zip(actual[:3], own[:3], exact[:3], strict=True):
         # v and m are small beside the 1 that bounds set as the least scale.
         scale = values[2].abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
@@ -218,3 +231,136 @@ def check_adam_rows(run: Any, case: AdamCase, dtype: torch.dtype, grads: bool, d
             assert (values[0] - values[2]).abs().amax() <= 1e-12 * scale
         else:
             assert_within(*((value.double() / scale).to(value.dtype) for value in values))
+
+
+class SgdCase(NamedTuple):
+    rows: int
+    width: int
+    steps: int
+    base: int = 0  # steps made before the flush
+    momentum: tuple[float, ...] = (0.9,)  # of the steps in turn
+    decay: float = 0.0
+    rate: float = 0.1
+    named: bool = True  # rows, in no order, with padding between; else all
+
+    def arguments(self, dtype: torch.dtype = torch.float64, grads: bool = False) -> list[Any]:
+        """Of sgd_rows: rows of every age, with options that change at every step."""
+        draw = torch.Generator().manual_seed(zlib.crc32(repr(self).encode()))
+
+        def normal(*size: int) -> torch.Tensor:
+            return torch.randn(*size, generator=draw, dtype=torch.float64)
+
+        products = Products(torch.device("cpu"))
+        for step in range(self.base + self.steps):
+            if step == self.base:
+                products.flushed()
+            momentum = self.momentum[step % len(self.momentum)]
+            lr, decay = self.rate * (1 + step % 7), self.decay * (1 + step % 2)
+            products.advance(lr, momentum, torch.tensor(decay))
+        weight = normal(self.rows, self.width)
+        state = torch.promote_types(dtype, torch.float32)
+        buffer = normal(self.rows, self.width).to(state) if any(self.momentum) else None
+        last = torch.randint(0, self.base + self.steps + 1, (self.rows,), generator=draw).int()
+        rows = torch.randperm(self.rows, generator=draw)[: max(self.rows // 2, 1)]
+        if self.named:
+            rows = torch.cat([rows[rows != 0], rows.new_zeros(3)])
+        count = len(rows) if self.named else self.rows
+        grad = normal(count, self.width).to(dtype) if grads else None
+        rows = rows if self.named else None
+        return [weight.to(dtype), buffer, last, rows, grad, products.steps, products.clock]
+
+
+SGDS = {
+    "one row": SgdCase(1, 1, 3, named=False),
+    "momentum and l2": SgdCase(60, 7, 70, base=30, decay=1e-2),
+    "many steps": SgdCase(50, 48, 1300, base=10, decay=1e-3),
+    "all rows": SgdCase(33, 5, 30, named=False),
+    "l2 alone": SgdCase(40, 9, 70, momentum=(0.0,), decay=1e-2),
+    "momentum comes and goes": SgdCase(40, 9, 40, momentum=(0.0, 0.5, 0.9), decay=1e-2),
+    "steps to zero": SgdCase(40, 4, 20, momentum=(0.0,), decay=1.0, rate=0.5),
+    "wide": SgdCase(6, 600, 5, base=3, decay=1e-4),
+}
+
+
+def check_sgd_rows(run: Any, case: SgdCase, dtype: torch.dtype, grads: bool, device: str) -> None:
+    """An implementation's sgd_rows against the reference's, in its type and in float64."""
+    own = to(device, case.arguments(dtype, grads))
+    check_rows(run, reference.sgd_rows, own, changed=(0, 1, 2), wide=(0, 1, 4))
+
+
+class AdagradCase(NamedTuple):
+    rows: int
+    width: int
+    row_wise: bool
+    decay: float = 0.0
+    named: bool = True  # rows, in no order, with padding between; else all
+
+    def arguments(self, dtype: torch.dtype = torch.float64) -> list[Any]:
+        """Of adagrad_rows: rows with and without gradients before this step."""
+        draw = torch.Generator().manual_seed(zlib.crc32(repr(self).encode()))
+
+        def normal(*size: int) -> torch.Tensor:
+            return torch.randn(*size, generator=draw, dtype=torch.float64)
+
+        weight = normal(self.rows, self.width)
+        sums = normal(self.rows, *(() if self.row_wise else (self.width,))).square()
+        sums[::3] = 0
+        rows = torch.randperm(self.rows, generator=draw)[: max(self.rows // 2, 1)]
+        if self.named:
+            rows = torch.cat([rows[rows != 0], rows.new_zeros(3)])
+        count = len(rows) if self.named else self.rows
+        grad = normal(count, self.width) * 10 ** normal(count, 1)
+        options = torch.tensor([0.1, self.decay], dtype=torch.float64)
+        state = torch.promote_types(dtype, torch.float32)
+        rows = rows if self.named else None
+        return [weight.to(dtype), sums.to(state), rows, grad.to(dtype), options, 1e-8]
+
+
+ADAGRADS = {
+    f"{name}, {'a sum a row' if row_wise else 'all sums'}": AdagradCase(
+        *sizes, row_wise, decay, named
+    )
+    for row_wise in (False, True)
+    for name, sizes, decay, named in (
+        ("one row", (1, 1), 0.0, False),
+        ("narrow", (40, 7), 0.0, True),
+        ("many", (300, 48), 1e-2, True),
+        ("all rows", (33, 5), 0.1, False),
+        ("wide", (6, 1300), 1e-3, True),
+    )
+}
+
+
+def check_adagrad_rows(run: Any, case: AdagradCase, dtype: torch.dtype, device: str) -> None:
+    """An implementation's adagrad_rows against the reference's, in its type and in float64."""
+    own = to(device, case.arguments(dtype))
+    check_rows(run, reference.adagrad_rows, own, changed=(0, 1), wide=(0, 1, 3))
+
+
+def check_rows(
+    run: Any, right: Any, own: list[Any], changed: tuple[int, ...], wide: tuple[int, ...]
+) -> None:
+    """Runs an op twice, the second time on a copy, and the reference in its type and in float64.
+
+    Args:
+        run: the implementation.
+        right: the reference.
+        own: the arguments.
+        changed: places of those that are changed in place.
+        wide: places of those that are in float64 for the exact result.
+    """
+    actual, again, exact = (
+        [a.clone() if isinstance(a, torch.Tensor) else a for a in own] for _ in range(3)
+    )
+    for i in wide:
+        exact[i] = None if exact[i] is None else exact[i].double()
+    for call, arguments in ((run, actual), (run, again), (right, own), (right, exact)):
+        call(*arguments)
+    for i in changed:
+        if actual[i] is None:
+            continue
+        assert torch.equal(actual[i], again[i]), "other bits on a second run"
+        if actual[i].is_floating_point():
+            assert_within(actual[i], own[i], exact[i])
+        else:
+            assert torch.equal(actual[i], exact[i])

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import triton
-from stem_fast.kernels import adam, lookup, mixture
+from stem_fast.kernels import adagrad, adam, lookup, mixture, sgd
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -58,13 +58,31 @@ def sources() -> dict[str, tuple[ASTSource, int]]:
         ):
             tensors = dict.fromkeys(("weight", "grad"), name)
             tensors |= dict.fromkeys(("exp_avg", "exp_avg_sq"), "*fp32")
-            tensors |= {"last": "*i32", "rows": "*i64", "steps": "*fp64", "clock": "*i64"}
+            tensors |= {"last": "*i32", "rows": "*i64", "clock": "*i64"}
+            tensors |= dict.fromkeys(("steps", "leaps"), "*fp64")
             table = torch.empty(9, width, dtype=dtype, device="meta")
             constants = adam._constants(table, 0.9, 0.999, 1e-8, False, l2)
             warps = constants.pop("num_warps")
             constants |= {"NAMED": not l2, "GRAD": grads}
             title = f"_adam_rows {name} W={width} grads={grads} l2={l2}"
             found[title] = source(adam._adam_rows, tensors, constants), warps
+        for width, grads, flag in ((48, False, True), (48, True, False), (576, True, True)):
+            tensors = dict.fromkeys(("weight", "grad"), name)
+            tensors |= dict.fromkeys(("momentum_buffer", "sums"), "*fp32")
+            tensors |= {"last": "*i32", "rows": "*i64", "clock": "*i64"}
+            tensors |= dict.fromkeys(("steps", "options"), "*fp64")
+            table = torch.empty(9, width, dtype=dtype, device="meta")
+            for kernel, constants in (
+                (sgd._sgd_rows, {"GRAD": grads, "MOMENTUM": flag} | sgd._constants(table)),
+                (
+                    adagrad._adagrad_rows,
+                    {"EPS": 1e-8, "ROW_WISE": flag} | adagrad._constants(table),
+                ),
+            ):
+                warps = constants.pop("num_warps")
+                code = source(kernel, tensors, constants | {"NAMED": grads})
+                title = f"{kernel.fn.__name__} {name} W={width} grads={grads} {flag}"
+                found[title] = code, warps
         for experts, gates, width in ((10, 2, 512), (24, 4, 256), (64, 16, 512)):
             y = torch.empty(experts, 4096, width, dtype=dtype, device="meta")
             sizes = mixture._sizes(y, torch.empty(gates, 4096, experts, device="meta"))

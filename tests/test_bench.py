@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from bench import cases, memory, run, test_ops
+from bench import cases, contenders, memory, peers, run, test_ops
+from stem_fast.model import MODELS, STEMNet
 
 ROOT = Path(__file__).parents[1]
 TINY = cases.SETTINGS["tiny"]
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
 
 
-@pytest.mark.parametrize("op", cases.OPS)
+@pytest.mark.parametrize("op", run.OPS)
 def test_every_contender_is_right_and_what_is_wrong_is_seen(op: str) -> None:
-    case = cases.OPS[op](TINY, "cpu")
+    case = run.OPS[op](TINY, "cpu")
     assert {cases.OURS, *case.ceilings} < set(case.contenders)
     for name, build in case.contenders.items():
         if name in case.ceilings or "compiled" in name:  # compiling takes too long here
@@ -252,3 +256,246 @@ def test_gpu_check_without_a_gpu() -> None:
     )
     assert finished.returncode == 1
     assert "no torch that sees a CUDA device" in finished.stderr
+
+
+# Whole models
+
+
+OFFICIAL = os.environ.get("STEM_FAST_OFFICIAL")  # a checkout of the official code, if there is one
+PEERS = ("--settings", "tiny", "--blocks", "2", "--seconds", "0.02", "--threads", "1")
+
+
+def in_process(
+    monkeypatch: pytest.MonkeyPatch, change: Callable[[dict[str, Any]], None] = lambda _: None
+) -> list[dict[str, Any]]:
+    """Turns without processes, which take seconds to start; what they were asked for."""
+    asked = []
+
+    def take(turns: peers.Turns, environment: Any, **what: Any) -> dict[str, Any]:
+        asked.append({**what, "environment": environment})
+        turns.wall += 1
+        threads = torch.get_num_threads()
+        with contextlib.redirect_stdout(sys.stderr):
+            result = contenders.run({**turns.common, **what})
+        torch.set_num_threads(threads)
+        change(result)
+        return {**json.loads(json.dumps(result)), "others_cores": 0.0}
+
+    monkeypatch.setattr(peers.Turns, "take", take)
+    monkeypatch.setattr(contenders, "ceilings", lambda *_: {"rates": RATES})
+    monkeypatch.setattr(contenders, "REQUESTS", (1, 64))
+    monkeypatch.setattr(peers, "REQUESTS", (1, 64))
+    return asked
+
+
+RATES = {"float32": 1e11, "bfloat16": 2e11, "copy": 1e10}
+
+
+@pytest.mark.parametrize("network", ["stem", "ple", "mmoe"])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_flops_are_those_of_the_model(network: str, layers: int) -> None:
+    if network == "mmoe" and layers == 2:
+        pytest.skip("MMoE has one layer")
+    setting = TINY._replace(layers=layers, tasks=3)
+    problem = contenders.synthetic(setting)
+    sizes = dict(problem.network)
+    if network == "mmoe":
+        sizes |= {"num_shared_experts": setting.experts, "num_specific_experts": 0}
+    model = MODELS[network](problem.fields, problem.tasks, **sizes)
+    ids, labels = next(problem.draw(setting.batch))
+    # Layer by layer: the fused experts are one operation for the counter.
+    with torch.autocast("cpu", torch.bfloat16), FlopCounterMode(display=False) as forward:
+        logits = model(ids)
+    # Of our PLE every gate has a logit for every expert; the official code's have those they see.
+    unseen = setting.tasks * (setting.experts - setting.specific - setting.shared)
+    unseen += (layers - 1) * (setting.experts - setting.shared + unseen)
+    more = 2 * setting.batch * peers.GATES[-1] * unseen if network == "ple" else 0
+    assert forward.get_total_flops() - more == peers.cost(setting, setting.batch, network).flops
+    with FlopCounterMode(display=False) as backward:
+        model.loss(logits.float(), labels).backward()
+    total = forward.get_total_flops() + backward.get_total_flops()
+    assert total - 3 * more == peers.cost(setting, setting.batch, network, train=True).flops
+
+
+def test_bytes_of_a_model() -> None:
+    problem = contenders.synthetic(TINY)
+    model = STEMNet(problem.fields, problem.tasks, **problem.network)
+    shared_gate = sum(t[TINY.tasks].numel() for t in model.gate_mlps.parameters())
+    dense = sum(p.numel() for p in model.parameters()) - model.embedding.weight.numel()
+    ids, _ = next(problem.draw(200_000))
+    # A batch that reads every row but padding.
+    assert all(len(column.unique()) == 99 for column in ids.T)
+    assert peers.distinct_rows(TINY, 200_000) == 8 * 99
+    width = TINY.spaces * TINY.dim
+    expected = 4 * (dense - shared_gate + 8 * 99 * width) + 200_000 * (8 * 8 + 4 * 2)
+    assert peers.cost(TINY, 200_000).bytes == expected
+    assert peers.cost(TINY, 64, train=True).bytes > 10 * 4 * (dense - shared_gate)
+
+
+def test_peers_end_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = in_process(monkeypatch)
+    file = tmp_path / "results" / "peers.json"
+    names = [name for name in contenders.CONTENDERS if name.startswith(cases.OURS)]
+    names += ["official", "DeepCTR-Torch PLE"]
+    arguments = ["--json", str(file), *PEERS, "--what", "step", "inference"]
+    if OFFICIAL:
+        arguments += ["--official", OFFICIAL]
+    assert peers.main([*arguments, "--contenders", *names]) == 0
+    table = capsys.readouterr().out
+    report = json.loads(file.read_text())
+    assert str(tmp_path) not in report["command"]
+    assert report["command"].startswith("python -m bench.peers --json FILE --settings tiny")
+    checks = report["checks"]["tiny"]
+    reference = "official" if OFFICIAL else "stem_fast in float64"
+    assert checks[cases.OURS]["compared_with"] == reference
+    assert checks["official"]["status"] == ("ok" if OFFICIAL else "not installed")
+    optional = ("ok", "not installed")
+    results = {(r["what"], r["contender"], r["allocator"]): r for r in report["results"]}
+    for (what, name, _), result in results.items():
+        allowed = ("ok",) if cases.OURS in name else optional
+        assert result["status"] in allowed, result
+        if result["status"] != "ok":
+            assert result["note"]
+            assert "seconds" not in result
+            continue
+        assert "turns" not in result
+        for each in [result] if what == "step" else result["requests"].values():
+            assert each["blocks"] == 2
+            low, high = each["block_seconds"]
+            assert low <= each["seconds"] <= high
+            assert each["seconds"] <= each["p99_seconds"]
+            rate = RATES["bfloat16" if "bf16" in name else "float32"]
+            least = max(each["flops"] / rate, each["bytes"] / RATES["copy"])
+            assert each["of_roofline"] == pytest.approx(least / each["seconds"])
+    # Both contenders' turns in both orders, in their own allocators.
+    steps = [a for a in asked if a["what"] == "step" and a["contender"] == cases.OURS]
+    assert [bool(a["environment"]) for a in steps] == [False, True, True, False]
+    absent = "| tiny | official | not installed: the official code (--official PATH) |"
+    assert (absent in table) == (OFFICIAL is None)
+    assert f"| tiny | 64 | {cases.OURS} | " in table
+
+    assert peers.main(["--table", str(file)]) == 0
+    assert capsys.readouterr().out == table
+
+
+def test_a_peer_that_is_wrong_gets_no_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = in_process(monkeypatch)
+    right = STEMNet.forward
+
+    def wrong(model: STEMNet, *inputs: Any) -> torch.Tensor:
+        logits = right(model, *inputs)
+        return logits if logits.dtype == torch.float64 else logits * 1.001
+
+    monkeypatch.setattr(STEMNet, "forward", wrong)
+    file = tmp_path / "peers.json"
+    arguments = ["--json", str(file), *PEERS, "--what", "step", "--contenders", cases.OURS]
+    assert peers.main(arguments) == 1
+    report = json.loads(file.read_text())
+    assert report["checks"]["tiny"][cases.OURS]["status"] == "wrong"
+    assert [a["what"] for a in asked if a.get("contender") == cases.OURS] == ["check"]
+    assert all("seconds" not in result for result in report["results"])
+    assert f"| tiny | {cases.OURS} | wrong |" in capsys.readouterr().out
+
+
+def test_wrong_weights_after_a_step_are_seen() -> None:
+    problem = contenders.synthetic(TINY)
+    start = contenders.Ours(problem).state()
+    ids, labels = next(problem.draw(TINY.batch))
+
+    class Late(contenders.Ours):
+        def train_step(self, batch: Any) -> torch.Tensor:
+            loss = super().train_step(batch)
+            with torch.no_grad():
+                self.model.towers.blocks[0].weight[0, 0, 0] += 1e-4
+            return loss
+
+    contenders.agree(contenders.Ours(problem, start), contenders.Ours(problem, start), ids, labels)
+    with pytest.raises(AssertionError, match=r"after a step tower\.0\.mlp\.0\.weight differs"):
+        contenders.agree(Late(problem, start), contenders.Ours(problem, start), ids, labels)
+
+
+def test_low_precision_is_held_to_autocast() -> None:
+    problem = contenders.synthetic(TINY)
+    start = {
+        key: tensor * 1000 if "embed" in key else tensor
+        for key, tensor in contenders.Ours(problem).state().items()
+    }
+    ids, labels = next(problem.draw(TINY.batch))
+
+    class Low(contenders.Ours):
+        error = 0.0
+
+        def outputs(self, batch: Any) -> dict[str, torch.Tensor]:
+            with torch.autocast("cpu", torch.bfloat16):
+                found = super().outputs(batch)
+            return {key: tensor + self.error for key, tensor in found.items()}
+
+        def train_step(self, batch: Any) -> torch.Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return super().train_step(batch)
+
+    def build() -> contenders.Ours:
+        return contenders.Ours(problem, start)
+
+    with pytest.raises(AssertionError, match="differ by"):  # as float32 it would not do
+        contenders.agree(Low(problem, start), build(), ids, labels)
+    contenders.agree(Low(problem, start), build(), ids, labels, build())
+    off = Low(problem, start)
+    off.error = 0.1
+    with pytest.raises(AssertionError, match="differ by"):
+        contenders.agree(off, build(), ids, labels, build())
+
+
+@linux
+def test_a_turn_is_a_process_with_its_own_allocator() -> None:
+    options = peers.parse(["--json", "x", *PEERS])
+    turns = peers.Turns(options)
+    found = turns.take(memory.ALLOCATOR, what="memory", contender=cases.OURS, setting="tiny")
+    assert found["status"] == "ok", found
+    # The table, its gradient's rows, and Adam's two numbers for each.
+    table = 4 * TINY.rows * TINY.spaces * TINY.dim
+    assert found["parameters"] > table
+    assert 3 * found["parameters"] < found["peak"] < 64e6
+
+
+def test_what_peers_refuse(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
+        ([], "give --json to run or --table to print"),
+        (["--json", "x", "--what", "epoch"], "--what epoch needs --train and --valid"),
+        (["--json", "x", "--blocks", "0"], "--blocks is 0"),
+    ):
+        with pytest.raises(SystemExit):
+            peers.main(arguments)
+        assert message in capsys.readouterr().err
+
+
+def test_the_plot(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    step = {"setting": "tiny", "what": "step", "allocator": "warm allocator", "status": "ok"}
+    report = {
+        "date": "2026-01-02T03:04:05+00:00",
+        "commit": "abc",
+        "machine": {"processor": "CPU", "threads": 2},
+        "versions": {"torch": "2.13.0"},
+        "others_cores": 0.1,
+        "checks": {},
+        "ceilings": {},
+        "results": [
+            {
+                **step,
+                "contender": name,
+                "seconds": 0.1,
+                "roofline_seconds": 0.01,
+                "of_roofline": 0.1,
+            }
+            for name in (cases.OURS, "official")
+        ],
+    }
+    (tmp_path / "peers.json").write_text(json.dumps(report))
+    picture = tmp_path / "peers.png"
+    assert peers.main(["--table", str(tmp_path / "peers.json"), "--plot", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")

@@ -160,6 +160,22 @@ def test_evaluate_gives_what_fit_wrote() -> None:
     assert f"{auc:.5f}" in result.stdout
 
 
+def test_a_run_keeps_its_precision() -> None:
+    fit(precision="bf16", device="cpu")
+    assert read("run/config.json")["training"]["precision"] == "bf16"
+    for precision, same in ((None, True), ("bf16", True), ("fp32", False)):
+        option = [] if precision is None else ["--precision", precision]
+        arguments = ("run", "--data", "valid.parquet", "--device", "cpu", *option)
+        assert stem_fast("evaluate", *arguments, "--json", "m.json").exit_code == 0
+        assert (read("m.json") == read("run/metrics.json")) == same
+        assert stem_fast("predict", *arguments, "--out", f"{precision}.csv").exit_code == 0
+    assert Path("None.csv").read_bytes() == Path("bf16.csv").read_bytes()
+    assert Path("None.csv").read_bytes() != Path("fp32.csv").read_bytes()
+    arguments = ("--data", "valid.parquet", "--device", "cpu", "--precision")
+    refused(stem_fast("evaluate", "run", *arguments, "tf32"), "precision is 'tf32', which cpu")
+    refused(stem_fast("predict", "run", *arguments, "fp8", "--out", "p.csv"), "precision is 'fp8'")
+
+
 def test_same_seed_same_bytes() -> None:
     fit("a", net_dropout=0.1)
     fit("b", net_dropout=0.1)
@@ -359,6 +375,7 @@ def test_values_have_their_types() -> None:
         ("epochs", 0, "a whole number of at least 1"),
         ("learning_rate", -1, "a number above 0"),
         ("embedding_optimizer", "adamm", "one of adam, dense_adam, lazy_adam, sgd"),
+        ("precision", "fp16", "one of fp32, tf32, bf16"),
     ],
 )
 def test_bad_values_name_key_and_value(key: str, value: Any, rule: str) -> None:
@@ -440,6 +457,10 @@ def test_bad_files(text: str, message: str) -> None:
         (
             {"model": "shared_bottom", "num_shared_experts": None},
             ["gate_hidden_units is given, but shared_bottom has no gates: drop it."],
+        ),
+        (
+            {"precision": "tf32", "device": "cpu"},
+            ["precision is 'tf32', which cpu cannot do", "give fp32 or bf16"],
         ),
         ({"epochs": "x"}, ["--epochs"]),
         ({"epoch": 3}, ["--epoch"]),

@@ -22,7 +22,9 @@ import stem_fast
 ROOT = Path(__file__).parent.parent
 COMPILER = os.environ.get("CXX", "c++").split()[0]
 LIBRARIES = sorted(Path(stem_fast.__file__).parent.glob("_cuda.*"))
-KERNELS = ("adam", "check", "lookup", "pieces", "rows", "mixture", "mixture_backward")
+KERNELS = (
+    *("adagrad", "adam", "check", "lookup", "pieces", "rows", "mixture", "mixture_backward", "sgd"),
+)
 
 built = pytest.mark.skipif(not LIBRARIES, reason="stem_fast/_cuda was not built: no nvcc")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import stem_masks
+from cases import assert_within, stem_masks
 from torch import Tensor, nn
 
 from stem_fast import experts as module
@@ -16,20 +16,35 @@ SEE, LEARN = stem_masks(2, 1, 2)
 READS = (0, 1, 2, 2)
 
 
-def everything(fused: bool, hidden: tuple[int, ...], batch: int, gates: int) -> list[Tensor]:
-    """Outputs and every gradient, in float64."""
+def everything(
+    fused: bool,
+    hidden: tuple[int, ...],
+    batch: int,
+    gates: int,
+    dtype: torch.dtype = torch.float64,
+    *,
+    autocast: bool = False,
+) -> list[Tensor]:
+    """Outputs and every gradient; of inputs that are the same bfloat16 numbers in every type."""
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size).bfloat16().to(dtype).requires_grad_()
+
     torch.manual_seed(3)
-    group = GroupedMLP(4, 5, hidden).double()
+    group = GroupedMLP(4, 5, hidden)
     nn.init.normal_(group.blocks[0].bias)
-    inputs = [torch.randn(batch, 5, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    logits = torch.randn(gates, batch, 4, dtype=torch.float64, requires_grad=True)
+    group = group.bfloat16().to(dtype)
+    inputs = [normal(batch, 5) for _ in range(3)]
+    logits = normal(gates, batch, 4)
     masks = SEE[:gates], LEARN[:gates]
-    if fused:
-        outputs = expert_mixture(group, inputs, READS, logits, *masks)
-        assert "_ExpertMixture" in type(outputs[0].grad_fn).__name__
-    else:
-        outputs = ops.mixture(group(inputs, READS), logits, *masks).unbind()
-    grads = [torch.randn_like(out) for out in outputs]
+    grads = [normal(batch, hidden[-1]).detach() for _ in range(gates)]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        if fused:
+            outputs = expert_mixture(group, inputs, READS, logits, *masks)
+            assert "_ExpertMixture" in type(outputs[0].grad_fn).__name__
+        else:
+            outputs = ops.mixture(group(inputs, READS), logits, *masks).unbind()
+    grads = [grad.to(out.dtype) for grad, out in zip(grads, outputs, strict=True)]
     wanted = [*inputs, logits, *group.parameters()]
     return [*outputs, *torch.autograd.grad(outputs, wanted, grads)]
 
@@ -41,6 +56,23 @@ def test_outputs_and_gradients(hidden: tuple[int, ...], batch: int, gates: int) 
         everything(True, hidden, batch, gates), everything(False, hidden, batch, gates), strict=True
     ):
         torch.testing.assert_close(actual, right)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("hidden", [(16,), (40, 24, 8)])
+@pytest.mark.parametrize("batch", [0, 1, 300])
+def test_float32_and_bfloat16_within_bounds(
+    autocast: bool, hidden: tuple[int, ...], batch: int
+) -> None:
+    """Errors of outputs and gradients against those of torch's own steps in the same type."""
+    shape = hidden, batch, 2
+    for results in zip(
+        everything(True, *shape, torch.float32, autocast=autocast),
+        everything(False, *shape, torch.float32, autocast=autocast),
+        everything(False, *shape),
+        strict=True,
+    ):
+        assert_within(*results)
 
 
 def test_a_graph_that_is_kept_can_be_walked_again() -> None:

@@ -13,14 +13,20 @@ from typing import Any
 import pytest
 import torch
 from cases import (
+    ADAGRADS,
     ADAMS,
     LOOKUPS,
     MIXTURES,
+    SGDS,
+    AdagradCase,
     AdamCase,
     LookupCase,
     MixtureCase,
+    SgdCase,
     assert_within,
+    check_adagrad_rows,
     check_adam_rows,
+    check_sgd_rows,
     to,
 )
 
@@ -28,7 +34,7 @@ from stem_fast import reference
 
 triton = pytest.importorskip("triton")
 
-from stem_fast.kernels import adam, lookup, mixture, row_plan  # noqa: E402
+from stem_fast.kernels import adagrad, adam, lookup, mixture, row_plan, sgd  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 dtypes = pytest.mark.parametrize(
@@ -120,6 +126,19 @@ def test_adam_rows(case: AdamCase, grads: bool, dtype: torch.dtype) -> None:
     check_adam_rows(adam.adam_rows, case, dtype, grads, DEVICE)
 
 
+@pytest.mark.parametrize("case", SGDS.values(), ids=SGDS.keys())
+@pytest.mark.parametrize("grads", [False, True])
+@dtypes
+def test_sgd_rows(case: SgdCase, grads: bool, dtype: torch.dtype) -> None:
+    check_sgd_rows(sgd.sgd_rows, case, dtype, grads, DEVICE)
+
+
+@pytest.mark.parametrize("case", ADAGRADS.values(), ids=ADAGRADS.keys())
+@dtypes
+def test_adagrad_rows(case: AdagradCase, dtype: torch.dtype) -> None:
+    check_adagrad_rows(adagrad.adagrad_rows, case, dtype, DEVICE)
+
+
 def test_every_kernel_compiles_and_none_spills(tmp_path: Path) -> None:
     """For sm_80, sm_90 and sm_100, in a process without the interpreter."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
@@ -135,12 +154,22 @@ def test_every_kernel_compiles_and_none_spills(tmp_path: Path) -> None:
     used = json.loads(result.stdout)
     kernels = {
         name
-        for module in (adam, lookup, mixture)
+        for module in (adagrad, adam, lookup, mixture, sgd)
         for name, value in vars(module).items()
         if isinstance(value, triton.runtime.interpreter.InterpretedFunction | triton.JITFunction)
     }
-    launched = kernels - {"_write", "_read", "_terms", "_weights", "_column"}  # parts of the others
-    launched -= {"_make_step", "_replay", "_coast"}
+    # Parts of the others.
+    launched = kernels - {"_write", "_read", "_terms", "_weights", "_column", "_alive"}
+    launched -= {
+        "_make_step",
+        "_replay",
+        "_coast",
+        "_leap",
+        "_alive",
+        "_polynomial",
+        "_series",
+        "_load",
+    }
     for kernel in launched:
         for arch in (80, 90, 100):
             assert any(

@@ -300,6 +300,13 @@ def test_regularization_covers_tables_and_networks_apart() -> None:
     assert model.regularization() == 0
 
 
+def test_regularization_of_a_large_table_is_added_up_well() -> None:
+    model = STEMNet({"user": 300_000}, TASKS)
+    torch.nn.init.normal_(model.embedding.weight, std=0.1)
+    exact = model.embedding.weight.double().square().sum()
+    torch.testing.assert_close(model.regularization(2.0).double(), exact, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

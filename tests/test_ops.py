@@ -13,15 +13,21 @@ from typing import Any
 import pytest
 import torch
 from cases import (
+    ADAGRADS,
     ADAMS,
     DEVICES,
     LOOKUPS,
     MIXTURES,
+    SGDS,
+    AdagradCase,
     AdamCase,
     LookupCase,
     MixtureCase,
+    SgdCase,
     assert_within,
+    check_adagrad_rows,
     check_adam_rows,
+    check_sgd_rows,
     to,
 )
 from hypothesis import given, settings
@@ -274,7 +280,8 @@ def test_adam_rows(case: AdamCase, grads: bool, dtype: torch.dtype, device: str)
         ({4: torch.tensor([1, 2, 40]), 5: None}, "row 40 at 2 is outside the table of 40 rows"),
         ({5: torch.zeros(4, 7)}, "grad must be"),
         ({6: torch.zeros(3, 7)}, "steps must be float64"),
-        ({7: torch.tensor([0, 5000])}, "lines for steps 0 to 5000"),
+        ({7: torch.zeros(3, 22)}, "leaps must be float64"),
+        ({8: torch.tensor([0, 5000])}, "lines for steps 0 to 5000"),
     ],
 )
 def test_adam_rows_refuses_other_shapes_and_types(change: dict[int, Any], message: str) -> None:
@@ -296,6 +303,214 @@ def test_adam_rows_is_the_same_with_one_thread() -> None:
     for first, second, alone in zip(*results, strict=True):
         assert torch.equal(first, second)
         assert torch.equal(first, alone)
+
+
+@devices
+@pytest.mark.parametrize("case", SGDS.values(), ids=SGDS.keys())
+@pytest.mark.parametrize("grads", [False, True])
+@dtypes
+def test_sgd_rows(case: SgdCase, grads: bool, dtype: torch.dtype, device: str) -> None:
+    check_sgd_rows(torch.ops.stem_fast.sgd_rows, case, dtype, grads, device)
+
+
+@devices
+@pytest.mark.parametrize("case", ADAGRADS.values(), ids=ADAGRADS.keys())
+@dtypes
+def test_adagrad_rows(case: AdagradCase, dtype: torch.dtype, device: str) -> None:
+    check_adagrad_rows(torch.ops.stem_fast.adagrad_rows, case, dtype, device)
+
+
+@cpp
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({0: torch.zeros(60)}, r"weight must be \[R, W\]"),
+        ({0: torch.zeros(7, 60).T}, "what is changed in place must be contiguous"),
+        ({0: torch.zeros(60, 7).int()}, "a float64, float32, bfloat16 or float16 tensor"),
+        ({1: torch.zeros(60, 6)}, "momentum_buffer must be as weight"),
+        ({1: torch.zeros(7, 60).T}, "what is changed in place must be contiguous"),
+        ({2: torch.zeros(60)}, "last must be int32"),
+        ({3: torch.zeros(3)}, "rows must be int64"),
+        ({3: torch.tensor([1, 2, 60]), 4: None}, "row 60 at 2 is outside the table of 60 rows"),
+        ({4: torch.zeros(4, 7)}, "grad must be"),
+        ({5: torch.zeros(3, 7)}, "steps must be float64"),
+        ({6: torch.tensor([0, 5000])}, "lines for steps 0 to 5000"),
+    ],
+)
+def test_sgd_rows_refuses_other_shapes_and_types(change: dict[int, Any], message: str) -> None:
+    arguments = dict(enumerate(SGDS["momentum and l2"].arguments(grads=True))) | change
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.stem_fast.sgd_rows(*arguments.values())
+
+
+@cpp
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({0: torch.zeros(40)}, r"weight must be \[R, W\]"),
+        ({0: torch.zeros(7, 40).T}, "what is changed in place must be contiguous"),
+        ({1: torch.zeros(40, 6)}, r"sum must be \[40\] or \[40, 7\]"),
+        ({1: torch.tensor(0.0)}, r"sum must be \[40\] or \[40, 7\]"),
+        ({1: torch.zeros(7, 40).T}, "what is changed in place must be contiguous"),
+        ({2: torch.zeros(3)}, "rows must be int64"),
+        (
+            {2: torch.tensor([1, -1]), 3: torch.zeros(2, 7)},
+            "row -1 at 1 is outside the table of 40",
+        ),
+        ({3: torch.zeros(4, 7)}, "grad must be"),
+        ({4: torch.zeros(2)}, r"options must be float64 \[2\]"),
+    ],
+)
+def test_adagrad_rows_refuses_other_shapes_and_types(change: dict[int, Any], message: str) -> None:
+    arguments = dict(enumerate(ADAGRADS["narrow, all sums"].arguments())) | change
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.stem_fast.adagrad_rows(*arguments.values())
+
+
+@cpp
+def test_sgd_and_adagrad_rows_are_the_same_with_one_thread() -> None:
+    results = []
+    threads = torch.get_num_threads()
+    for count in (threads, 1):
+        torch.set_num_threads(count)
+        sgd = SgdCase(3000, 48, 40, decay=1e-3).arguments(torch.float32, grads=True)
+        torch.ops.stem_fast.sgd_rows(*sgd)
+        results.append(sgd[:3])
+        for row_wise in (False, True):
+            adagrad = AdagradCase(3000, 48, row_wise, 1e-3).arguments(torch.float32)
+            torch.ops.stem_fast.adagrad_rows(*adagrad)
+            results[-1] += adagrad[:2]
+    torch.set_num_threads(threads)
+    for many, alone in zip(*results, strict=True):
+        assert torch.equal(many, alone)
+
+
+@devices
+@dtypes
+@pytest.mark.parametrize("shape", [(0, 3), (1, 1), (5, 20), (131, 37), (300, 512)])
+def test_relu_backward(shape: tuple[int, int], dtype: torch.dtype, device: str) -> None:
+    torch.manual_seed(4)
+    y = torch.randn(shape, dtype=torch.float64, device=device).clamp(min=0).to(dtype)
+    grad = torch.randn(shape, dtype=torch.float64, device=device).to(dtype)
+    actual, own, exact = grad.clone(), grad.clone(), grad.double()
+    sums = (
+        torch.ops.stem_fast.relu_backward(actual, y),
+        reference.relu_backward(own, y),
+        reference.relu_backward(exact, y.double()),
+    )
+    assert torch.equal(actual, own)
+    assert_within(*sums)
+    x = torch.where(y > 0, y, -1).double().requires_grad_()
+    (right,) = torch.autograd.grad(x.relu(), x, grad.double())
+    assert torch.equal(exact, right)
+
+
+@cpp
+def test_relu_backward_is_the_same_with_one_thread() -> None:
+    y, grad = torch.randn(3000, 40), torch.randn(3000, 40)
+    threads = torch.get_num_threads()
+    results = []
+    for count in (threads, threads, 1):
+        torch.set_num_threads(count)
+        results.append(torch.ops.stem_fast.relu_backward(grad.clone(), y))
+    torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@cpp
+@pytest.mark.parametrize(
+    ("grad", "message"),
+    [
+        (torch.zeros(3, 2), "must be .B, H. of one type"),
+        (torch.zeros(2, 3).double(), "must be .B, H. of one type"),
+        (torch.zeros(3, 2).T, "must be contiguous"),
+    ],
+)
+def test_relu_backward_refuses_other_shapes_and_types(grad: torch.Tensor, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.stem_fast.relu_backward(grad, torch.zeros(2, 3))
+
+
+@devices
+@dtypes
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize(
+    ("batch", "inputs", "outputs", "reads"),
+    [(0, 3, 2, [0]), (1, 1, 1, [1, 0]), (3, 5, 0, [0]), (2, 0, 3, [1]), (7, 77, 19, [1, 1, 0, 1])],
+)
+def test_grouped_linear(
+    batch: int,
+    inputs: int,
+    outputs: int,
+    reads: list[int],
+    relu: bool,
+    dtype: torch.dtype,
+    device: str,
+) -> None:
+    torch.manual_seed(5)
+    sizes = (2, batch, inputs), (5, outputs, inputs), (5, outputs)
+    x, weight, bias = (torch.randn(s, device=device, dtype=torch.float64).to(dtype) for s in sizes)
+    strided = x.mT.contiguous().mT, weight.mT.contiguous().mT, bias.T.contiguous().T
+    actual = torch.ops.stem_fast.grouped_linear(strided[0], reads, *strided[1:], relu)
+    own = reference.grouped_linear(x, reads, weight, bias, relu)
+    exact = reference.grouped_linear(x.double(), reads, weight.double(), bias.double(), relu)
+    assert_within(actual, own, exact)
+
+
+@cpp
+def test_grouped_linear_is_the_same_with_one_thread() -> None:
+    x, weight, bias = torch.randn(1, 9, 300), torch.randn(3, 200, 300), torch.randn(3, 200)
+    threads = torch.get_num_threads()
+    results = []
+    for count in (threads, threads, 1):
+        torch.set_num_threads(count)
+        results.append(torch.ops.stem_fast.grouped_linear(x, [0, 0, 0], weight, bias, True))
+    torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@cpp
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({0: torch.zeros(2, 4, 5)}, r"x must be \[N, B, I\], weight"),
+        ({1: [0] * 4}, "at most E reads"),
+        ({1: [2]}, "must name one of the 2 inputs; one is 2"),
+        ({1: [-1]}, "must name one of the 2 inputs; one is -1"),
+        ({3: torch.zeros(3, 2)}, r"weight \[E, O, I\] and bias \[E, O\]"),
+        ({2: torch.zeros(3, 7, 6).double()}, "must have one type"),
+    ],
+)
+def test_grouped_linear_refuses_other_shapes_and_types(
+    change: dict[int, Any], message: str
+) -> None:
+    arguments = [torch.zeros(2, 4, 6), [0, 1], torch.zeros(3, 7, 6), torch.zeros(3, 7), True]
+    torch.ops.stem_fast.grouped_linear(*arguments)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.stem_fast.grouped_linear(*(dict(enumerate(arguments)) | change).values())
+
+
+def test_grouped_linear_has_no_gradient() -> None:
+    x = torch.zeros(1, 4, 6, requires_grad=True)
+    y = torch.ops.stem_fast.grouped_linear(x, [0], torch.zeros(3, 7, 6), torch.zeros(3, 7), True)
+    with pytest.raises(RuntimeError, match="has no gradient"):
+        y.sum().backward()
+
+
+@cpp
+def test_bfloat16_rounds_as_torch_does() -> None:
+    # One expert of weight 1 gives back every number, NaN and infinity.
+    y = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    y = y.view(1, -1, 16)
+    one = torch.zeros(1, y.shape[1], 1, dtype=torch.bfloat16)
+    torch.testing.assert_close(ops.mixture(y, one, [1], [1]), y, rtol=0, atol=0, equal_nan=True)
+    # Two experts of weight 1/2: their exact mean is a tie or not, and is rounded to even.
+    a, b = torch.rand(2, 5000, 16).bfloat16()
+    mean = ((a.float() + b.float()) / 2).bfloat16()
+    half = torch.zeros(1, 5000, 2, dtype=torch.bfloat16)
+    assert torch.equal(ops.mixture(torch.stack([a, b]), half, [3], [3])[0], mean)
 
 
 def check_mixture(case: MixtureCase, dtype: torch.dtype, device: str) -> None:
@@ -446,10 +661,19 @@ def test_opcheck(name: str, device: str) -> None:
     torch.library.opcheck(library.mixture_backward.default, (grad, strided, logits, see, learn))
     one = (list(grad), y[0], reference.gate_weights(logits, see), learn, 0)
     torch.library.opcheck(library.mixture_expert_backward.default, one)
+    torch.library.opcheck(library.relu_backward.default, (grad[0].contiguous(), y[0].contiguous()))
+    arguments = (y, [1, 0], grad[:, :3].contiguous(), grad[:, :3, 0].contiguous(), True)
+    torch.library.opcheck(library.grouped_linear.default, arguments)
     for grads in (False, True):
         adam = to(device, ADAMS["early"].arguments(grads=grads))
         torch.library.opcheck(library.adam_rows.default, adam)
+        for case in ("momentum and l2", "l2 alone"):
+            sgd = to(device, SGDS[case].arguments(grads=grads))
+            torch.library.opcheck(library.sgd_rows.default, sgd)
+    for case in ("narrow, all sums", "all rows, a sum a row"):
+        torch.library.opcheck(library.adagrad_rows.default, to(device, ADAGRADS[case].arguments()))
     torch.library.opcheck(library.empty_kept.default, (y, [3, 4]), test_utils="test_schema")
+    torch.library.opcheck(library.huge_pages.default, (y.detach(),))
 
 
 # Larger than what malloc keeps: their outputs come from buffers that are used again.

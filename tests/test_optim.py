@@ -281,7 +281,11 @@ def test_a_copy_trains_without_the_optimizer() -> None:
     assert table.optimizer is not None
 
 
-def test_predict_and_regularization_see_a_table_at_rest() -> None:
+def test_whoever_reads_a_model_sees_a_table_at_rest() -> None:
+    def seen(model: STEMNet) -> tuple[Tensor, ...]:
+        saved = model.to_official()  # first: what comes after it makes the steps that are owed
+        return *saved.values(), model.regularization(1.0, 0.0), model.predict(ids)
+
     model = STEMNet({"f": ROWS}, ["click"], expert_hidden_units=(4,), embedding_dim=4)
     optimizer = optim.ExactAdam(model.embedding, lr=0.1)
     for ids, _ in batches(5):
@@ -289,9 +293,9 @@ def test_predict_and_regularization_see_a_table_at_rest() -> None:
         model(ids).sum().backward()
         optimizer.step()
     ids = torch.arange(ROWS)[:, None]
-    before = model.regularization(1.0, 0.0), model.predict(ids)
+    before = seen(model)
     optimizer.flush()
-    after = model.regularization(1.0, 0.0), model.predict(ids)
+    after = seen(model)
     assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
 
 
@@ -315,6 +319,63 @@ def test_sgd_is_dense_sgd(momentum: float, decay: float, device: str) -> None:
             for model, each in ((ours, optimizer), (theirs, dense))
         )
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-15)
+
+
+@devices
+def test_sgd_with_options_of_every_step(device: str) -> None:
+    """Rates and L2 that change, as tensors too, and momentum that is switched off in between."""
+    ours, theirs = arena(device=device), arena(device=device)
+    optimizer = optim.SGD(ours, momentum=0.9)
+    dense = torch.optim.SGD([theirs.weight], momentum=0.9)
+    for step, batch in enumerate(batches(1200)):
+        for model, each in ((ours, optimizer), (theirs, dense)):
+            group = each.param_groups[0]
+            group["weight_decay"] = 1e-3 * (step % 3)
+            group["momentum"] = 0.0 if step % 100 > 97 else 0.9
+            if each is optimizer:
+                group["weight_decay"] = model.weight.new_tensor([group["weight_decay"]])
+            train(model, each, [batch], lambda step: COSINE(step) * 100, first=step)
+    ours.flush()
+    torch.testing.assert_close(ours.weight, theirs.weight, rtol=1e-9, atol=1e-15)
+    buffers = (
+        each.state[model.weight]["momentum_buffer"]
+        for model, each in ((ours, optimizer), (theirs, dense))
+    )
+    torch.testing.assert_close(*buffers, rtol=1e-9, atol=1e-15)
+
+
+@devices
+def test_a_step_of_sgd_costs_the_same_after_any_number(device: str) -> None:
+    """Its table grows by doubling, and a step changes a line for each bit of its number."""
+    products = optim.Products(torch.device(device))
+    place = products.steps.data_ptr()
+    for step in range(1, 3000):
+        before = products.steps.clone()
+        products.advance(1e-2, 0.9, 1e-4)
+        if step in (1024, 2048):
+            place = products.steps.data_ptr()
+            before = torch.cat([before, torch.zeros_like(before)])
+        assert products.steps.data_ptr() == place
+        changed = int((products.steps != before).any(1).sum())
+        assert changed <= 1 + step.bit_length()
+    assert len(products.steps) == 4096
+    products.flushed()
+    products.advance(1e-2, 0.9, 1e-4)
+    assert products.clock.tolist() == [2999, 3000]
+    assert len(products.steps) == 4096
+
+
+@devices
+def test_plain_sgd_leaves_rows_without_gradients_alone(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = arena(device=device)
+    optimizer = optim.SGD(table)
+    train(table, optimizer, batches(3))
+    monkeypatch.setattr(optimizer, "_run", None)
+    before = table.weight.detach().clone()
+    table.flush()
+    assert torch.equal(table.weight, before)
 
 
 @devices
@@ -391,6 +452,44 @@ def test_lazy_adam_is_sparse_adam() -> None:
     torch.testing.assert_close(ours.weight, theirs.weight, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("kind", optim.OPTIMIZERS.values(), ids=optim.OPTIMIZERS.keys())
+def test_a_step_replayed_from_a_cuda_graph(kind: Callable[..., optim.TableOptimizer]) -> None:
+    options = {"weight_decay": 1e-3} | ({"momentum": 0.9} if kind is optim.SGD else {})
+    data = batches(40)
+    eager, model = arena(device="cuda"), arena(device="cuda")
+    train(eager, kind(eager, **options), data)
+    optimizer = kind(model, **options)
+    ids, grads = (part.cuda() for part in data[0])
+
+    def step() -> None:
+        optimizer.zero_grad()
+        x, _ = model(ids)
+        loss = (x[:, :, 0].permute(1, 0, 2).flatten(1) * grads).sum()
+        (loss + 1e-2 * x.square().sum()).backward()
+        optimizer.step()
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # kernels are compiled, and state is made, before the capture
+        for batch in data[:5]:
+            ids.copy_(batch[0])
+            grads.copy_(batch[1])
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for batch in data[5:]:
+        ids.copy_(batch[0])
+        grads.copy_(batch[1])
+        graph.replay()
+    for each in (eager, model):
+        each.flush()
+    torch.testing.assert_close(model.weight, eager.weight, rtol=1e-9, atol=1e-13)
+
+
 @pytest.mark.parametrize("kind", optim.OPTIMIZERS.values(), ids=optim.OPTIMIZERS.keys())
 def test_every_optimizer_resumes_and_takes_dense_gradients(
     kind: Callable[..., optim.TableOptimizer],
@@ -442,3 +541,37 @@ def test_states_that_do_not_fit_are_refused() -> None:
     state["state"][0]["exp_avg"] = state["state"][0]["exp_avg"][:3]
     with pytest.raises(ValueError, match=r"exp_avg is \[3, 6\], the table \[400, 6\]"):
         optimizer.load_state_dict(state)
+
+
+def test_sums_of_the_other_adagrad_are_refused() -> None:
+    table = arena()
+    both = [optim.Adagrad(table), optim.RowWiseAdagrad(table)]
+    for optimizer in both:
+        train(table, optimizer, batches(2))
+    states = [optimizer.state_dict() for optimizer in both]
+    with pytest.raises(ValueError, match=r"sum is \[400\], .*: \[400, 6\] is due"):
+        both[0].load_state_dict(states[1])
+    with pytest.raises(ValueError, match=r"sum is \[400, 6\], .*: \[400\] is due"):
+        both[1].load_state_dict(states[0])
+    for optimizer, state in zip(both, states, strict=True):
+        assert torch.equal(optimizer.state[table.weight]["sum"], state["state"][0]["sum"])
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "message"),
+    [
+        (optim.SGD, lambda p: torch.optim.SGD(p, momentum=0.9, nesterov=True), "nesterov=True"),
+        (optim.SGD, lambda p: torch.optim.SGD(p, momentum=0.9, dampening=0.5), "dampening=0.5"),
+        (optim.Adagrad, lambda p: torch.optim.Adagrad(p, lr_decay=0.1), "lr_decay=0.1"),
+        (optim.ExactAdam, lambda p: torch.optim.Adam(p, maximize=True), "maximize=True"),
+    ],
+)
+def test_options_of_torch_alone_are_refused(
+    ours: Callable[..., optim.TableOptimizer],
+    theirs: Callable[..., torch.optim.Optimizer],
+    message: str,
+) -> None:
+    table = arena()
+    state = theirs([table.weight]).state_dict()
+    with pytest.raises(ValueError, match=f"group 0 has {message}: not supported"):
+        ours(table).load_state_dict(state)

@@ -115,6 +115,50 @@ def test_exact_adam_trains_as_dense_adam_does(max_norm: float) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-8 if max_norm else 1e-13)
 
 
+def test_fp64_trains_with_exact_adam_as_with_dense_adam() -> None:
+    """Whole trainings: in float64 only rounding of 1e-16 is between them, and the L2 term."""
+    data, metrics, models = tiny_data(256), [], []
+    for name in ("adam", "dense_adam"):
+        model = tiny_model()
+        settings = config(
+            epochs=3, batch_size=32, embedding_regularizer=1e-6, embedding_optimizer=name,
+            precision="fp64",
+        )  # fmt: skip
+        metrics.append([record.metrics for record in train.fit(model, data, data, settings)])
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        models.append(model)
+    assert metrics[0] == metrics[1]  # made from float32 predictions
+    for ours, theirs in zip(*(m.parameters() for m in models), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+    (fp32,) = train.fit(tiny_model(), data, data, config(epochs=1, batch_size=32))
+    assert fp32.metrics != metrics[0][0]
+
+
+@pytest.mark.parametrize("options", [{}, {"net_dropout": 0.1}, {"batch_norm": True}])
+def test_bf16_trains_as_fp32_does(options: dict[str, object]) -> None:
+    """Step by step close to it, with weights and gradients in float32; and learns."""
+    data, losses = tiny_data(256), []
+    for precision in ("fp32", "bf16"):
+        settings = config(precision=precision)
+        model = tiny_model(**options)
+        optimizers = train.make_optimizers(model, settings)
+        torch.manual_seed(1)  # of the dropout
+        losses.append(
+            [
+                train.train_step(model, optimizers, batch, settings)
+                for _ in range(8)
+                for batch in data.batches(64)
+            ]
+        )
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
+    fp32, bf16 = (torch.stack(each) for each in losses)
+    assert bf16.dtype == torch.float32
+    assert not torch.equal(fp32, bf16)
+    torch.testing.assert_close(bf16, fp32, rtol=0.05, atol=0)
+    assert bf16[-4:].mean() < bf16[:4].mean() - 0.02
+
+
 @pytest.mark.parametrize("name", EMBEDDING_OPTIMIZERS)
 def test_every_embedding_optimizer_trains_and_lets_go(name: str) -> None:
     model, data = tiny_model(), tiny_data(60)
@@ -485,6 +529,7 @@ def test_batch_norm_refuses_a_row_alone(rows: int, batch_size: int) -> None:
         ("seed", -1, "a whole number from 0 to"),
         ("seed", 2**63, "a whole number from 0 to"),
         ("task_weights", (1.0, -1.0), "a number of at least 0"),
+        ("precision", "half", "one of fp32, tf32, bf16, fp64"),
     ],
 )
 def test_config_names_key_and_value(key: str, value: object, rule: str) -> None:

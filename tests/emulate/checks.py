@@ -14,13 +14,19 @@ from typing import Any
 import pytest
 import torch
 from cases import (
+    ADAGRADS,
     ADAMS,
     LOOKUPS,
     MIXTURES,
+    SGDS,
+    AdagradCase,
     AdamCase,
     LookupCase,
     MixtureCase,
+    SgdCase,
+    check_adagrad_rows,
     check_adam_rows,
+    check_sgd_rows,
     stem_masks,
     to,
 )
@@ -48,12 +54,14 @@ WIDE = {
 mixtures = pytest.mark.parametrize("case", (MIXTURES | WIDE).values(), ids=(MIXTURES | WIDE).keys())
 ops = torch.ops.stem_fast
 CUDA_OPS = (
+    "adagrad_rows",
     "adam_rows",
     "check_ids",
     "lookup",
     "mixture",
     "mixture_backward",
     "row_gradients",
+    "sgd_rows",
 )
 
 
@@ -282,6 +290,85 @@ def test_adam_rows_refuses_other_shapes_and_types(change: dict[int, Tensor], mes
     arguments = dict(enumerate(ADAMS["early"].arguments(grads=True))) | change
     with pytest.raises(RuntimeError, match=message):
         ops.adam_rows(*to(DEVICE, arguments.values()))
+
+
+def changing(op: str, change: Callable[[Tensor], Tensor] = lambda t: t) -> Callable[..., None]:
+    """An op that changes its arguments in place, for a check that calls it twice: emulated, the
+    second time with threads the other way round. ``change`` says how tensors lie in memory."""
+    ways = iter(("upwards", "downwards"))
+
+    def call(*arguments: Any) -> None:
+        os.environ["STEM_FAST_EMULATE"] = next(ways)
+        moved = [change(a) if isinstance(a, Tensor) else a for a in arguments]
+        getattr(ops, op)(*moved)
+        del os.environ["STEM_FAST_EMULATE"]
+        for given, changed in zip(arguments, moved, strict=True):
+            if isinstance(given, Tensor):
+                given.copy_(changed)
+
+    return call
+
+
+@pytest.mark.parametrize("case", SGDS.values(), ids=SGDS.keys())
+@pytest.mark.parametrize("grads", [False, True])
+@dtypes
+def test_sgd_rows(case: SgdCase, grads: bool, dtype: torch.dtype) -> None:
+    check_sgd_rows(changing("sgd_rows"), case, dtype, grads, DEVICE)
+
+
+@pytest.mark.parametrize("case", ADAGRADS.values(), ids=ADAGRADS.keys())
+@dtypes
+def test_adagrad_rows(case: AdagradCase, dtype: torch.dtype) -> None:
+    check_adagrad_rows(changing("adagrad_rows"), case, dtype, DEVICE)
+
+
+def test_sgd_and_adagrad_rows_take_any_address() -> None:
+    sgd, adagrad = changing("sgd_rows", misaligned), changing("adagrad_rows", misaligned)
+    check_sgd_rows(sgd, SGDS["many steps"], torch.float32, True, DEVICE)
+    check_adagrad_rows(adagrad, ADAGRADS["many, all sums"], torch.float32, DEVICE)
+
+
+def test_sgd_and_adagrad_rows_stay_inside_the_table() -> None:
+    for op, arguments, rows in (
+        ("sgd_rows", SGDS["many steps"].arguments(torch.float32, grads=True), 3),
+        ("adagrad_rows", ADAGRADS["many, a sum a row"].arguments(torch.float32), 2),
+    ):
+        arguments[rows][0], arguments[rows][1] = 1 << 40, -(1 << 40)
+        device = to(DEVICE, arguments)
+        getattr(ops, op)(*device)
+        kept = arguments[rows].abs() < 1 << 40
+        arguments[rows], arguments[rows + 1] = arguments[rows][kept], arguments[rows + 1][kept]
+        getattr(reference, op)(*arguments)
+        torch.testing.assert_close(device[0].cpu(), arguments[0])
+        torch.testing.assert_close(device[1].cpu(), arguments[1])
+
+
+@pytest.mark.parametrize(
+    ("op", "change", "message"),
+    [
+        ("sgd_rows", {0: torch.zeros(60)}, r"weight must be \[R, W\]"),
+        ("sgd_rows", {1: torch.zeros(60, 6)}, "momentum_buffer must be as weight"),
+        ("sgd_rows", {1: torch.zeros(60, 7)}, "momentum_buffer must be float32, of a float64"),
+        ("sgd_rows", {2: torch.zeros(60)}, "last must be int32"),
+        ("sgd_rows", {3: torch.zeros(3)}, "rows must be int64"),
+        ("sgd_rows", {4: torch.zeros(4, 7)}, "grad must be"),
+        ("sgd_rows", {5: torch.zeros(3, 7)}, "steps must be float64"),
+        ("adagrad_rows", {0: torch.zeros(7, 40).T}, "what is changed in place must be contiguous"),
+        ("adagrad_rows", {1: torch.zeros(40, 6)}, r"sum must be \[40\] or \[40, 7\]"),
+        ("adagrad_rows", {1: torch.zeros(40)}, "sum must be float32, of a float64"),
+        ("adagrad_rows", {3: torch.zeros(22, 7).int()}, "grad must be .* of weight's type"),
+        ("adagrad_rows", {4: torch.zeros(2)}, r"options must be float64 \[2\]"),
+    ],
+)
+def test_sgd_and_adagrad_rows_refuse_other_shapes_and_types(
+    op: str, change: dict[int, Tensor], message: str
+) -> None:
+    arguments = {
+        "sgd_rows": SGDS["momentum and l2"].arguments(grads=True),
+        "adagrad_rows": ADAGRADS["narrow, all sums"].arguments(),
+    }[op]
+    with pytest.raises(RuntimeError, match=message):
+        getattr(ops, op)(*to(DEVICE, (dict(enumerate(arguments)) | change).values()))
 
 
 @mixtures

@@ -1,0 +1,129 @@
+"""compile_inference against predict, for every model of the family."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import assert_within
+from torch import nn
+
+from stem_fast import inference
+from stem_fast.model import MODELS, STEMNet
+from stem_fast.schema import DataError
+
+EXPERTS = {
+    "stem": {"num_specific_experts": 2, "num_shared_experts": 2},
+    "single": {"num_specific_experts": 2},
+    "shared_bottom": {},
+    "mmoe": {"num_shared_experts": 3},
+    "ple": {"num_specific_experts": 1, "num_shared_experts": 2},
+}
+NUMBERS = [0, 1, 2, inference.FEW + 1, inference.CHUNK + 3]
+
+
+def build(name: str, **options: Any) -> tuple[STEMNet, Any]:
+    """A model of every kind of field and task, and what makes a batch of n rows for it."""
+    torch.manual_seed(7)
+    model = MODELS[name](
+        {"user": 40, "item": 30},
+        ["click", "time"],
+        embedding_dim=4,
+        expert_hidden_units=(24, 16),
+        gate_hidden_units=(8,),
+        tower_hidden_units=(8,),
+        numeric=["price"],
+        sequences={"seen": "item", "tags": 5},
+        kinds={"time": "regression"},
+        fields=["seen", "price", "user", "tags", "item"],
+        **{**EXPERTS[name], **options},
+    )
+    nn.init.normal_(model.embedding.weight)
+
+    def batch(n: int) -> tuple[Any, ...]:
+        ids = torch.stack([torch.randint(1, size, (n,)) for size in (40, 30)], 1)
+        lengths = torch.randint(0, 4, (n,))
+        offsets = nn.functional.pad(lengths.cumsum(0), (1, 0))
+        seen = torch.randint(1, 30, (int(offsets[-1]),)), offsets
+        return ids, torch.randn(n, 1), {"seen": seen, "tags": torch.randint(0, 5, (n, 2))}
+
+    return model, batch
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("n", NUMBERS)
+def test_is_predict_within_the_bound_of_its_type(name: str, precision: str, n: int) -> None:
+    model, batch = build(name, net_dropout=0.3)
+    given = batch(n)
+    compiled = model.compile_inference(precision)
+    assert compiled.parts is not None
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        own = model.predict(*given)
+    actual = compiled(*given)
+    assert actual.dtype == torch.float32
+    assert not actual.requires_grad
+    assert torch.equal(actual, compiled(*given))
+    ids, numeric, sequences = given
+    exact = model.double().predict(ids, numeric.double(), sequences)
+    if precision == "fp32":
+        assert_within(actual, own, exact)
+    else:  # activations are rounded to bfloat16 layer by layer
+        assert actual.shape == exact.shape
+        rounding = torch.finfo(torch.bfloat16).eps * exact.abs().clamp(min=1)
+        assert ((actual - exact).abs() <= 4 * rounding).all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch_norm": True},
+        {"hidden_activations": "gelu"},
+        {"hidden_activations": "prelu", "net_dropout": 0.2},
+        {"hidden_activations": "dice"},
+    ],
+)
+@pytest.mark.parametrize("n", [0, 1, 40])
+def test_other_networks_run_as_in_predict(options: dict[str, Any], n: int) -> None:
+    model, batch = build("stem", **options)
+    given = batch(n)
+    expected = model.predict(*given)
+    assert torch.equal(model.compile_inference()(*given), expected)
+    assert model.training
+    rounded = model.compile_inference("bf16")(*given)
+    torch.testing.assert_close(rounded, expected, atol=0.05, rtol=0.05)
+
+
+def test_layers_of_experts_and_a_model_in_float64() -> None:
+    model, batch = build("stem", num_layers=3)
+    ids, numeric, _ = batch(50)
+    model.double()
+    for n in (1, 50):
+        given = ids[:n], numeric[:n].double(), {"seen": batch(n)[2]["seen"], "tags": ids[:n] % 5}
+        actual = model.compile_inference()(*given)
+        torch.testing.assert_close(actual, model.predict(*given))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_weights_are_those_of_the_moment(precision: str) -> None:
+    model, batch = build("stem")
+    given = batch(20)
+    compiled = model.compile_inference(precision)
+    before = compiled(*given)
+    with torch.no_grad():
+        model.towers.blocks[0].weight.zero_()
+    assert torch.equal(compiled(*given), before)
+    assert not torch.equal(model.compile_inference(precision)(*given), before)
+
+
+def test_what_is_wrong_is_refused() -> None:
+    model, batch = build("stem")
+    ids, *rest = batch(3)
+    with pytest.raises(DataError, match="precision is 'fp16': give one of fp32, tf32, bf16"):
+        model.compile_inference("fp16")
+    with pytest.raises(DataError, match="precision is 'tf32', which cpu cannot do"):
+        model.compile_inference("tf32")
+    ids[1, 1] = 30
+    with pytest.raises(IndexError, match="field 'item': id 30 at row 1"):
+        model.compile_inference()(ids, *rest)
