@@ -22,9 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stem_fast import ops, reference
-from stem_fast.layers import EmbeddingArena
 from stem_fast.model import STEMNet
-from stem_fast.optim import ExactAdam
 
 OURS = "stem_fast"
 
@@ -40,6 +38,7 @@ class Setting(NamedTuple):
     fields: int = 8
     dim: int = 16
     tasks: int = 2
+    layers: int = 1  # of whole models (bench/contenders.py); an op is of one layer
 
     @property
     def spaces(self) -> int:
@@ -532,176 +531,10 @@ def mixture_forward_backward(setting: Setting, device: str) -> Case:
     )
 
 
-# A whole step of the tables: lookup, its backward, optimizer
-
-
-WARM_UP = 300  # steps before the first that is timed: rows have missed some by then
-RATE, EPS = 1e-3, 1e-8
-
-
-@dataclass
-class Steps:
-    """Batches of one setting, always the same ones, and steps over them.
-
-    The first is checked against the optimizer's formula from the table's ``start``; then follow
-    ``WARM_UP`` that nobody looks at, then those that are timed.
-    """
-
-    setting: Setting
-    device: str
-    decay: float
-
-    def __post_init__(self) -> None:
-        s, vocab = self.setting, self.setting.rows // self.setting.fields
-        self.offsets = (torch.arange(s.fields) * vocab).to(self.device)
-        draw = torch.Generator().manual_seed(2)
-        grad = torch.randn(s.spaces, s.batch, s.fields, s.dim, generator=draw) / s.batch
-        self.grad = grad.to(self.device)
-
-    def start(self) -> Tensor:
-        s = self.setting
-        draw = torch.Generator().manual_seed(1)
-        start = torch.empty(s.rows, s.spaces * s.dim).normal_(0, 1e-2, generator=draw)
-        start[:: s.rows // s.fields] = 0  # padding rows
-        return start.to(self.device)
-
-    def contender(
-        self,
-        table: Tensor,
-        step: Callable[[Tensor], None],
-        *,
-        dense: bool = False,
-        row_wise: bool = False,
-    ) -> Contender:
-        """``step`` makes one step of the table with ids [B, F]."""
-        draw, made = torch.Generator().manual_seed(3), 0
-
-        def batch() -> Tensor:
-            s = self.setting
-            return zipf(s.rows // s.fields, (s.batch, s.fields), 1.1, draw).to(self.device)
-
-        def prepare() -> tuple[Any, ...]:
-            nonlocal made
-            if made == 1:
-                # A dense step costs the same whatever rows have missed.
-                for _ in range(2 if dense or self.setting.rows < 1000 else WARM_UP):
-                    step(batch())
-            made += 1
-            return (batch(),)
-
-        def run(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            step(ids)
-            return ids, table, torch.tensor(row_wise)
-
-        return Contender(run, prepare)
-
-    def check(self, actual: tuple[Tensor, Tensor, Tensor]) -> None:
-        """After the first step: every row that the batch reads, and padding."""
-        ids, table, row_wise = actual
-        assert not table[self.offsets].any()
-        rows, where = (ids + self.offsets).flatten().unique(return_inverse=True)
-        slots = self.grad.permute(1, 2, 0, 3).flatten(2).flatten(0, 1).double()
-        before = self.start()[rows].double()
-        grad = torch.zeros_like(before).index_add_(0, where, slots)
-        if row_wise:
-            moved = grad / (grad.square().mean(1, keepdim=True).sqrt() + EPS)
-        else:
-            grad += self.decay * before
-            moved = grad / (grad.abs() + EPS)
-        torch.testing.assert_close(table[rows].double(), before - RATE * moved, rtol=0, atol=2e-6)
-
-
-def embedding_step(setting: Setting, device: str, decay: float = 0.0) -> Case:
-    """Ours keeps to dense Adam's trajectory; the peers that do less have it in their names."""
-    steps = Steps(setting, device, decay)
-    s, width = setting, setting.spaces * setting.dim
-
-    def ours() -> Contender:
-        vocab = s.rows // s.fields
-        names = {str(f): vocab for f in range(s.fields)}
-        arena = EmbeddingArena(names, (), {}, {}, s.spaces, s.dim).to(device)
-        arena.load_state_dict({"weight": steps.start()})
-        optimizer = ExactAdam(arena, lr=RATE, eps=EPS, weight_decay=decay)
-
-        def step(ids: Tensor) -> None:
-            optimizer.zero_grad()
-            x, _ = arena(ids)
-            x.backward(steps.grad)
-            optimizer.step()
-
-        return steps.contender(arena.weight.detach(), step)
-
-    def torchs(sparse: bool) -> Contender:
-        if sparse and s.rows > 2_000_000:
-            raise NotInstalledError("memory for one more table of this size")
-        table = torch.nn.Embedding.from_pretrained(steps.start(), freeze=False, sparse=sparse)
-        parameters = list(table.parameters())
-        optimizer = (
-            # It adds eps before the bias correction.
-            torch.optim.SparseAdam(parameters, lr=RATE, eps=EPS * 0.001**0.5)
-            if sparse
-            else torch.optim.Adam(parameters, lr=RATE, eps=EPS, weight_decay=decay, fused=True)
-        )
-        grad = steps.grad.permute(1, 2, 0, 3).flatten(2).contiguous()
-
-        def step(ids: Tensor) -> None:
-            optimizer.zero_grad()
-            table(ids + steps.offsets).backward(grad)
-            optimizer.step()
-
-        return steps.contender(table.weight.detach(), step, dense=not sparse)
-
-    def row_wise() -> Contender:
-        common, training = fbgemm(device)
-        table = training.SplitTableBatchedEmbeddingBagsCodegen(
-            [(s.rows, width, common.EmbeddingLocation.HOST, training.ComputeDevice.CPU)],
-            optimizer=importlib.import_module("fbgemm_gpu.split_embedding_configs").EmbOptimType(
-                "exact_row_wise_adagrad"
-            ),
-            learning_rate=RATE,
-            eps=EPS,
-            pooling_mode=common.PoolingMode.NONE,
-            bounds_check_mode=common.BoundsCheckMode.NONE,
-        )
-        weight = table.split_embedding_weights()[0]
-        weight.copy_(steps.start())
-        grad = steps.grad.permute(1, 2, 0, 3).reshape(-1, width)
-        starts = torch.arange(len(grad) + 1)
-
-        def step(ids: Tensor) -> None:
-            table((ids + steps.offsets).flatten(), starts).backward(grad)
-
-        return steps.contender(weight, step, row_wise=True)
-
-    _, prepare = steps.contender(steps.grad, lambda ids: None)
-    (ids,) = prepare()
-    unique = len((ids + steps.offsets).unique())
-    # Of a batch's rows weight, m and v are read and written, by catch-up and by update; x is
-    # written, and its gradient read.
-    moved = 2 * 6 * 4 * unique * width + 2 * size(steps.grad)
-    contenders = {
-        OURS: ours,
-        "nn.Embedding, fused dense Adam": lambda: torchs(False),
-        "FBGEMM TBE, row-wise Adagrad": row_wise,
-        "copy": lambda: copy_ceiling(moved, device),
-    }
-    if not decay:
-        contenders["nn.Embedding, SparseAdam"] = lambda: torchs(True)
-    return Case(moved, ("copy",), moved, contenders, steps.check)
-
-
-def embedding_step_l2(setting: Setting, device: str) -> Case:
-    return embedding_step(setting, device, decay=1e-6)
-
-
 OPS = {
     "lookup_forward": lookup_forward,
     "lookup_backward": lookup_backward,
     "lookup_backward_rows": lookup_backward_rows,
     "mixture_forward": mixture_forward,
     "mixture_forward_backward": mixture_forward_backward,
-    "embedding_step": embedding_step,
-    "embedding_step_l2": embedding_step_l2,
 }
-# The steps have a results file of their own.
-DEFAULT_OPS = tuple(name for name in OPS if not name.startswith("embedding_step"))

@@ -107,7 +107,7 @@ check() {
   stage benchmarks 240 "$python" -m bench.run --device cuda --seconds 0.2 --threads "$(nproc)" \
     --json "$scratch/bench.json"
   stage steps 100 "$python" -m bench.run --device cuda --seconds 0.2 --threads "$(nproc)" \
-    --settings tall --ops embedding_step embedding_step_l2 --blocks 1 --json "$scratch/steps.json"
+    --settings tall --ops embedding_step embedding_step_l2 catch_up_l2 --blocks 1 --json "$scratch/steps.json"
   return "$failed"
 }
 

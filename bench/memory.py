@@ -108,6 +108,11 @@ def status(field: str) -> int:
     return int(found[1]) * 1024
 
 
+def reset_peak() -> None:
+    """VmHWM is VmRSS again."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
 def measure(code: str, official: str | None, setting: cases.Setting) -> dict[str, Any]:
     """Bytes of this process; run it in a fresh one."""
     # Libraries, threads and code are in memory before the count starts.
@@ -130,7 +135,7 @@ def measure(code: str, official: str | None, setting: cases.Setting) -> dict[str
         if phases:
             peaks[phases[-1]] = status("VmHWM") - before - state
         phases.append(name)
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM
+        reset_peak()
 
     step(run, phase)
     gradients = sum(

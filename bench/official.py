@@ -98,6 +98,7 @@ def build(
     numeric: Sequence[str] = (),
     sequences: Mapping[str, SequenceFeature] | None = None,
     fields: Sequence[str] | None = None,
+    group: str | None = None,
     max_gradient_norm: float = 10.0,
     model_root: str | Path = "checkpoints",
     **hyperparameters: Any,
@@ -106,7 +107,8 @@ def build(
 
     `vocab_sizes` counts padding (0) and the unknown value. `fields` orders the fields in the
     network's input: categorical, numeric, sequence by default; a shared table must come before the
-    sequence that uses it. `hyperparameters` go to the official constructor under their own names;
+    sequence that uses it. `group` is a column that the network does not read, for gAUC.
+    `hyperparameters` go to the official constructor under their own names;
     those left out have its defaults, except early_stop_patience=1, the official configuration's.
     `fit` writes its best weights under `model_root`.
     """
@@ -138,6 +140,9 @@ def build(
             raise ValueError(f"fields: {sequence.table} must come before {name}, which shares it")
     feature_map = official.feature_map("in_memory", "")
     feature_map.features.update((name, {"source": "", **specs[name]}) for name in fields)
+    if group is not None:
+        feature_map.features[group] = {"source": "", "type": "meta"}
+        feature_map.group_id = group
     feature_map.labels = list(tasks)
     feature_map.num_fields = feature_map.get_num_fields()
     feature_map.set_column_index()

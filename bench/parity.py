@@ -97,6 +97,17 @@ STUDIES = {
 }
 
 
+def schema(study: Study, path: Path) -> Schema:
+    """The columns of the study in its Parquet file."""
+    names = pq.read_schema(path).names
+    return Schema(
+        labels=dict.fromkeys(study.labels, "binary"),
+        categorical=study.categorical or tuple(n for n in names if n not in study.labels),
+        group=study.group,
+        min_count=study.min_count,
+    )
+
+
 def rows(dataset: Dataset) -> Tensor:
     """The official loader's float64 [N, columns]: categorical ids, then labels."""
     assert dataset.labels is not None
@@ -288,23 +299,15 @@ def main() -> None:
     commit = adapter.commit(Path(__file__).parent)  # now: the code is imported, files may change
     official = adapter.load(options.official)
     study = STUDIES[options.data]
-    columns = study.categorical or tuple(
-        name for name in pq.read_schema(options.train).names if name not in study.labels
-    )
-    schema = Schema(
-        labels=dict.fromkeys(study.labels, "binary"),
-        categorical=columns,
-        group=study.group,
-        min_count=study.min_count,
-    )
-    encoding = data.fit_encoding(options.train, schema)
+    columns = schema(study, options.train)
+    encoding = data.fit_encoding(options.train, columns)
     splits = (data.load(options.train, encoding), data.load(options.valid, encoding))
     settings = {
         "official": {"repository": adapter.REPOSITORY, "commit": official.commit},
         "paired": options.paired,
         "train": describe(options.train, splits[0]),
         "valid": describe(options.valid, splits[1]),
-        "schema": schema.to_dict(),
+        "schema": columns.to_dict(),
         "vocabulary_rows": sum(encoding.vocab_sizes.values()),
         "network": study.network,
         "training": study.training,

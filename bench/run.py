@@ -3,7 +3,7 @@
     python -m bench.run --json bench/results/kernels_cpu.json [--official PATH]
     python -m bench.run --table bench/results/kernels_cpu.json
     python -m bench.run --json bench/results/steps_cpu.json --settings tiktok tall \\
-        --ops embedding_step embedding_step_l2
+        --ops embedding_step embedding_step_l2 catch_up_l2
 
 Each op of bench/cases.py is timed by pytest-benchmark (bench/test_ops.py). On the CPU everything
 runs twice, each time in a process of its own: with the allocator as it comes, and with glibc's kept
@@ -24,6 +24,7 @@ import importlib.util
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -37,7 +38,7 @@ from xml.etree import ElementTree
 
 import torch
 
-from bench import cases, memory
+from bench import cases, memory, steps
 from bench import official as adapter
 from bench.parity import processor, write
 
@@ -55,6 +56,7 @@ RUNS: dict[str, dict[str, dict[str, str]]] = {
         "cuda": {"STEM_FAST_BACKEND": "cuda"},
     },
 }
+OPS = {**cases.OPS, **steps.OPS}  # the latter have a results file of their own
 KEY = ("setting", "op", "contender")  # what tells a result
 PACKAGES = ("stem_fast", "torch", "triton", "numpy", "fbgemm-gpu-cpu", "pytest-benchmark")
 
@@ -201,9 +203,9 @@ def machine(device: str, threads: int) -> dict[str, Any]:
     return found
 
 
-def versions() -> dict[str, str]:
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for name in PACKAGES:
+    for name in packages:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -268,13 +270,16 @@ def markdown(table: Sequence[Sequence[str]]) -> str:
 
 def text(report: Mapping[str, Any]) -> str:
     """A report in Markdown."""
-    return "\n\n".join([title(report), *map(markdown, tables(report)), ""])
+    return "\n\n".join([title(report, others(report)), *map(markdown, tables(report)), ""])
 
 
-def title(report: Mapping[str, Any]) -> str:
+def others(report: Mapping[str, Any]) -> float:
+    return max(run["others_cores"] for run in report["runs"].values())
+
+
+def title(report: Mapping[str, Any], others: float) -> str:
     about, found = report["machine"], report["versions"]
     where = about.get("gpu") or f"{about['processor']}, {about['threads']} threads"
-    others = max(run["others_cores"] for run in report["runs"].values())
     return (
         f"{where}, torch {found['torch']}, commit {report['commit']}, {report['date']}; "
         f"other programs kept {others} cores busy"
@@ -287,7 +292,7 @@ def show(report: Mapping[str, Any]) -> None:
 
     # A log gets whole rows, however long.
     console = Console(width=None if sys.stdout.isatty() else 200)
-    console.print(title(report))
+    console.print(title(report, others(report)))
     for head, *body in tables(report):
         table = Table(*head)
         for row in body:
@@ -300,7 +305,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--json", type=Path, help="run, and write results to this file")
     what.add_argument("--table", type=Path, nargs="+", help="print Markdown from result files")
-    parser.add_argument("--ops", nargs="+", choices=cases.OPS, default=list(cases.DEFAULT_OPS))
+    parser.add_argument("--ops", nargs="+", choices=OPS, default=list(cases.OPS))
     parser.add_argument(
         "--settings", nargs="+", choices=cases.SETTINGS, default=list(cases.DEFAULT_SETTINGS)
     )
@@ -321,6 +326,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def command(module: str, arguments: Sequence[str], options: argparse.Namespace) -> str:
+    """The command line, without the paths of this machine."""
+    names = {"json": "FILE", "plot": "FILE.png", "official": "PATH", "train": "A", "valid": "B"}
+    paths = {str(getattr(options, name, None)): short for name, short in names.items()}
+    quoted = (paths.get(a) or shlex.quote(a) for a in arguments)
+    return " ".join([f"python -m {module}", *quoted])
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 1 if a result was wrong or a contender or a process failed."""
     options = parse(arguments)
@@ -328,11 +341,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for path in options.table:
             print(text(json.loads(path.read_text(encoding="utf-8"))))
         return 0
-    # Without the paths of this machine.
-    paths = {str(options.json): "FILE", str(options.official): "PATH"}
-    given = [paths.get(a, a) for a in (sys.argv[1:] if arguments is None else arguments)]
+    given = sys.argv[1:] if arguments is None else arguments
     report: dict[str, Any] = {
-        "command": " ".join(["python -m bench.run", *given]),
+        "command": command("bench.run", given, options),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": adapter.commit(ROOT),
         "machine": machine(options.device, options.threads),

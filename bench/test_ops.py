@@ -25,7 +25,7 @@ from bench import cases, run
 
 class Options(NamedTuple):
     settings: tuple[str, ...] = cases.DEFAULT_SETTINGS
-    ops: tuple[str, ...] = tuple(cases.OPS)
+    ops: tuple[str, ...] = tuple(run.OPS)
     contenders: tuple[str, ...] = ()  # empty: all
     device: str = "cpu"
     threads: int = 2
@@ -62,7 +62,7 @@ class CudaMoment:
 
 @functools.lru_cache(maxsize=1)  # the tests come case by case
 def entry(setting: str, op: str) -> Entry:
-    return Entry(cases.OPS[op](cases.SETTINGS[setting], OPTIONS.device), {}, set())
+    return Entry(run.OPS[op](cases.SETTINGS[setting], OPTIONS.device), {}, set())
 
 
 @functools.cache
@@ -76,7 +76,7 @@ def pytest_generate_tests(metafunc: Any) -> None:
     for setting in OPTIONS.settings:
         for op in OPTIONS.ops:
             # Names are needed before any input is made: those of the smallest setting.
-            tiny = cases.OPS[op](cases.SETTINGS["tiny"], "cpu")
+            tiny = run.OPS[op](cases.SETTINGS["tiny"], "cpu")
             chosen = {cases.OURS, *tiny.ceilings, *(OPTIONS.contenders or tiny.contenders)}
             names = [name for name in tiny.contenders if name in chosen]
             for block in range(OPTIONS.blocks):
