@@ -388,7 +388,7 @@ std::tuple<Tensor, Tensor> mixture_expert_backward(const std::vector<Tensor>& gr
     grads.push_back(torch::stable::contiguous(grad));
   }
   const auto learn = bits(learn_in);
-  Tensor dy = empty_kept(y, {s.batch, s.width}, kScratch);
+  Tensor dy = empty_kept(y, {s.batch, s.width}, kOutput);
   Tensor dp = torch::stable::new_empty(p, {s.gates, s.batch});
   for_type(y.scalar_type(), "mixture", [&](auto zero) {
     using T = decltype(zero);
