@@ -476,7 +476,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--official", help="a checkout of the official code")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(DEFAULT_SETTINGS))
     parser.add_argument("--what", nargs="+", choices=WHAT, help="default: all there is data for")
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument(
+        "--contenders",
+        nargs="+",
+        choices=CONTENDERS,
+        default=list(CONTENDERS),
+        metavar="NAME",
+        help=f"of {'; '.join(CONTENDERS)}",
+    )
     parser.add_argument("--runs", nargs="+", choices=ALLOCATORS, default=list(ALLOCATORS))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--blocks", type=int, default=3, help="turns of each contender")
