@@ -54,8 +54,8 @@ def _series(line, first: tl.constexpr, f, h, SUM: tl.constexpr):
 
 @triton.jit
 def _leap(w, m, v, leaps, line, BETA1, EPS, KEEP, SUM):
-    """LEAP steps with L2 alone at once, by their line in the table: w, m, v, and whether that is as
-    exact as one by one. See stem_fast/optim.py."""
+    """LEAP steps with L2 alone at once, by their line in the table: w, m, v, and whether what it
+    leaves out is small. See stem_fast/optim.py."""
     mean, l2 = tl.load(line + 1).to(SUM), tl.load(line + 11).to(SUM)
     gain = 0.5 * (1 - KEEP) * tl.load(line + 13).to(SUM)
     gained = gain * w * w

@@ -125,7 +125,7 @@ INLINE V polynomial(const A* terms, V z) {
   return sum;
 }
 
-// kLeap steps with gradients decay * w at once, if that is as exact as one by one: whether it was.
+// kLeap steps with gradients decay * w at once, if what it leaves out is small: whether it was.
 template <typename A, typename V = typename Lanes<A>::type>
 INLINE bool leap(const Job& job, const double* line, Part<A>& part) {
   const A beta1 = job.beta1, new1 = 1 - job.beta1, eps = job.eps;

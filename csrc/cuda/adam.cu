@@ -93,7 +93,7 @@ __device__ A series(const double* c, A f, A h) {
   return f * (c0 - h * (c1 - h * (c2 - h * c3)));
 }
 
-// kLeap steps with gradients decay * w at once, if that is as exact as one by one: whether it was.
+// kLeap steps with gradients decay * w at once, if what it leaves out is small: whether it was.
 template <typename T, typename S, typename A, int n>
 __device__ bool leap(const Adam<T, S>& a, const double* line, Elements<A, n>& e) {
   const double* terms = a.leaps;
