@@ -18,8 +18,9 @@ training) the sum is made term by term.
 
 With L2 a row that misses steps has the gradient ``weight_decay * w``, and they are made in
 registers until nothing moves any more: in float32 sixteen at a time (a *leap*), where what is left
-out stays below 1e-5 of the largest entry, else one by one, as in float64 always. With ``c = lr_j / (sqrt(v) x_j + eps)`` held at its mean over the leap and
-``z = c * weight_decay``, sixteen steps are the 16th power of
+out stays below 1e-5 of the largest entry, else one by one, as in float64 always. With
+``c = lr_j / (sqrt(v) x_j + eps)`` held at its mean over the leap and ``z = c * weight_decay``,
+sixteen steps are the 16th power of
 
     (w, m) -> (w - c m', m'),   m' = beta1 m + (1 - beta1) weight_decay w
 
