@@ -262,7 +262,7 @@ def _constants(
         "DECOUPLED": decoupled,
         "L2": l2,
         "SUM": tl.float64 if wide else tl.float32,
-        "BLOCK": min(triton.next_power_of_2(weight.shape[1]), 512),
+        "BLOCK": min(triton.next_power_of_2(weight.shape[1]), 256),
         "num_warps": 1 if weight.shape[1] <= 128 else 4,
     }
 
