@@ -47,6 +47,8 @@ SCHEMAS = {
     "adam_rows": "(Tensor(a!) weight, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) last,"
     " Tensor? rows, Tensor? grad, Tensor steps, Tensor leaps, Tensor clock, float beta1,"
     " float beta2, float eps, bool decoupled, bool l2) -> ()",
+    "adam_schedule": "(Tensor(a!) steps, Tensor(b!) clock, Tensor options, float beta1,"
+    " float beta2, bool decoupled, bool l2) -> ()",
     "sgd_rows": "(Tensor(a!) weight, Tensor(b!)? momentum_buffer, Tensor(c!) last, Tensor? rows,"
     " Tensor? grad, Tensor steps, Tensor clock) -> ()",
     "adagrad_rows": "(Tensor(a!) weight, Tensor(b!) sum, Tensor? rows, Tensor grad, Tensor options,"
@@ -282,7 +284,7 @@ def _adam_rows_fake(*arguments: Any) -> None:
     """Everything is changed in place."""
 
 
-_sgd_rows_fake = _adagrad_rows_fake = _adam_rows_fake
+_adam_schedule_fake = _sgd_rows_fake = _adagrad_rows_fake = _adam_rows_fake
 
 
 def _mixture_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -40,12 +40,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stem_fast import ops
+from stem_fast import ops, reference
 from stem_fast.layers import EmbeddingArena
 
-MOMENTS = 7  # of x_j, the zeroth included
-COLUMNS = 4 + MOMENTS
-SPENT = 2.0**-60  # momentum of which so little is left moves nothing
 LEAP = 16  # steps
 TERMS = 8  # of a polynomial of leaps; what is left out is below float32's rounding
 POLYNOMIALS = 3
@@ -63,7 +60,8 @@ class Schedule:
     2  ``weight_decay``; decoupled: ``1 - lr * weight_decay``
     3  decoupled: the product of column 2 since ``base``; else 1
     4  and on: for rows that made step t and none since, the sums over j of
-       ``a_j * (x_j - x_1)^p``, p = 0 .. 6, decoupled: of ``a_j`` over the product up to there.
+       ``a_j * (x_j - x_1)^p``, p = 0 .. 6, decoupled: of ``a_j`` over the product up to there; zero
+       with L2, which does not need them.
 
     ``leaps`` is float64 [3 + N // 16, 22]. Lines 0 .. 2 hold the coefficients of
     :func:`leap_polynomials`; line ``3 + i // 16`` tells of the steps ``base + i + 1 ..
@@ -87,7 +85,7 @@ class Schedule:
 
     def __init__(self, betas: tuple[float, float], step: int, device: torch.device) -> None:
         self.betas = betas
-        self.steps = torch.zeros(1024, COLUMNS, dtype=torch.float64, device=device)
+        self.steps = torch.zeros(1024, 4 + reference.MOMENTS, dtype=torch.float64, device=device)
         self.steps[0, 3] = 1
         size = POLYNOMIALS + len(self.steps) // LEAP, LEAP_COLUMNS
         self.leaps = torch.full(size, math.inf, dtype=torch.float64, device=device)
@@ -95,11 +93,6 @@ class Schedule:
         self.clock = torch.tensor([step, step], device=device)
         self.made = 0  # steps since the flush, as far as the host knows
         self.l2 = False  # whether coupled weight decay was above 0 in one of them
-        longest = math.log(SPENT) / math.log(betas[0]) if betas[0] else 1
-        age = torch.arange(1, int(longest) + 2, dtype=torch.float64, device=device)
-        self._age, self._momentum = age.long(), betas[0] ** age
-        self._root = betas[1] ** (age / 2)
-        self._powers = torch.arange(MOMENTS, device=device)
         age = torch.arange(1, LEAP + 1, dtype=torch.float64, device=device)
         self._leap_momentum, self._leap_root = betas[0] ** age, betas[1] ** (age / 2)
         lag = age[:, None] - age
@@ -115,28 +108,14 @@ class Schedule:
             self.steps = torch.cat([self.steps, torch.zeros_like(self.steps)])
             more = torch.full_like(self.leaps[POLYNOMIALS:], math.inf)
             self.leaps = torch.cat([self.leaps, more])
-        steps, clock = self.steps, self.clock
-        beta1, beta2 = self.betas
-        clock[1] += 1
-        line = clock[1:] - clock[:1]  # not a scalar: an index of those would be waited for
-        t = clock[1:].double()
-        lr = torch.zeros_like(t) + lr
-        decay = torch.zeros_like(t) + weight_decay
-        if decoupled:
-            decay = 1 - lr * decay
-        left = steps[line - 1, 3] * decay if decoupled else torch.ones_like(t)
-        size, root = lr / (1 - beta1**t), (1 - beta2**t).rsqrt()
-        blank = torch.zeros(MOMENTS, dtype=torch.float64, device=clock.device)
-        steps.index_copy_(0, line, torch.cat([size, root, decay, left, blank])[None])
-        # The lines of rows that made their last step not too long ago gain a term.
-        start = (line - self._age).clamp(min=0)
-        weight = torch.where(self._age <= line, size * self._momentum / left, 0) * steps[start, 3]
-        distance = self._root * root - self._root[0] * steps[start + 1, 1]
-        terms = weight[:, None] * distance[:, None] ** self._powers
-        steps[:, 4:].index_add_(0, start, terms)
+        options = _options(self.steps, lr, weight_decay)
+        torch.ops.stem_fast.adam_schedule(
+            self.steps, self.clock, options, *self.betas, decoupled, self.l2
+        )
         # A CUDA graph does not count its steps: there the newest leap is written while it grows.
-        if self.l2 and (self.made % LEAP == 0 or clock.is_cuda):
-            self._write_leap(line)
+        if self.l2 and (self.made % LEAP == 0 or self.clock.is_cuda):
+            # Not a scalar: an index of those would be waited for.
+            self._write_leap(self.clock[1:] - self.clock[:1])
 
     def _write_leap(self, line: Tensor) -> None:
         """The leap that a line [1] belongs to."""
@@ -149,7 +128,7 @@ class Schedule:
         mean_x = (share * x).sum()
         d = x / mean_x - 1
         mean, bend, l2 = total / LEAP, (size * d * d).sum() / LEAP, (share * decay).sum()
-        powers = d[:, None] ** self._powers[:4]
+        powers = d[:, None] ** torch.arange(4, device=d.device)
         lagged = self._leap_lag @ decay
         fast, pull = (size * self._leap_momentum) @ powers, (size * lagged) @ powers
         # What c at its mean makes of them is in the powers of the matrix.

@@ -11,11 +11,15 @@ K gates, I and O the widths of a layer's input and output, H the width of an exp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+MOMENTS = 7  # of the steps that a row has missed, see adam_schedule; the zeroth included
+SPENT = 2.0**-60  # momentum of which so little is left moves nothing
 
 
 def lookup(
@@ -412,6 +416,46 @@ def adam_rows(
     for table, changed in ((weight, w), (exp_avg, m), (exp_avg_sq, v)):
         table[rows] = changed.to(table.dtype)
     last[rows] = now
+
+
+def adam_schedule(
+    steps: Tensor,
+    clock: Tensor,
+    options: Tensor,
+    beta1: float,
+    beta2: float,
+    decoupled: bool,
+    l2: bool,
+) -> None:
+    """A new step in the table that :func:`adam_rows` reads; see :class:`stem_fast.optim.Schedule`.
+
+    Args:
+        steps: float64 [N, 11]: a line is written, and the sums of lines before it grow.
+        clock: int64 [2], (base, now): now grows by 1, and stays below ``base + N``.
+        options: float64 [2], the step's lr and weight_decay.
+        beta1, beta2, decoupled: as in ``torch.optim.Adam``.
+        l2: leaves the sums alone, for they tell of rows without any gradient.
+    """
+    clock[1] += 1
+    line = clock[1:] - clock[:1]  # not a scalar: an index of those would be waited for
+    t = clock[1:].double()
+    lr, decay = options[:1], options[1:]
+    if decoupled:
+        decay = 1 - lr * decay
+    left = steps[line - 1, 3] * decay if decoupled else torch.ones_like(t)
+    size, root = lr / (1 - beta1**t), (1 - beta2**t).rsqrt()
+    blank = t.new_zeros(MOMENTS)
+    steps.index_copy_(0, line, torch.cat([size, root, decay, left, blank])[None])
+    if l2:
+        return
+    # The lines of rows that made their last step not too long ago gain a term.
+    longest = math.log(SPENT) / math.log(beta1) if beta1 else 1
+    age = torch.arange(1, int(longest) + 2, device=t.device)
+    start = (line - age).clamp(min=0)
+    weight = torch.where(age <= line, size * beta1 ** age.double() / left, 0) * steps[start, 3]
+    distance = beta2 ** (age / 2) * root - beta2**0.5 * steps[start + 1, 1]
+    terms = weight[:, None] * distance[:, None] ** torch.arange(MOMENTS, device=t.device)
+    steps[:, 4:].index_add_(0, start, terms)
 
 
 def sgd_rows(

@@ -126,46 +126,58 @@ INLINE V polynomial(const A* terms, V z) {
 }
 
 // kLeap steps with gradients decay * w at once, if what it leaves out is small: whether it was.
+// In three loops, short enough that the processor works on all of a loop's turns at a time.
 template <typename A, typename V = typename Lanes<A>::type>
 INLINE bool leap(const Job& job, const double* line, Part<A>& part) {
-  const A beta1 = job.beta1, new1 = 1 - job.beta1, eps = job.eps;
-  const A keep = job.keep, new2 = 1 - job.keep;
+  constexpr int n = Part<A>::n;
+  const A beta1 = job.beta1, new1 = 1 - job.beta1, keep = job.keep, eps = job.eps;
   const auto& terms = job.terms;
   A c[kLeapColumns];
   for (int i = 0; i < kLeapColumns; ++i) c[i] = line[i];
   const A *fast = c + kFast, *pull = c + kPull, *second = c + kSecond;
-  const A gain = A(0.5) * new2 * c[kSquare], l2 = c[kL2];
-  Part<A> next;
+  const A gain = A(0.5) * (1 - job.keep) * c[kSquare], l2 = c[kL2];
+  V f[n], h[n], rate[n], own[n], slope[n], u[n], du[n], dr[n], db[n];
   auto exact = part.w[0] == part.w[0];
-  for (int i = 0; i < Part<A>::n; ++i) {
-    const V w = part.w[i], m = part.m[i], v = part.v[i];
-    const V gained = gain * w * w, middle = v + gained;
+  for (int i = 0; i < n; ++i) {
+    const V gained = gain * part.w[i] * part.w[i], middle = part.v[i] + gained;
     const V s = root(middle) * c[kX];
-    const V f = 1 / (s + eps), h = s * f;
-    const V rate = f * (c[kMean] + h * h * c[kBend]), z = rate * l2;
+    f[i] = 1 / (s + eps);
+    h[i] = s * f[i];
+    rate[i] = f[i] * (c[kMean] + h[i] * h[i] * c[kBend]);
     // How the rate bends by what v gains, and altogether.
-    const V grown = h * gained / (middle + std::numeric_limits<A>::min());
-    const V own = grown * A(-1.0 / kLeap), slope = own + c[kSlope] - h * c[kSlopeX];
-    const V du = polynomial<1>(terms[kU], z), u = terms[kU][0] + z * du;
-    const V dr = polynomial<1>(terms[kR], z), db = z * polynomial<1>(terms[kBent], z);
-    const V bent = own * terms[kBent][0] + slope * db;
-    const V w_of_m = beta1 * rate * (u + bent) +
-                     f * (fast[0] - h * (fast[1] - h * (fast[2] - h * fast[3]))) -
-                     rate * rate * second[2];
-    const V w_of_w = z * (dr + new1 * (du - u) + beta1 * bent) -
-                     f * (pull[0] - h * (pull[1] - h * (pull[2] - h * pull[3]))) +
-                     rate * rate * second[0];
-    const V late = z * slope * (terms[kBent][0] + db);
-    const V m_of_m = terms[kR][0] + z * dr - beta1 * late - rate * second[3];
-    const V m_of_w = l2 * new1 * (u - late) + c[kLate] - rate * second[1];
+    own[i] = h[i] * gained / (middle + std::numeric_limits<A>::min()) * A(-1.0 / kLeap);
+    slope[i] = own[i] + c[kSlope] - h[i] * c[kSlopeX];
+  }
+  for (int i = 0; i < n; ++i) {
+    const V z = rate[i] * l2;
+    du[i] = polynomial<1>(terms[kU], z);
+    dr[i] = polynomial<1>(terms[kR], z);
+    db[i] = z * polynomial<1>(terms[kBent], z);
+    u[i] = terms[kU][0] + z * du[i];
+  }
+  Part<A> next;
+  for (int i = 0; i < n; ++i) {
+    const V w = part.w[i], m = part.m[i], v = part.v[i], z = rate[i] * l2, r = rate[i];
+    const V bent = own[i] * terms[kBent][0] + slope[i] * db[i];
+    const V late = z * slope[i] * (terms[kBent][0] + db[i]);
+    const V w_of_m = beta1 * r * (u[i] + bent) +
+                     f[i] * (fast[0] - h[i] * (fast[1] - h[i] * (fast[2] - h[i] * fast[3]))) -
+                     r * r * second[2];
+    const V w_of_w = z * (dr[i] + new1 * (du[i] - u[i]) + beta1 * bent) -
+                     f[i] * (pull[0] - h[i] * (pull[1] - h[i] * (pull[2] - h[i] * pull[3]))) +
+                     r * r * second[0];
+    const V m_of_m = terms[kR][0] + z * dr[i] - beta1 * late - r * second[3];
+    const V m_of_w = l2 * new1 * (u[i] - late) + c[kLate] - r * second[1];
     const V to = w + (w * w_of_w - m * w_of_m);
     next.w[i] = to;
     next.m[i] = w * m_of_w + m * m_of_m;
     next.v[i] = keep * v + gain * (w * w + w * to + to * to) * A(2.0 / 3);
     const V from_w = w < 0 ? -w : w, to_w = to < 0 ? -to : to;
     const V most = from_w > to_w ? from_w : to_w, least = most > c[kMean] ? most : c[kMean] + V{};
-    const V range = h * c[kRange], all = range + grown + c[kUneven], share = h > A(0.01) ? h : A(0.01) + V{};
-    exact &= (range * range <= A(1e-3)) & (gain * most * most * share <= A(1e-4) * middle) &
+    const V range = h[i] * c[kRange], all = range - kLeap * own[i] + c[kUneven];
+    const V share = h[i] > A(0.01) ? h[i] : A(0.01) + V{};
+    exact &= (range * range <= A(1e-3)) &
+             (gain * most * most * share <= A(1e-4) * (v + gain * w * w)) &
              (all * all * z * most <= A(1e-6) * least) & (z <= A(0.2));
   }
   if (any(!exact)) return false;
@@ -376,11 +388,25 @@ void adam_rows(const Tensor& weight, const Tensor& exp_avg, const Tensor& exp_av
   const int64_t count = rows ? rows->numel() : size;
   const auto* row = rows ? static_cast<const int64_t*>(rows->const_data_ptr()) : nullptr;
   if (row) check_rows("adam_rows", row, count, size);
-  Job job{{weight, width}, {exp_avg, width}, {exp_avg_sq, width},
-                made, row, gradient ? &*gradient : nullptr,
-                static_cast<const double*>(steps.const_data_ptr()),
-                static_cast<const double*>(leaps.const_data_ptr()), now[0], now[1], width,
-                beta1, beta2, std::log2(beta1), std::log2(beta2), eps, std::pow(beta2, kLeap), decoupled, l2,
+  Job job{{weight, width},
+          {exp_avg, width},
+          {exp_avg_sq, width},
+          made,
+          row,
+          gradient ? &*gradient : nullptr,
+          static_cast<const double*>(steps.const_data_ptr()),
+          static_cast<const double*>(leaps.const_data_ptr()),
+          now[0],
+          now[1],
+          width,
+          beta1,
+          beta2,
+          std::log2(beta1),
+          std::log2(beta2),
+          eps,
+          std::pow(beta2, kLeap),
+          decoupled,
+          l2,
           {}};
   for (int i = 0; i < kPolynomials; ++i) {
     for (int p = 0; p < kTerms; ++p) {
@@ -395,7 +421,48 @@ void adam_rows(const Tensor& weight, const Tensor& exp_avg, const Tensor& exp_av
   });
 }
 
+// A new line of the table of steps; see reference.adam_schedule.
+void adam_schedule(const Tensor& steps, const Tensor& clock, const Tensor& options, double beta1,
+                   double beta2, bool decoupled, bool l2) {
+  STD_TORCH_CHECK(steps.dim() == 2 && steps.size(1) == kColumns && steps.is_contiguous() &&
+                      steps.scalar_type() == ScalarType::Double,
+                  "adam_schedule: steps must be contiguous float64 [N, ",
+                  static_cast<int64_t>(kColumns), "]");
+  STD_TORCH_CHECK(clock.numel() == 2 && clock.is_contiguous() &&
+                      clock.scalar_type() == ScalarType::Long,
+                  "adam_schedule: clock must be contiguous int64 [2]");
+  STD_TORCH_CHECK(options.numel() == 2 && options.is_contiguous() &&
+                      options.scalar_type() == ScalarType::Double,
+                  "adam_schedule: options must be contiguous float64 [2]");
+  auto* now = static_cast<int64_t*>(clock.mutable_data_ptr());
+  const int64_t line = now[1] + 1 - now[0];
+  STD_TORCH_CHECK(line > 0 && line < steps.size(0), "adam_schedule: line ", line,
+                  " of a table of ", steps.size(0));
+  const auto* option = static_cast<const double*>(options.const_data_ptr());
+  const double t = static_cast<double>(++now[1]), root2 = std::sqrt(beta2);
+  auto* own = static_cast<double*>(steps.mutable_data_ptr()) + line * kColumns;
+  std::fill(own, own + kColumns, 0);
+  own[kSize] = option[0] / (1 - std::pow(beta1, t));
+  own[kRoot] = 1 / std::sqrt(1 - std::pow(beta2, t));
+  own[kDecay] = decoupled ? 1 - option[0] * option[1] : option[1];
+  own[kLeft] = decoupled ? own[kLeft - kColumns] * own[kDecay] : 1;
+  if (l2) return;
+  // The lines of rows that made their last step not too long ago gain a term.
+  double momentum = beta1, second = root2;
+  double* start = own - kColumns;
+  for (int64_t age = 1; age <= line && momentum > kSpent; ++age, start -= kColumns) {
+    const double distance = second * own[kRoot] - root2 * start[kColumns + kRoot];
+    double term = own[kSize] * momentum / own[kLeft] * start[kLeft];
+    for (int p = kMoments; p < kColumns; ++p, term *= distance) start[p] += term;
+    momentum *= beta1;
+    second *= root2;
+  }
+}
+
 }  // namespace
 
-// The schema is defined in stem_fast/ops.py.
-STABLE_TORCH_LIBRARY_IMPL(stem_fast, CPU, m) { m.impl("adam_rows", TORCH_BOX(&adam_rows)); }
+// The schemas are defined in stem_fast/ops.py.
+STABLE_TORCH_LIBRARY_IMPL(stem_fast, CPU, m) {
+  m.impl("adam_rows", TORCH_BOX(&adam_rows));
+  m.impl("adam_schedule", TORCH_BOX(&adam_schedule));
+}
