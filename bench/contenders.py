@@ -610,6 +610,9 @@ CONTENDERS: dict[str, Entry] = {
     f"{OURS}, bf16": Entry(
         functools.partial(Ours, training={"precision": "bf16"}), "stem", "official", _TRAINING
     ),
+    f"{OURS}, recompute": Entry(
+        functools.partial(Ours, training={"recompute": True}), "stem", "official", _TRAINING
+    ),
     f"{OURS}, compiled": Entry(
         functools.partial(Ours, inference={}), "stem", "official", ("inference",)
     ),

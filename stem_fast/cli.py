@@ -199,6 +199,9 @@ def fit(
         _Text,
         _flag(_TRAINING, "of products: fp32, tf32, bf16; or fp64", default=_OFFICIAL.precision),
     ] = None,
+    recompute: Annotated[
+        _Bool, _flag(_TRAINING, "less memory, more time", "--recompute/--no-recompute")
+    ] = None,
     device: Annotated[_Text, _flag(_TRAINING, "auto, cpu, cuda or cuda:N", default="auto")] = None,
 ) -> None:
     """Train a model with early stopping and keep its best weights in a run folder."""

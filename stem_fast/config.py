@@ -162,6 +162,7 @@ _TRAINING: dict[str, Check] = {
     "seed": _integer(0, 2**63 - 1),
     "task_weights": _list_of(_NOT_NEGATIVE),
     "precision": _precision,
+    "recompute": _boolean,
 }
 _SCHEMA = tuple(field.name for field in dataclasses.fields(Schema))
 KEYS = (*_FILES, *_SCHEMA, "pooling", "model", *_NETWORK, *_TRAINING)
@@ -185,6 +186,8 @@ class TrainingConfig:
     task_weights           factor on each task's loss; None: all 1
     precision              of matrix products: fp32, tf32 (CUDA) or bf16, or all in fp64, see
                            :mod:`stem_fast.precision`
+    recompute              make the layers' outputs again in the backward pass instead of keeping
+                           them: less memory, more time, see ``STEMNet.forward``
 
     Raises DataError for a value of another type or out of range.
     """
@@ -201,6 +204,7 @@ class TrainingConfig:
     seed: int = 2023
     task_weights: tuple[float, ...] | None = None
     precision: str = "fp32"
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         for key, check in _TRAINING.items():

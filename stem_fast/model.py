@@ -10,14 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from stem_fast import fuxictr, ops, reference
 from stem_fast.experts import expert_mixture
 from stem_fast.inference import Inference
-from stem_fast.layers import EmbeddingArena, GroupedMLP
+from stem_fast.layers import EmbeddingArena, GroupedBatchNorm, GroupedMLP
 
 Sequences = Mapping[str, Tensor | tuple[Tensor, Tensor]]
 Added = dict[tuple[int, ...], Tensor]  # inputs -> their sum
+RECOMPUTED = 1024  # rows whose outputs are made again together
 
 
 @dataclass(frozen=True)
@@ -203,7 +205,12 @@ class STEMNet(nn.Module):
                 raise ValueError(f"task {task!r}: kind {kind!r} is not binary or regression")
 
     def forward(
-        self, ids: Tensor, numeric: Tensor | None = None, sequences: Sequences | None = None
+        self,
+        ids: Tensor,
+        numeric: Tensor | None = None,
+        sequences: Sequences | None = None,
+        *,
+        recompute: bool = False,
     ) -> Tensor:
         """Logits (for regression tasks: values) [B, T].
 
@@ -212,12 +219,32 @@ class STEMNet(nn.Module):
             numeric: float [B, N], columns in the order of ``numeric``.
             sequences: name -> padded ids [B, L] (0 = padding), or jagged (values [n],
                 offsets [B+1]).
+            recompute: keep no outputs of layers for the backward pass, which makes them again for
+                ``RECOMPUTED`` rows at a time: less memory for a third more products.
 
         Raises:
             IndexError: an id outside its field's vocabulary (names the field, id, row and size).
             ValueError, TypeError: inputs of another shape, type or set of names.
+            ValueError: ``recompute`` with batch norm or Dice, which look at the whole batch.
         """
-        return self._run(ids, numeric, sequences)[0]
+        if not recompute:
+            return self._run(ids, numeric, sequences)[0]
+        if any(isinstance(module, GroupedBatchNorm) for module in self.modules()):
+            raise ValueError("recompute is on: give a model without batch norm and Dice")
+        inputs, added = self._inputs(ids, numeric, sequences)
+
+        def part(*tensors: Tensor) -> Tensor:
+            first, sums = list(tensors[: len(inputs)]), tensors[len(inputs) :]
+            parts = self.experts, self.gate_mlps, self.towers
+            return self._network(first, dict(zip(added, sums, strict=True)), *parts)[0]
+
+        random = self.training and self.config["net_dropout"] > 0
+        parts = zip(*(t.split(RECOMPUTED) for t in (*inputs, *added.values())), strict=True)
+        logits = [
+            checkpoint(part, *rows, use_reentrant=False, preserve_rng_state=random)
+            for rows in parts
+        ]
+        return torch.cat(logits)
 
     def _run(
         self, ids: Tensor, numeric: Tensor | None, sequences: Sequences | None

@@ -152,7 +152,7 @@ def train_step(
 def _backward(model: STEMNet, batch: Batch, config: TrainingConfig) -> Tensor:
     """The loss, the table's L2 term left out, as a detached scalar; and every gradient of it."""
     with autocast(config.precision, batch.ids.device):
-        logits = model(batch.ids, batch.numeric, batch.sequences)
+        logits = model(batch.ids, batch.numeric, batch.sequences, recompute=config.recompute)
     assert batch.labels is not None
     loss = model.loss(
         logits,
@@ -218,13 +218,13 @@ def fit(
     Calls ``on_step(rows)`` after a step, ``on_best(model)`` after an epoch that improved, then
     ``on_epoch(record)``. The model's weights and dropout come from torch's global generator: seed
     that before building the model to make a run repeatable.
-    Raises DataError for a monitor, task weights or a precision that do not fit, TrainingError for a
-    loss or a prediction that is not finite.
+    Raises DataError for a monitor, task weights, a precision or ``recompute`` that do not fit,
+    TrainingError for a loss or a prediction that is not finite.
     """
     kinds = task_kinds(model)
     monitor = check(config, kinds)
     check_precision(config.precision, device)
-    _refuse_lone_row(model, len(train), config.batch_size)
+    _refuse_batch_norm(model, len(train), config)
     # Whether a metric is defined depends on labels alone: say so before training, not after.
     monitor.value(score(np.full((len(valid), len(kinds)), 0.5), valid, kinds))
 
@@ -383,11 +383,15 @@ def task_kinds(model: STEMNet) -> dict[str, str]:
     return {task: model.config["kinds"][task] for task in model.config["tasks"]}
 
 
-def _refuse_lone_row(model: STEMNet, rows: int, batch_size: int) -> None:
-    """Batch norm has no variance over one row, and would stop in the middle of an epoch."""
-    normed = any(isinstance(module, GroupedBatchNorm) for module in model.modules())
-    if normed and 1 in (batch_size, rows % batch_size):
+def _refuse_batch_norm(model: STEMNet, rows: int, config: TrainingConfig) -> None:
+    """Batch norm has no variance over one row, and would stop in the middle of an epoch; and its
+    statistics are of the whole batch, which ``recompute`` cuts."""
+    if not any(isinstance(module, GroupedBatchNorm) for module in model.modules()):
+        return
+    if 1 in (config.batch_size, rows % config.batch_size):
         raise DataError(
             f"batch_norm needs two rows a batch, and {rows} training rows in batches of "
-            f"{batch_size} leave one alone: choose another --batch-size."
+            f"{config.batch_size} leave one alone: choose another --batch-size."
         )
+    if config.recompute:
+        raise DataError("recompute is True, and the model has batch norm (or Dice): give one up.")

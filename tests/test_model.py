@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stem_fast import MODELS, PLE, MMoE, SharedBottom, SingleTask, STEMNet, reference
+from stem_fast import model as model_module
 
 VOCAB = {"user": 6, "item": 9}
 TASKS = ["click", "like", "follow"]
@@ -179,6 +180,55 @@ def test_ple_and_mmoe_gates_see_what_they_should() -> None:
     (weights,) = small("mmoe").gates(ids())
     assert (weights > 0).all()
     assert small("ple").embedding.weight.shape[1] == SMALL["embedding_dim"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("rows", [0, 1, 11])
+def test_recompute_changes_nothing_but_memory(
+    name: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_module, "RECOMPUTED", 4)
+    model = small(name, num_layers=2) if name == "stem" else small(name)
+    forward = model._network
+    parts: list[int] = []
+
+    def counted(inputs: list[Tensor], *rest: Any) -> Any:
+        parts.append(len(inputs[0]))
+        return forward(inputs, *rest)
+
+    monkeypatch.setattr(model, "_network", counted)
+    found = []
+    for recompute in (False, True):
+        model.zero_grad()
+        logits = model(ids(rows), recompute=recompute)
+        logits.square().sum().backward()
+        found.append([logits, *(p.grad for p in model.parameters())])
+    for kept, again in zip(*found, strict=True):
+        torch.testing.assert_close(again, kept, rtol=0, atol=1e-11)
+    assert parts[0] == rows
+    assert max(parts[1:]) <= 4
+    assert sum(parts[1:]) == 2 * rows, "forward and once more in the backward pass"
+
+
+def test_recompute_repeats_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small(net_dropout=0.5).train()
+
+    def gradients() -> list[Tensor | None]:
+        torch.manual_seed(4)
+        model.zero_grad()
+        model(ids(), recompute=True).square().sum().backward()
+        return [p.grad for p in model.parameters()]
+
+    again = gradients()
+    monkeypatch.setattr(model_module, "checkpoint", lambda part, *rows, **_: part(*rows))
+    for kept, repeated in zip(gradients(), again, strict=True):
+        torch.testing.assert_close(repeated, kept, rtol=0, atol=1e-11)
+
+
+def test_recompute_refuses_batch_norm() -> None:
+    for options in ({"batch_norm": True}, {"hidden_activations": "dice"}):
+        with pytest.raises(ValueError, match="recompute is on"):
+            small(**options)(ids(), recompute=True)
 
 
 def test_gates_are_mean_weights_with_names() -> None:

@@ -510,6 +510,20 @@ def test_batch_norm_refuses_a_row_alone(rows: int, batch_size: int) -> None:
         train.fit(model, data, data, config(batch_size=batch_size))
 
 
+def test_recompute_trains_alike_and_refuses_batch_norm() -> None:
+    data = tiny_data(60)
+    states = []
+    for recompute in (False, True):
+        model = tiny_model().double()
+        options = config(recompute=recompute, precision="fp64", epochs=1)
+        train.fit(model, data, data, options)
+        states.append(model.state_dict())
+    for kept, again in zip(*(state.values() for state in states), strict=True):
+        torch.testing.assert_close(again, kept, rtol=0, atol=1e-12)
+    with pytest.raises(DataError, match="recompute is True, and the model has batch norm"):
+        train.fit(tiny_model(batch_norm=True), data, data, config(recompute=True))
+
+
 @pytest.mark.parametrize(
     ("key", "value", "rule"),
     [
