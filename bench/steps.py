@@ -200,7 +200,7 @@ def catch_up_l2(setting: Setting, device: str) -> Case:
     start = (torch.randn_like(grad) * RATE, 0.1 * grad, 0.001 * grad.square())
     schedule = Schedule((0.9, 0.999), 1000, torch.device(device))
     for _ in range(MISSED):
-        schedule.advance(RATE, decay, decoupled=False)
+        schedule.advance(RATE, decay, EPS, decoupled=False)
     last = torch.full((count,), 1000, dtype=torch.int32)
 
     def arguments(tables: tuple[Tensor, ...], leaps: Tensor) -> tuple[Any, ...]:

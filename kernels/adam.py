@@ -10,8 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-COLUMNS = tl.constexpr(11)  # of the table of steps, see stem_fast.optim.Schedule
-MOMENTS = tl.constexpr(4)  # the first of them
+COLUMNS = tl.constexpr(17)  # of the table of steps, see stem_fast.optim.Schedule
+MOMENTS = tl.constexpr(4)  # the first of them; with L2 of the series in their place
+POWERS = tl.constexpr(7)
+MOST = tl.constexpr(16)
+STEEPEST = tl.constexpr(1e6)  # of these series
+UNKNOWN = tl.constexpr(2.0**100)  # in place of the most, where they are not known
 SPENT = tl.constexpr(2.0**-60)  # momentum of which so little is left moves nothing
 LEAP = tl.constexpr(16)  # steps
 TERMS = tl.constexpr(8)  # of each polynomial of leaps
@@ -94,6 +98,28 @@ def _leap(w, m, v, leaps, line, BETA1, EPS, KEEP, SUM):
 
 
 @triton.jit
+def _value(column, size, SUM: tl.constexpr):
+    """Value of a series of four terms, from its first column, at each size."""
+    c2 = tl.load(column + 2).to(SUM) + size * tl.load(column + 3).to(SUM)
+    return tl.load(column).to(SUM) + size * (tl.load(column + 1).to(SUM) + size * c2)
+
+
+@triton.jit
+def _wake(w, m, v, steps, due, LOG2, SUM: tl.constexpr):
+    """Steps 1 .. due with L2 alone, where m and v are zero before: w, m, v, and whether they were,
+    and w is small enough. A weight that is zero stays, whatever v is."""
+    line = steps + due * COLUMNS
+    most = tl.load(line + MOST)
+    size = tl.abs(w)
+    known = (m == 0) & ((v == 0) | (w == 0)) & (size * most.to(SUM) <= 0.03)
+    woke = (tl.min(known.to(tl.int32)) == 1) & (most <= STEEPEST)
+    left = tl.exp2(due.to(tl.float64) * LOG2).to(SUM)
+    series = line + MOMENTS
+    new_v = v * left + w * w * _value(series + 8, size, SUM)
+    return w * _value(series, size, SUM), w * _value(series + 4, size, SUM), new_v, woke
+
+
+@triton.jit
 def _alive(w, m, LEAST):
     """Whether L2 has anything left to pull; NaN counts."""
     still = (tl.abs(w) <= LEAST) & (tl.abs(m) <= LEAST)
@@ -105,9 +131,15 @@ def _replay(w, m, v, steps, leaps, made, due, BETA1, BETA2, EPS, KEEP, LOG2, LEA
     """Steps made + 1 .. due with L2 alone, until nothing moves any more."""
     t = made
     alive = _alive(w, m, LEAST)
+    # float64 wants more digits than a series or a leap has.
+    if SUM == tl.float32:  # noqa: SIM102, SIM300
+        if made == 0:
+            new_w, new_m, new_v, woke = _wake(w, m, v, steps, due, LOG2, SUM)
+            w, m, v = tl.where(woke, new_w, w), tl.where(woke, new_m, m), tl.where(woke, new_v, v)
+            alive |= woke
+            t = tl.where(woke, due, t)
     while (t < due) & alive:
         leapt = False
-        # float64 wants more digits than a leap has.
         if SUM == tl.float32:  # noqa: SIM102, SIM300
             if (t % LEAP == 0) & (t + LEAP <= due):
                 line = leaps + (POLYNOMIALS + t // LEAP) * LEAP_COLUMNS
@@ -179,6 +211,113 @@ def _coast(
     kept = tl.load(steps + due * COLUMNS + 3) / tl.load(start + 3)
     w = kept.to(SUM) * (w - m * total)
     return w, m * tl.exp2(missed * LOG1).to(SUM), v * tl.exp2(missed * LOG2).to(SUM)
+
+
+@triton.jit
+def _product(a0, a1, a2, a3, b0, b1, b2, b3):
+    """Of two series of four terms."""
+    p2 = a0 * b2 + a1 * b1 + a2 * b0
+    return a0 * b0, a0 * b1 + a1 * b0, p2, a0 * b3 + a1 * b2 + a2 * b1 + a3 * b0
+
+
+@triton.jit
+def _four(column):
+    return tl.load(column), tl.load(column + 1), tl.load(column + 2), tl.load(column + 3)
+
+
+@triton.jit
+def _store_four(column, known, c0, c1, c2, c3):
+    tl.store(column, tl.where(known, c0, 0.0))
+    tl.store(column + 1, tl.where(known, c1, 0.0))
+    tl.store(column + 2, tl.where(known, c2, 0.0))
+    tl.store(column + 3, tl.where(known, c3, 0.0))
+
+
+@triton.jit
+def _extend(before, own, first, size, root, decay, BETA1, BETA2, EPS):
+    """reference.new_rows, from a line's columns to the next line's."""
+    w0, w1, w2, w3 = _four(before)
+    w0 = tl.where(first, 1.0, w0)
+    g0, g1, g2, g3 = decay * w0, decay * w1, decay * w2, decay * w3
+    m0, m1, m2, m3 = _four(before + 4)  # zero in the first line, as v is
+    m0, m1 = BETA1 * m0 + (1 - BETA1) * g0, BETA1 * m1 + (1 - BETA1) * g1
+    m2, m3 = BETA1 * m2 + (1 - BETA1) * g2, BETA1 * m3 + (1 - BETA1) * g3
+    s0, s1, s2, s3 = _product(g0, g1, g2, g3, g0, g1, g2, g3)
+    v0, v1, v2, v3 = _four(before + 8)
+    v0, v1 = BETA2 * v0 + (1 - BETA2) * s0, BETA2 * v1 + (1 - BETA2) * s1
+    v2, v3 = BETA2 * v2 + (1 - BETA2) * s2, BETA2 * v3 + (1 - BETA2) * s3
+    q1 = tl.sqrt(v0)
+    twice = tl.where(q1 > 0, 2 * q1, 1.0)
+    q2 = v1 / twice
+    q3 = (v2 - q2 * q2) / twice
+    q1, q2, q3 = q1 * root / EPS, q2 * root / EPS, q3 * root / EPS
+    # 1 - q + q^2 - q^3, where q has no constant term.
+    i2, i3 = q1 * q1 - q2, 2 * q1 * q2 - q3 - q1 * q1 * q1
+    m = _product(m0, m1, m2, m3, tl.full([], 1.0, tl.float64), -q1, i2, i3)
+    rate = size / EPS
+    most = tl.maximum(tl.load(before + 12), q1)
+    known = (most <= STEEPEST) & (q1 <= STEEPEST)  # NaN is not
+    _store_four(own, known, w0 - rate * m[0], w1 - rate * m[1], w2 - rate * m[2], w3 - rate * m[3])
+    _store_four(own + 4, known, m0, m1, m2, m3)
+    _store_four(own + 8, known, v0, v1, v2, v3)
+    tl.store(own + 12, tl.where(known, most, UNKNOWN))
+
+
+@triton.jit
+def _adam_schedule(
+    steps,  # [N, COLUMNS]
+    clock,  # [2]
+    options,  # [2]
+    lines,  # N
+    BETA1: tl.constexpr,
+    BETA2: tl.constexpr,
+    EPS: tl.constexpr,
+    LOG1: tl.constexpr,
+    LOG2: tl.constexpr,
+    DECOUPLED: tl.constexpr,
+    L2: tl.constexpr,
+    AGES: tl.constexpr,  # steps that a row's momentum lives, and more
+    LONGEST: tl.constexpr,  # those steps
+):
+    now = tl.load(clock + 1) + 1
+    line = now - tl.load(clock)
+    tl.store(clock + 1, now)
+    if line < lines:
+        own = steps + line * COLUMNS
+        lr, decay = tl.load(options), tl.load(options + 1)
+        t = now.to(tl.float64)
+        size = lr / (1 - tl.exp2(LOG1 * t))
+        root = 1 / tl.sqrt(1 - tl.exp2(LOG2 * t))
+        left = tl.full([], 1.0, tl.float64)
+        if DECOUPLED:
+            decay = 1 - lr * decay
+            left = tl.load(own - COLUMNS + 3) * decay
+        tl.store(own, size)
+        tl.store(own + 1, root)
+        tl.store(own + 2, decay)
+        tl.store(own + 3, left)
+        first = own + MOMENTS
+        if L2:
+            _extend(first - COLUMNS, first, line == 1, size, root, decay, BETA1, BETA2, EPS)
+        else:
+            for p in tl.static_range(POWERS):
+                tl.store(first + p, 0.0)
+            tl.store(own + MOST, UNKNOWN)
+            # The lines of rows that made their last step not too long ago gain a term.
+            age = tl.arange(0, AGES) + 1
+            start = line - age
+            inside = (start >= 0) & (age <= LONGEST)
+            at = steps + start * COLUMNS
+            # This program's own root is not to be read before it is written.
+            after = tl.where(age == 1, root, tl.load(at + COLUMNS + 1, mask=inside, other=0.0))
+            distance = tl.exp2(0.5 * LOG2 * age.to(tl.float64)) * root
+            distance -= tl.exp2(tl.full([], 0.5 * LOG2, tl.float64)) * after
+            term = size * tl.exp2(LOG1 * age.to(tl.float64)) / left
+            term *= tl.load(at + 3, mask=inside, other=0.0)
+            for p in tl.static_range(POWERS):
+                sums = at + MOMENTS + p
+                tl.store(sums, tl.load(sums, mask=inside, other=0.0) + term, mask=inside)
+                term *= distance
 
 
 @triton.jit
@@ -304,3 +443,36 @@ def adam_rows(
             GRAD=grad is not None,
             **_constants(weight, beta1, beta2, eps, decoupled, l2),
         )
+
+
+def _schedule_constants(
+    beta1: float, beta2: float, eps: float, decoupled: bool, l2: bool
+) -> dict[str, object]:
+    longest = int(math.log(SPENT.value) / math.log(beta1)) + 1 if beta1 else 1
+    return {
+        "BETA1": beta1,
+        "BETA2": beta2,
+        "EPS": eps,
+        "LOG1": math.log2(max(beta1, 1e-300)),
+        "LOG2": math.log2(max(beta2, 1e-300)),
+        "DECOUPLED": decoupled,
+        "L2": l2,
+        "AGES": triton.next_power_of_2(longest),
+        "LONGEST": longest,
+    }
+
+
+def adam_schedule(
+    steps: Tensor,
+    clock: Tensor,
+    options: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    decoupled: bool,
+    l2: bool,
+) -> None:
+    """Triton version of :func:`stem_fast.reference.adam_schedule`."""
+    with torch.cuda.device_of(steps):
+        constants = _schedule_constants(beta1, beta2, eps, decoupled, l2)
+        _adam_schedule[(1,)](steps, clock, options, lines=len(steps), **constants)

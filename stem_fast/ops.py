@@ -48,7 +48,7 @@ SCHEMAS = {
     " Tensor? rows, Tensor? grad, Tensor steps, Tensor leaps, Tensor clock, float beta1,"
     " float beta2, float eps, bool decoupled, bool l2) -> ()",
     "adam_schedule": "(Tensor(a!) steps, Tensor(b!) clock, Tensor options, float beta1,"
-    " float beta2, bool decoupled, bool l2) -> ()",
+    " float beta2, float eps, bool decoupled, bool l2) -> ()",
     "sgd_rows": "(Tensor(a!) weight, Tensor(b!)? momentum_buffer, Tensor(c!) last, Tensor? rows,"
     " Tensor? grad, Tensor steps, Tensor clock) -> ()",
     "adagrad_rows": "(Tensor(a!) weight, Tensor(b!) sum, Tensor? rows, Tensor grad, Tensor options,"
@@ -370,7 +370,7 @@ def _load_triton() -> str:
         (lookup, ("lookup", "row_gradients", "check_ids")),
         (row_plan, ("row_plan",)),
         (mixture, ("mixture", "mixture_backward")),
-        (adam, ("adam_rows",)),
+        (adam, ("adam_rows", "adam_schedule")),
         (sgd, ("sgd_rows",)),
         (adagrad, ("adagrad_rows",)),
     ):

@@ -16,10 +16,12 @@ coefficients are the central moments of x_j under the weights a_j: seven numbers
 kept by :class:`Schedule`. Where the series is not exact to rounding (the first 200 steps of a
 training) the sum is made term by term.
 
-With L2 a row that misses steps has the gradient ``weight_decay * w``, and they are made in
-registers until nothing moves any more: in float32 sixteen at a time (a *leap*), where what is left
-out stays below 1e-5 of the largest entry, else one by one, as in float64 always. With
-``c = lr_j / (sqrt(v) x_j + eps)`` held at its mean over the leap and ``z = c * weight_decay``,
+With L2 a row that misses steps has the gradient ``weight_decay * w``. A row that was never trained
+is its first weights times a number, which :func:`stem_fast.reference.new_rows` keeps: in float32 it
+makes all steps at once. Any other row makes them in registers until nothing moves any more: in
+float32 sixteen at a time (a *leap*), where what is left out stays below 1e-5 of the largest entry,
+else one by one, as in float64 always. With ``c = lr_j / (sqrt(v) x_j + eps)`` held at its mean over
+the leap and ``z = c * weight_decay``,
 sixteen steps are the 16th power of
 
     (w, m) -> (w - c m', m'),   m' = beta1 m + (1 - beta1) weight_decay w
@@ -53,15 +55,16 @@ TORCHS_ALONE = ("amsgrad", "maximize", "nesterov", "dampening", "lr_decay")  # o
 class Schedule:
     """What every step since the last flush did, as the table that ``adam_rows`` reads.
 
-    ``steps`` is float64 [N, 11]. Line i, of step ``t = base + i``, holds in columns
+    ``steps`` is float64 [N, 17]. Line i, of step ``t = base + i``, holds in columns
 
     0  ``lr / (1 - beta1^t)``
     1  ``1 / sqrt(1 - beta2^t)``
     2  ``weight_decay``; decoupled: ``1 - lr * weight_decay``
     3  decoupled: the product of column 2 since ``base``; else 1
-    4  and on: for rows that made step t and none since, the sums over j of
-       ``a_j * (x_j - x_1)^p``, p = 0 .. 6, decoupled: of ``a_j`` over the product up to there; zero
-       with L2, which does not need them.
+    4 .. 10  for rows that made step t and none since, the sums over j of ``a_j * (x_j - x_1)^p``,
+       p = 0 .. 6, decoupled: of ``a_j`` over the product up to there
+    4 .. 16  with L2, in their place: what :func:`stem_fast.reference.new_rows` makes of rows that
+       were not trained by step t; 16 is 2^100 where that is not known
 
     ``leaps`` is float64 [3 + N // 16, 22]. Lines 0 .. 2 hold the coefficients of
     :func:`leap_polynomials`; line ``3 + i // 16`` tells of the steps ``base + i + 1 ..
@@ -85,7 +88,7 @@ class Schedule:
 
     def __init__(self, betas: tuple[float, float], step: int, device: torch.device) -> None:
         self.betas = betas
-        self.steps = torch.zeros(1024, 4 + reference.MOMENTS, dtype=torch.float64, device=device)
+        self.steps = torch.zeros(1024, 5 + 3 * reference.TERMS, dtype=torch.float64, device=device)
         self.steps[0, 3] = 1
         size = POLYNOMIALS + len(self.steps) // LEAP, LEAP_COLUMNS
         self.leaps = torch.full(size, math.inf, dtype=torch.float64, device=device)
@@ -100,7 +103,9 @@ class Schedule:
         self._leap_slope = middle / middle.square().sum()
         self._leap_lag = torch.where(lag >= 0, (1 - betas[0]) * betas[0] ** lag.clamp(min=0), 0)
 
-    def advance(self, lr: float | Tensor, weight_decay: float | Tensor, *, decoupled: bool) -> None:
+    def advance(
+        self, lr: float | Tensor, weight_decay: float | Tensor, eps: float, *, decoupled: bool
+    ) -> None:
         """Adds a step."""
         self.l2 |= not decoupled and (isinstance(weight_decay, Tensor) or weight_decay != 0)
         self.made += 1
@@ -110,7 +115,7 @@ class Schedule:
             self.leaps = torch.cat([self.leaps, more])
         options = _options(self.steps, lr, weight_decay)
         torch.ops.stem_fast.adam_schedule(
-            self.steps, self.clock, options, *self.betas, decoupled, self.l2
+            self.steps, self.clock, options, *self.betas, eps, decoupled, self.l2
         )
         # A CUDA graph does not count its steps: there the newest leap is written while it grows.
         if self.l2 and (self.made % LEAP == 0 or self.clock.is_cuda):
@@ -357,7 +362,7 @@ class ExactAdam(TableOptimizer):
     ) -> None:
         decoupled = group["decoupled_weight_decay"]
         schedule = self._schedule(weight, group)
-        schedule.advance(group["lr"], group["weight_decay"], decoupled=decoupled)
+        schedule.advance(group["lr"], group["weight_decay"], group["eps"], decoupled=decoupled)
         self._run(weight, group, rows, values)
 
     @torch.no_grad()

@@ -19,6 +19,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 MOMENTS = 7  # of the steps that a row has missed, see adam_schedule; the zeroth included
+TERMS = 4  # of the series of weights that were never trained, see new_rows
+STEEPEST, UNKNOWN = (
+    1e6,
+    2.0**100,
+)  # the most of these series, and its place where they are not known
 SPENT = 2.0**-60  # momentum of which so little is left moves nothing
 
 
@@ -387,7 +392,7 @@ def adam_rows(
         rows: int64 [U], each once; row 0 is padding and left out (a CUDA plan repeats it). None:
             all rows.
         grad: [U, W], their gradient in the newest step. None: every gradient is zero.
-        steps: float64 [N, 11]; line i tells of step ``base + i``. Here: column 0 is the step's
+        steps: float64 [N, 17]; line i tells of step ``base + i``. Here: column 0 is the step's
             ``lr / (1 - beta1^t)``, 1 is ``1 / sqrt(1 - beta2^t)``, 2 the coupled ``weight_decay``
             or the factor ``1 - lr * weight_decay``. The others are sums that save the loop, see
             :class:`stem_fast.optim.Schedule`.
@@ -424,17 +429,18 @@ def adam_schedule(
     options: Tensor,
     beta1: float,
     beta2: float,
+    eps: float,
     decoupled: bool,
     l2: bool,
 ) -> None:
     """A new step in the table that :func:`adam_rows` reads; see :class:`stem_fast.optim.Schedule`.
 
     Args:
-        steps: float64 [N, 11]: a line is written, and the sums of lines before it grow.
+        steps: float64 [N, 17]: a line is written, and the sums of lines before it grow.
         clock: int64 [2], (base, now): now grows by 1, and stays below ``base + N``.
         options: float64 [2], the step's lr and weight_decay.
-        beta1, beta2, decoupled: as in ``torch.optim.Adam``.
-        l2: leaves the sums alone, for they tell of rows without any gradient.
+        beta1, beta2, eps, decoupled: as in ``torch.optim.Adam``.
+        l2: no sums, which tell of rows without any gradient; :func:`new_rows` instead.
     """
     clock[1] += 1
     line = clock[1:] - clock[:1]  # not a scalar: an index of those would be waited for
@@ -444,18 +450,72 @@ def adam_schedule(
         decay = 1 - lr * decay
     left = steps[line - 1, 3] * decay if decoupled else torch.ones_like(t)
     size, root = lr / (1 - beta1**t), (1 - beta2**t).rsqrt()
-    blank = t.new_zeros(MOMENTS)
-    steps.index_copy_(0, line, torch.cat([size, root, decay, left, blank])[None])
+    if l2:
+        first = torch.eye(1, 3 * TERMS + 1, dtype=t.dtype, device=t.device)
+        before = torch.where(line == 1, first, steps[line - 1, 4:])[0]
+        rest = new_rows(before, size, root, decay, beta1, beta2, eps)
+    else:
+        rest = t.new_zeros(3 * TERMS + 1)
+        rest[-1] = UNKNOWN
+    steps.index_copy_(0, line, torch.cat([size, root, decay, left, rest])[None])
     if l2:
         return
     # The lines of rows that made their last step not too long ago gain a term.
     longest = math.log(SPENT) / math.log(beta1) if beta1 else 1
     age = torch.arange(1, int(longest) + 2, device=t.device)
+    half = age.double() / 2
     start = (line - age).clamp(min=0)
-    weight = torch.where(age <= line, size * beta1 ** age.double() / left, 0) * steps[start, 3]
-    distance = beta2 ** (age / 2) * root - beta2**0.5 * steps[start + 1, 1]
+    weight = torch.where(age <= line, size * beta1 ** (2 * half) / left, 0) * steps[start, 3]
+    distance = beta2**half * root - beta2**0.5 * steps[start + 1, 1]
     terms = weight[:, None] * distance[:, None] ** torch.arange(MOMENTS, device=t.device)
-    steps[:, 4:].index_add_(0, start, terms)
+    steps[:, 4 : 4 + MOMENTS].index_add_(0, start, terms)
+
+
+def new_rows(
+    before: Tensor,
+    size: Tensor,
+    root: Tensor,
+    decay: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> Tensor:
+    """What a step with L2 alone makes of weights that no gradient has touched.
+
+    Such a weight, W at first, is W times a number that depends on the steps and on |W| alone. So
+    are its m, and its v over W^2. All three are kept as the first terms of their series in |W|.
+
+    Args:
+        before: float64 [13]: of w, m and v four terms each, and the most that ``sqrt(v) * root /
+            (eps * |W|)`` has been.
+        size, root, decay: float64 [1], columns 0 .. 2 of the step's line.
+
+    Returns:
+        The same after the step. It is exact to float32's rounding where the most, times |W|, is
+        up to 0.03. Beyond 1e6 the most is 2^100, the terms are 0, and nothing more is known.
+    """
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        terms = [(a[: p + 1] * b[: p + 1].flip(0)).sum() for p in range(TERMS)]
+        return torch.stack(terms)
+
+    w, m, v = before[:-1].view(3, TERMS)
+    grad = decay * w
+    m = beta1 * m + (1 - beta1) * grad
+    v = beta2 * v + (1 - beta2) * product(grad, grad)
+    s = v[0].sqrt()
+    twice = torch.where(s > 0, 2 * s, 1)
+    bend = v[1] / twice
+    # The root of v over eps, one term later: it comes with a factor |W|.
+    q = torch.stack([torch.zeros_like(s), s, bend, (v[2] - bend * bend) / twice]) * root / eps
+    squared = product(q, q)
+    inverse = torch.eye(1, TERMS, dtype=q.dtype, device=q.device)[0]
+    inverse = inverse - q + squared - product(squared, q)
+    w = w - size / eps * product(m, inverse)
+    most = torch.maximum(before[-1:], q[1:2])
+    unknown = torch.zeros_like(before)
+    unknown[-1] = UNKNOWN
+    return torch.where(most <= STEEPEST, torch.cat([w, m, v, most]), unknown)
 
 
 def sgd_rows(

@@ -160,6 +160,7 @@ class AdamCase(NamedTuple):
     named: bool = True  # rows, in no order, with padding between; else all
     rates: int = 7  # learning rates in turn
     scale: float = 1.0  # of the weights
+    new: bool = False  # whether no row was ever trained
 
     def arguments(self, dtype: torch.dtype = torch.float64, grads: bool = False) -> list[Any]:
         """Of adam_rows: rows of every age, with m and v of many sizes, some of them zero."""
@@ -171,14 +172,17 @@ class AdamCase(NamedTuple):
         schedule = Schedule(self.betas, self.base, torch.device("cpu"))
         for step in range(self.steps):
             lr = 1e-3 * (1 + step % self.rates)
-            schedule.advance(lr, self.decay * (1 + step % 2), decoupled=self.decoupled)
+            schedule.advance(lr, self.decay * (1 + step % 2), 1e-8, decoupled=self.decoupled)
         size = 10 ** (normal(self.rows, 1) - 5)
-        size[::5] = 0  # never trained
+        never = slice(None, None, 1 if self.new else 5)  # trained
+        size[never] = 0
         weight = normal(self.rows, self.width) * self.scale
         m = normal(self.rows, self.width) * size
         v = normal(self.rows, self.width).square() * size.square()
         v = torch.maximum(v, m.square() / 10)  # as large as Adam's is
         age = torch.randint(0, self.steps + 1, (self.rows,), generator=draw)
+        if self.decay > 0 and not self.decoupled:
+            age[never] = 0  # L2 would have moved them
         last = (self.base + age).int()
         rows = torch.randperm(self.rows, generator=draw)[: max(self.rows // 2, 1)]
         if self.named:
@@ -200,6 +204,7 @@ ADAMS = {
     "all rows": AdamCase(33, 5, 30, base=300, named=False),
     "l2": AdamCase(40, 9, 70, base=10, decay=1e-4),
     "l2 in leaps": AdamCase(14, 11, 400, base=1000, decay=1e-6, rates=1, scale=1e-2),
+    "new rows": AdamCase(12, 50, 90, base=300, decay=1e-6, scale=3e-5, new=True),
     "strong l2 for long": AdamCase(9, 7, 200, base=700, decay=1e-3),
     "decoupled": AdamCase(30, 33, 200, base=900, decay=0.1, decoupled=True),
     "no momentum": AdamCase(20, 4, 20, betas=(0.0, 0.9)),
@@ -209,7 +214,7 @@ ADAMS = {
 
 def check_adam_rows(run: Any, case: AdamCase, dtype: torch.dtype, grads: bool, device: str) -> None:
     """An implementation's adam_rows against the reference's, in its type and in float64; and that
-    it leaps where the case is for that."""
+    it leaps, or makes a new row's steps at once, where the case is for that."""
     own = to(device, case.arguments(dtype, grads))
     actual, exact = ([a.clone() if isinstance(a, torch.Tensor) else a for a in own] for _ in "ab")
     for i in (0, 1, 2, *([5] if grads else [])):
@@ -230,6 +235,12 @@ def check_adam_rows(run: Any, case: AdamCase, dtype: torch.dtype, grads: bool, d
             largest = torch.maximum(before.abs().amax(), right.abs().amax())
             assert (after.double() - right).abs().amax() <= 1e-5 * largest
         return
+    if case.new and dtype == torch.float32 and not grads:
+        steps = to(device, case.arguments(dtype, grads))
+        steps[6][:, 16] = 2.0**100  # as if its series were not known
+        run(*steps)
+        at_once = not torch.equal(steps[0], actual[0])
+        assert at_once or torch.equal(actual[0], own[0]), "neither at once nor the reference"
     for values in zip(actual[:3], own[:3], exact[:3], strict=True):
         # v and m are small beside the 1 that bounds set as the least scale.
         scale = values[2].abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
@@ -237,6 +248,47 @@ def check_adam_rows(run: Any, case: AdamCase, dtype: torch.dtype, grads: bool, d
             assert (values[0] - values[2]).abs().amax() <= 1e-12 * scale
         else:
             assert_within(*((value.double() / scale).to(value.dtype) for value in values))
+
+
+class ScheduleCase(NamedTuple):
+    steps: int
+    base: int = 0
+    betas: tuple[float, float] = (0.9, 0.999)
+    decay: float = 0.0
+    decoupled: bool = False
+    l2_from: int = 0  # the first step that has L2, where decay is above 0
+    eps: float = 1e-8
+
+
+SCHEDULES = {
+    "plain": ScheduleCase(30),
+    "longer than momentum lives": ScheduleCase(90, 500, (0.5, 0.99)),
+    "no momentum": ScheduleCase(6, 0, (0.0, 0.9)),
+    "decoupled": ScheduleCase(40, 20, decay=0.1, decoupled=True),
+    "l2": ScheduleCase(40, decay=1e-6),
+    "strong l2": ScheduleCase(40, 700, decay=1e-2),
+    "l2 begins late": ScheduleCase(12, decay=1e-6, l2_from=5),
+    "tiny epsilon": ScheduleCase(5, decay=1e-6, eps=1e-30),
+}
+
+
+def check_adam_schedule(run: Any, case: ScheduleCase, device: str) -> None:
+    """An implementation's adam_schedule against the reference's: the table after every step."""
+    tables = []
+    for make in (run, reference.adam_schedule):
+        steps = torch.zeros(100, 17, dtype=torch.float64, device=device)
+        steps[0, 3] = 1
+        clock = torch.tensor([case.base, case.base], device=device)
+        for step in range(case.steps):
+            l2 = case.decay > 0 and not case.decoupled and step >= case.l2_from
+            decay = case.decay * (1 + step % 2) if l2 or case.decoupled else 0.0
+            options = torch.tensor([1e-3 * (1 + step % 3), decay], dtype=torch.float64)
+            make(steps, clock, options.to(device), *case.betas, case.eps, case.decoupled, l2)
+        assert clock.tolist() == [case.base, case.base + case.steps]
+        tables.append(steps.cpu())
+    actual, expected = tables
+    scale = expected.abs().amax(0).clamp(min=1e-200)
+    assert ((actual - expected) / scale).abs().max() <= 1e-11
 
 
 class SgdCase(NamedTuple):

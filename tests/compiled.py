@@ -66,6 +66,11 @@ def sources() -> dict[str, tuple[ASTSource, int]]:
             constants |= {"NAMED": not l2, "GRAD": grads}
             title = f"_adam_rows {name} W={width} grads={grads} l2={l2}"
             found[title] = source(adam._adam_rows, tensors, constants), warps
+        for decoupled, l2 in ((False, True), (False, False), (True, False)):
+            tensors = {"steps": "*fp64", "clock": "*i64", "options": "*fp64"}
+            constants = adam._schedule_constants(0.9, 0.999, 1e-8, decoupled, l2)
+            code = source(adam._adam_schedule, tensors, constants)
+            found[f"_adam_schedule decoupled={decoupled} l2={l2}"] = code, 4
         for width, grads, flag in ((48, False, True), (48, True, False), (576, True, True)):
             tensors = dict.fromkeys(("weight", "grad"), name)
             tensors |= dict.fromkeys(("momentum_buffer", "sums"), "*fp32")

@@ -17,15 +17,18 @@ from cases import (
     ADAMS,
     LOOKUPS,
     MIXTURES,
+    SCHEDULES,
     SGDS,
     AdagradCase,
     AdamCase,
     LookupCase,
     MixtureCase,
+    ScheduleCase,
     SgdCase,
     assert_within,
     check_adagrad_rows,
     check_adam_rows,
+    check_adam_schedule,
     check_sgd_rows,
     to,
 )
@@ -126,6 +129,11 @@ def test_adam_rows(case: AdamCase, grads: bool, dtype: torch.dtype) -> None:
     check_adam_rows(adam.adam_rows, case, dtype, grads, DEVICE)
 
 
+@pytest.mark.parametrize("case", SCHEDULES.values(), ids=SCHEDULES.keys())
+def test_adam_schedule(case: ScheduleCase) -> None:
+    check_adam_schedule(adam.adam_schedule, case, DEVICE)
+
+
 @pytest.mark.parametrize("case", SGDS.values(), ids=SGDS.keys())
 @pytest.mark.parametrize("grads", [False, True])
 @dtypes
@@ -159,6 +167,7 @@ def test_every_kernel_compiles_and_none_spills(tmp_path: Path) -> None:
         if isinstance(value, triton.runtime.interpreter.InterpretedFunction | triton.JITFunction)
     }
     parts = {"_alive", "_coast", "_column", "_leap", "_load", "_make_step", "_polynomial", "_read"}
+    parts |= {"_extend", "_four", "_product", "_store_four", "_value", "_wake"}
     parts |= {"_replay", "_series", "_terms", "_weights", "_write"}
     for kernel in kernels - parts:
         for arch in (80, 90, 100):

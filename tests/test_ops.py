@@ -18,15 +18,18 @@ from cases import (
     DEVICES,
     LOOKUPS,
     MIXTURES,
+    SCHEDULES,
     SGDS,
     AdagradCase,
     AdamCase,
     LookupCase,
     MixtureCase,
+    ScheduleCase,
     SgdCase,
     assert_within,
     check_adagrad_rows,
     check_adam_rows,
+    check_adam_schedule,
     check_sgd_rows,
     to,
 )
@@ -267,6 +270,29 @@ def test_check_ids_replaces_and_notes(dtype: torch.dtype, device: str) -> None:
 @dtypes
 def test_adam_rows(case: AdamCase, grads: bool, dtype: torch.dtype, device: str) -> None:
     check_adam_rows(torch.ops.stem_fast.adam_rows, case, dtype, grads, device)
+
+
+@devices
+@pytest.mark.parametrize("case", SCHEDULES.values(), ids=SCHEDULES.keys())
+def test_adam_schedule(case: ScheduleCase, device: str) -> None:
+    check_adam_schedule(torch.ops.stem_fast.adam_schedule, case, device)
+
+
+@cpp
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({0: torch.zeros(9, 11)}, "steps must be contiguous float64"),
+        ({1: torch.zeros(2)}, "clock must be contiguous int64"),
+        ({1: torch.tensor([0, 8])}, "line 9 of a table of 9"),
+        ({2: torch.zeros(2)}, "options must be contiguous float64"),
+    ],
+)
+def test_adam_schedule_refuses_other_shapes_and_types(change: dict[int, Any], message: str) -> None:
+    steps, options = torch.zeros(9, 17, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    arguments = {0: steps, 1: torch.tensor([0, 0]), 2: options} | change
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.stem_fast.adam_schedule(*arguments.values(), 0.9, 0.999, 1e-8, False, False)
 
 
 @cpp
@@ -667,6 +693,9 @@ def test_opcheck(name: str, device: str) -> None:
     for grads in (False, True):
         adam = to(device, ADAMS["early"].arguments(grads=grads))
         torch.library.opcheck(library.adam_rows.default, adam)
+        options = torch.tensor([1e-3, 1e-6], dtype=torch.float64, device=device)
+        schedule = (adam[6], adam[8], options, 0.9, 0.999, 1e-8, False, grads)
+        torch.library.opcheck(library.adam_schedule.default, schedule)
         for case in ("momentum and l2", "l2 alone"):
             sgd = to(device, SGDS[case].arguments(grads=grads))
             torch.library.opcheck(library.sgd_rows.default, sgd)

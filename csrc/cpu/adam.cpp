@@ -11,6 +11,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -27,8 +28,11 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Columns of the table of steps.
-enum Column { kSize, kRoot, kDecay, kLeft, kMoments, kColumns = kMoments + 7 };
+// Columns of the table of steps. With L2 there are series of kTerm terms in place of the moments.
+constexpr int kTerm = 4, kPowers = 7;
+enum Column {
+  kSize, kRoot, kDecay, kLeft, kMoments, kNew = kMoments, kMost = kNew + 3 * kTerm, kColumns
+};
 // Steps of a leap. The table of leaps begins with a line of coefficients for each polynomial.
 constexpr int64_t kLeap = 16;
 enum Polynomial { kU, kR, kBent, kPolynomials };
@@ -37,6 +41,8 @@ enum LeapColumn {
   kX, kMean, kBend, kFast, kPull = kFast + 4, kL2 = kPull + 4, kLate, kSquare, kRange, kSlope,
   kSlopeX, kUneven, kSecond, kLeapColumns = kSecond + 4
 };
+// The most of these series, and its place where they are not known.
+constexpr double kSteepest = 1e6, kUnknown = 0x1p100;
 // Momentum of which so little is left moves nothing: 2^-60.
 constexpr double kSpent = 0x1p-60;
 
@@ -185,9 +191,43 @@ INLINE bool leap(const Job& job, const double* line, Part<A>& part) {
   return true;
 }
 
+template <typename A, typename V>
+INLINE V series(const A* c, V size) {
+  return c[0] + size * (c[1] + size * (c[2] + size * c[3]));
+}
+
+// Steps base + 1 .. `to` with gradients decay * w, where m and v are zero before: whether they were,
+// and w is small enough. A weight that is zero stays, whatever v is.
+template <typename A, typename V = typename Lanes<A>::type>
+INLINE bool wake(const Job& job, int64_t to, Part<A>& part) {
+  const double* line = job.step(to);
+  if (!(line[kMost] <= kSteepest)) return false;
+  A c[3 * kTerm];
+  for (int i = 0; i < 3 * kTerm; ++i) c[i] = line[kNew + i];
+  const A most = line[kMost];
+  auto known = part.w[0] == part.w[0];
+  for (int i = 0; i < Part<A>::n; ++i) {
+    const V w = part.w[i], size = w < 0 ? -w : w;
+    known &= (part.m[i] == 0) & ((part.v[i] == 0) | (w == 0)) & (size * most <= A(0.03));
+  }
+  if (any(~known)) return false;
+  const A left = std::exp2(job.log2 * static_cast<double>(to - job.base));
+  for (int i = 0; i < Part<A>::n; ++i) {
+    const V w = part.w[i], size = w < 0 ? -w : w;
+    part.w[i] = w * series(c, size);
+    part.m[i] = w * series(c + kTerm, size);
+    part.v[i] = part.v[i] * left + w * w * series(c + 2 * kTerm, size);
+  }
+  return true;
+}
+
 // Steps `from` + 1 .. `to` with gradients decay * w.
 template <typename A, typename V = typename Lanes<A>::type>
 INLINE void replay(const Job& job, int64_t from, int64_t to, Part<A>& part) {
+  // float64 wants more digits than a series or a leap has.
+  if constexpr (std::is_same_v<A, float>) {
+    if (from == job.base && wake(job, to, part)) return;
+  }
   for (int64_t t = from; t < to;) {
     const bool aligned = (t - job.base) % kLeap == 0;
     if ((aligned || t == from) && part.gone()) {
@@ -198,7 +238,6 @@ INLINE void replay(const Job& job, int64_t from, int64_t to, Part<A>& part) {
       }
       return;
     }
-    // float64 wants more digits than a leap has.
     if constexpr (std::is_same_v<A, float>) {
       if (aligned && t + kLeap <= to && leap(job, job.leap(t), part)) {
         t += kLeap;
@@ -217,8 +256,8 @@ struct Series {
   Series(const double* line, double reference) {
     const double* raw = line + kMoments;
     weight = raw[0];
-    double n[7];
-    for (int p = 0; p < 7; ++p) n[p] = weight != 0 ? raw[p] / weight : 0;
+    double n[kPowers];
+    for (int p = 0; p < kPowers; ++p) n[p] = weight != 0 ? raw[p] / weight : 0;
     const double d = n[1], d2 = d * d, d3 = d2 * d;
     mean = reference + d;
     c2 = n[2] - d2;
@@ -421,9 +460,48 @@ void adam_rows(const Tensor& weight, const Tensor& exp_avg, const Tensor& exp_av
   });
 }
 
+using Series4 = std::array<double, kTerm>;
+
+Series4 product(const Series4& a, const Series4& b) {
+  Series4 found{};
+  for (int i = 0; i < kTerm; ++i) {
+    for (int j = 0; i + j < kTerm; ++j) found[i + j] += a[i] * b[j];
+  }
+  return found;
+}
+
+// The series of a weight that was never trained after one more step; see reference.new_rows.
+void extend(const double* before, double* own, double beta1, double beta2, double eps) {
+  const double decay = own[kDecay];
+  Series4 w, m, v, grad, q{};
+  for (int i = 0; i < kTerm; ++i) {
+    w[i] = before[i], grad[i] = decay * w[i];
+    m[i] = beta1 * before[kTerm + i] + (1 - beta1) * grad[i];
+  }
+  const Series4 squares = product(grad, grad);
+  for (int i = 0; i < kTerm; ++i) v[i] = beta2 * before[2 * kTerm + i] + (1 - beta2) * squares[i];
+  // Of sqrt(v) over eps, one term later: it comes with a factor |w|.
+  const double s0 = std::sqrt(v[0]), twice = s0 > 0 ? 2 * s0 : 1, s1 = v[1] / twice;
+  q = {0, s0, s1, (v[2] - s1 * s1) / twice};
+  for (double& term : q) term *= own[kRoot] / eps;
+  const Series4 q2 = product(q, q), q3 = product(q2, q);
+  Series4 inverse{1};
+  for (int i = 1; i < kTerm; ++i) inverse[i] = q2[i] - q[i] - q3[i];
+  const Series4 moved = product(m, inverse);
+  for (int i = 0; i < kTerm; ++i) {
+    own[kNew + i] = w[i] - own[kSize] / eps * moved[i];
+    own[kNew + kTerm + i] = m[i];
+    own[kNew + 2 * kTerm + i] = v[i];
+  }
+  own[kMost] = std::max(before[3 * kTerm], q[1]);
+  if (own[kMost] <= kSteepest && q[1] <= kSteepest) return;  // NaN is not
+  std::fill(own + kNew, own + kMost, 0);
+  own[kMost] = kUnknown;
+}
+
 // A new line of the table of steps; see reference.adam_schedule.
 void adam_schedule(const Tensor& steps, const Tensor& clock, const Tensor& options, double beta1,
-                   double beta2, bool decoupled, bool l2) {
+                   double beta2, double eps, bool decoupled, bool l2) {
   STD_TORCH_CHECK(steps.dim() == 2 && steps.size(1) == kColumns && steps.is_contiguous() &&
                       steps.scalar_type() == ScalarType::Double,
                   "adam_schedule: steps must be contiguous float64 [N, ",
@@ -446,14 +524,19 @@ void adam_schedule(const Tensor& steps, const Tensor& clock, const Tensor& optio
   own[kRoot] = 1 / std::sqrt(1 - std::pow(beta2, t));
   own[kDecay] = decoupled ? 1 - option[0] * option[1] : option[1];
   own[kLeft] = decoupled ? own[kLeft - kColumns] * own[kDecay] : 1;
-  if (l2) return;
+  if (l2) {
+    const double first[3 * kTerm + 1] = {1};
+    extend(line == 1 ? first : own - kColumns + kNew, own, beta1, beta2, eps);
+    return;
+  }
+  own[kMost] = kUnknown;
   // The lines of rows that made their last step not too long ago gain a term.
   double momentum = beta1, second = root2;
   double* start = own - kColumns;
   for (int64_t age = 1; age <= line && momentum > kSpent; ++age, start -= kColumns) {
     const double distance = second * own[kRoot] - root2 * start[kColumns + kRoot];
     double term = own[kSize] * momentum / own[kLeft] * start[kLeft];
-    for (int p = kMoments; p < kColumns; ++p, term *= distance) start[p] += term;
+    for (int p = 0; p < kPowers; ++p, term *= distance) start[kMoments + p] += term;
     momentum *= beta1;
     second *= root2;
   }

@@ -13,8 +13,12 @@ namespace stem_fast {
 namespace {
 
 constexpr int kThreads = 256;
-// Columns of the table of steps.
-enum Column { kSize, kRoot, kDecay, kLeft, kMoments, kColumns = kMoments + 7 };
+// Columns of the table of steps. With L2 there are series of kTerm terms in place of the moments.
+constexpr int kTerm = 4;
+constexpr double kSteepest = 1e6;  // the most of these series
+enum Column {
+  kSize, kRoot, kDecay, kLeft, kMoments, kNew = kMoments, kMost = kNew + 3 * kTerm, kColumns
+};
 // Steps of a leap. The table of leaps begins with a line of coefficients for each polynomial.
 constexpr int kLeap = 16;
 enum Polynomial { kU, kR, kBent, kPolynomials };
@@ -141,10 +145,44 @@ __device__ bool leap(const Adam<T, S>& a, const double* line, Elements<A, n>& e)
   return exact;
 }
 
+// The value at `size` of a series from its first column.
+template <typename A>
+__device__ A value(const double* c, A size) {
+  const A c0 = c[0], c1 = c[1], c2 = c[2], c3 = c[3];
+  return c0 + size * (c1 + size * (c2 + size * c3));
+}
+
+// Steps 1 .. `to` of the table with gradients decay * w, where m and v are zero before: whether they
+// were, and w is small enough. A weight that is zero stays, whatever v is.
+template <typename T, typename S, typename A, int n>
+__device__ bool wake(const Adam<T, S>& a, int64_t to, Elements<A, n>& e) {
+  const double* line = a.steps + to * kColumns;
+  const A most = line[kMost];
+  bool known = line[kMost] <= kSteepest;
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    known = known && e.m[i] == 0 && (e.v[i] == 0 || e.w[i] == 0) && fabs(e.w[i]) * most <= A(0.03);
+  }
+  if (!known) return false;
+  const A left = exp2(a.log2 * static_cast<double>(to));
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    const A w = e.w[i], size = fabs(w);
+    e.w[i] = w * value(line + kNew, size);
+    e.m[i] = w * value(line + kNew + kTerm, size);
+    e.v[i] = e.v[i] * left + w * w * value(line + kNew + 2 * kTerm, size);
+  }
+  return true;
+}
+
 // Steps `from` + 1 .. `to`, lines of the table, with gradients decay * w.
 template <typename T, typename S, typename A, int n>
 __device__ void replay(const Adam<T, S>& a, int64_t from, int64_t to, Elements<A, n>& e) {
   const A none[n] = {};
+  // float64 wants more digits than a series or a leap has.
+  if constexpr (std::is_same_v<A, float>) {
+    if (from == 0 && wake(a, to, e)) return;
+  }
   for (int64_t t = from; t < to;) {
     const bool aligned = t % kLeap == 0;
     // L2 alone moves them, and there may be nothing left to pull.
@@ -157,7 +195,6 @@ __device__ void replay(const Adam<T, S>& a, int64_t from, int64_t to, Elements<A
       }
       return;
     }
-    // float64 wants more digits than a leap has.
     if constexpr (std::is_same_v<A, float>) {
       if (aligned && t + kLeap <= to &&
           leap(a, a.leaps + (kPolynomials + t / kLeap) * kLeapColumns, e)) {
