@@ -9,6 +9,7 @@ what to run.
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import os
 import statistics
@@ -113,6 +114,7 @@ def measure(benchmark: Any, entry: Entry, name: str) -> None:
     """Check the contender (once), then time it. Raises AssertionError instead of a time."""
     flush = flushed()
     if name not in entry.built:
+        gc.collect()  # tables of the case before, in cycles of arena and optimizer
         try:
             entry.built[name] = entry.case.contenders[name]()
         except cases.NotInstalledError as missing:
