@@ -49,7 +49,7 @@ KEY = ("setting", "what", "contender", "allocator")
 
 
 class Cost(NamedTuple):
-    """What an ideal implementation does at least: float32, nothing read or written twice."""
+    """What an ideal implementation does at least: nothing read or written twice."""
 
     flops: int  # of matrix products; all else is below 1 % and bound by memory
     bytes: int
@@ -58,7 +58,13 @@ class Cost(NamedTuple):
         return max(self.flops / rates[dtype], self.bytes / rates["copy"])
 
 
-def cost(setting: cases.Setting, rows: int, network: str = "stem", train: bool = False) -> Cost:
+def cost(
+    setting: cases.Setting,
+    rows: int,
+    network: str = "stem",
+    train: bool = False,
+    dtype: str = "float32",
+) -> Cost:
     """Of a forward pass of ``rows`` rows, or of a whole training step.
 
     ``network`` is "stem" (an embedding space for each task and a shared one), "ple" or "mmoe" (one
@@ -70,8 +76,10 @@ def cost(setting: cases.Setting, rows: int, network: str = "stem", train: bool =
     reads once, ids in, probabilities out; what lies between never leaves the chip. In a step
     weights are read forward and backward, their gradients written and read, and Adam reads and
     writes weight, m and v; of the tables it does so for the batch's rows alone; the outputs of
-    every layer are written by the forward and read by the backward pass.
+    every layer are written by the forward and read by the backward pass. All are float32; with
+    ``dtype`` "bfloat16" weights are read, and outputs written and read, in two bytes.
     """
+    item = 2 if dtype == "bfloat16" else 4
     s = setting
     widths: list[tuple[int, int]] = []  # (inputs, outputs) of every linear layer
 
@@ -94,9 +102,10 @@ def cost(setting: cases.Setting, rows: int, network: str = "stem", train: bool =
     table = distinct_rows(s, rows) * s.dim * (s.spaces if network == "stem" else 1)
     ends = 8 * rows * s.fields + 4 * rows * s.tasks
     if not train:
-        return Cost(2 * rows * weights, 4 * (numbers + table) + ends)
+        return Cost(2 * rows * weights, item * numbers + 4 * table + ends)
     outputs = rows * sum(o for _, o in widths)
-    return Cost(6 * rows * weights, 4 * (10 * numbers + 7 * table + 2 * outputs) + ends)
+    read = item * 2 * (numbers + outputs)
+    return Cost(6 * rows * weights, read + 4 * (8 * numbers + 7 * table) + ends)
 
 
 def distinct_rows(setting: cases.Setting, rows: int) -> int:
@@ -243,7 +252,7 @@ def summarise(result: dict[str, Any], report: Mapping[str, Any]) -> None:
         network = CONTENDERS[result["contender"]].network
         dtype = "bfloat16" if "bf16" in result["contender"] else "float32"
         if result["what"] == "step":
-            ideal = cost(setting, setting.batch, network, train=True)
+            ideal = cost(setting, setting.batch, network, True, dtype)
             result |= spread([turn["rounds"] for turn in turns])
             result |= roofline(ideal, rates, dtype, result["seconds"])
             result["samples_per_s"] = setting.batch / result["seconds"]
@@ -251,7 +260,8 @@ def summarise(result: dict[str, Any], report: Mapping[str, Any]) -> None:
             result["requests"] = {}
             for rows in REQUESTS:
                 each = spread([turn["rounds"][str(rows)] for turn in turns])
-                each |= roofline(cost(setting, rows, network), rates, dtype, each["seconds"])
+                ideal = cost(setting, rows, network, dtype=dtype)
+                each |= roofline(ideal, rates, dtype, each["seconds"])
                 result["requests"][str(rows)] = each
 
 
