@@ -13,9 +13,10 @@ from torch import Tensor
 COLUMNS = tl.constexpr(17)  # of the table of steps, see stem_fast.optim.Schedule
 MOMENTS = tl.constexpr(4)  # the first of them; with L2 of the series in their place
 POWERS = tl.constexpr(7)
-MOST = tl.constexpr(16)
-STEEPEST = tl.constexpr(1e6)  # of these series
-UNKNOWN = tl.constexpr(2.0**100)  # in place of the most, where they are not known
+STEEP = tl.constexpr(16)
+STEEPEST = tl.constexpr(1e6)  # that is kept there
+WAKE = tl.constexpr(0.04)  # up to this, times the weight, the series are exact
+UNKNOWN = tl.constexpr(2.0**100)  # in its place, where they are not known
 SPENT = tl.constexpr(2.0**-60)  # momentum of which so little is left moves nothing
 LEAP = tl.constexpr(16)  # steps
 TERMS = tl.constexpr(8)  # of each polynomial of leaps
@@ -91,7 +92,9 @@ def _leap(w, m, v, leaps, line, BETA1, EPS, KEEP, SUM):
     most = tl.maximum(tl.abs(w), tl.abs(to))
     spread = h * tl.load(line + 14).to(SUM)
     both = spread + grown + tl.load(line + 17).to(SUM)
-    exact = (spread * spread <= 1e-3) & (gain * most * most * tl.maximum(h, 0.01) <= 1e-4 * middle)
+    exact = (spread * spread <= 1e-3) & (
+        gain * most * most * tl.maximum(h, 200 * z * z) <= 1e-4 * middle
+    )
     exact &= (both * both * z * most <= 1e-6 * tl.maximum(most, mean)) & (z <= 0.2)
     new_v = KEEP * v + gain * (w * w + w * to + to * to) * (2 / 3)
     return to, w * m_of_w + m * m_of_m, new_v, tl.min(exact.to(tl.int32)) == 1
@@ -109,10 +112,10 @@ def _wake(w, m, v, steps, due, LOG2, SUM: tl.constexpr):
     """Steps 1 .. due with L2 alone, where m and v are zero before: w, m, v, and whether they were,
     and w is small enough. A weight that is zero stays, whatever v is."""
     line = steps + due * COLUMNS
-    most = tl.load(line + MOST)
+    steep = tl.load(line + STEEP)
     size = tl.abs(w)
-    known = (m == 0) & ((v == 0) | (w == 0)) & (size * most.to(SUM) <= 0.03)
-    woke = (tl.min(known.to(tl.int32)) == 1) & (most <= STEEPEST)
+    known = (m == 0) & ((v == 0) | (w == 0)) & (size * steep.to(SUM) <= WAKE)
+    woke = (tl.min(known.to(tl.int32)) == 1) & (steep <= STEEPEST)
     left = tl.exp2(due.to(tl.float64) * LOG2).to(SUM)
     series = line + MOMENTS
     new_v = v * left + w * w * _value(series + 8, size, SUM)
@@ -234,7 +237,7 @@ def _store_four(column, known, c0, c1, c2, c3):
 
 
 @triton.jit
-def _extend(before, own, first, size, root, decay, BETA1, BETA2, EPS):
+def _extend(before, own, first, lr, size, root, decay, BETA1, BETA2, EPS):
     """reference.new_rows, from a line's columns to the next line's."""
     w0, w1, w2, w3 = _four(before)
     w0 = tl.where(first, 1.0, w0)
@@ -255,8 +258,9 @@ def _extend(before, own, first, size, root, decay, BETA1, BETA2, EPS):
     i2, i3 = q1 * q1 - q2, 2 * q1 * q2 - q3 - q1 * q1 * q1
     m = _product(m0, m1, m2, m3, tl.full([], 1.0, tl.float64), -q1, i2, i3)
     rate = size / EPS
-    most = tl.maximum(tl.load(before + 12), q1)
-    known = (most <= STEEPEST) & (q1 <= STEEPEST)  # NaN is not
+    steep = q1 * tl.sqrt(1 + 4 * lr * decay / EPS)
+    most = tl.maximum(tl.load(before + 12), steep)
+    known = (most <= STEEPEST) & (steep <= STEEPEST)  # NaN is not
     _store_four(own, known, w0 - rate * m[0], w1 - rate * m[1], w2 - rate * m[2], w3 - rate * m[3])
     _store_four(own + 4, known, m0, m1, m2, m3)
     _store_four(own + 8, known, v0, v1, v2, v3)
@@ -276,8 +280,8 @@ def _adam_schedule(
     LOG2: tl.constexpr,
     DECOUPLED: tl.constexpr,
     L2: tl.constexpr,
-    AGES: tl.constexpr,  # steps that a row's momentum lives, and more
-    LONGEST: tl.constexpr,  # those steps
+    LONGEST: tl.constexpr,  # steps that a row's momentum lives
+    AGES: tl.constexpr,  # of them at a time
 ):
     now = tl.load(clock + 1) + 1
     line = now - tl.load(clock)
@@ -298,26 +302,28 @@ def _adam_schedule(
         tl.store(own + 3, left)
         first = own + MOMENTS
         if L2:
-            _extend(first - COLUMNS, first, line == 1, size, root, decay, BETA1, BETA2, EPS)
+            _extend(first - COLUMNS, first, line == 1, lr, size, root, decay, BETA1, BETA2, EPS)
         else:
-            for p in tl.static_range(POWERS):
+            for p in tl.static_range(STEEP - MOMENTS):
                 tl.store(first + p, 0.0)
-            tl.store(own + MOST, UNKNOWN)
+            tl.store(own + STEEP, UNKNOWN)
             # The lines of rows that made their last step not too long ago gain a term.
-            age = tl.arange(0, AGES) + 1
-            start = line - age
-            inside = (start >= 0) & (age <= LONGEST)
-            at = steps + start * COLUMNS
-            # This program's own root is not to be read before it is written.
-            after = tl.where(age == 1, root, tl.load(at + COLUMNS + 1, mask=inside, other=0.0))
-            distance = tl.exp2(0.5 * LOG2 * age.to(tl.float64)) * root
-            distance -= tl.exp2(tl.full([], 0.5 * LOG2, tl.float64)) * after
-            term = size * tl.exp2(LOG1 * age.to(tl.float64)) / left
-            term *= tl.load(at + 3, mask=inside, other=0.0)
-            for p in tl.static_range(POWERS):
-                sums = at + MOMENTS + p
-                tl.store(sums, tl.load(sums, mask=inside, other=0.0) + term, mask=inside)
-                term *= distance
+            for begin in range(0, LONGEST, AGES):
+                age = begin + tl.arange(0, AGES) + 1
+                start = line - age
+                inside = (start >= 0) & (age <= LONGEST)
+                at = steps + start * COLUMNS
+                # This program's own root is not to be read before it is written.
+                after = tl.load(at + COLUMNS + 1, mask=inside, other=0.0)
+                after = tl.where(age == 1, root, after)
+                distance = tl.exp2(0.5 * LOG2 * age.to(tl.float64)) * root
+                distance -= tl.exp2(tl.full([], 0.5 * LOG2, tl.float64)) * after
+                term = size * tl.exp2(LOG1 * age.to(tl.float64)) / left
+                term *= tl.load(at + 3, mask=inside, other=0.0)
+                for p in tl.static_range(POWERS):
+                    sums = at + MOMENTS + p
+                    tl.store(sums, tl.load(sums, mask=inside, other=0.0) + term, mask=inside)
+                    term *= distance
 
 
 @triton.jit
@@ -457,8 +463,9 @@ def _schedule_constants(
         "LOG2": math.log2(max(beta2, 1e-300)),
         "DECOUPLED": decoupled,
         "L2": l2,
-        "AGES": triton.next_power_of_2(longest),
         "LONGEST": longest,
+        "AGES": min(triton.next_power_of_2(longest), 128),
+        "num_warps": 1,  # several would read the clock while one writes it
     }
 
 

@@ -187,7 +187,8 @@ class TrainingConfig:
     precision              of matrix products: fp32, tf32 (CUDA) or bf16, or all in fp64, see
                            :mod:`stem_fast.precision`
     recompute              make the layers' outputs again in the backward pass instead of keeping
-                           them: less memory, more time, see ``STEMNet.forward``
+                           them: in batches of more than 1024 rows less memory, more time,
+                           see ``STEMNet.forward``
 
     Raises DataError for a value of another type or out of range.
     """

@@ -220,7 +220,8 @@ class STEMNet(nn.Module):
             sequences: name -> padded ids [B, L] (0 = padding), or jagged (values [n],
                 offsets [B+1]).
             recompute: keep no outputs of layers for the backward pass, which makes them again for
-                ``RECOMPUTED`` rows at a time: less memory for a third more products.
+                ``RECOMPUTED`` rows at a time: in larger batches less memory, for a third more
+                products. (With dropout, other masks.)
 
         Raises:
             IndexError: an id outside its field's vocabulary (names the field, id, row and size).

@@ -16,9 +16,10 @@ coefficients are the central moments of x_j under the weights a_j: seven numbers
 kept by :class:`Schedule`. Where the series is not exact to rounding (the first 200 steps of a
 training) the sum is made term by term.
 
-With L2 a row that misses steps has the gradient ``weight_decay * w``. A row that was never trained
-is its first weights times a number, which :func:`stem_fast.reference.new_rows` keeps: in float32 it
-makes all steps at once. Any other row makes them in registers until nothing moves any more: in
+With L2 a row that misses steps has the gradient ``weight_decay * w``. A weight that was never
+trained is its first value times a number that depends on that value's size, which
+:func:`stem_fast.reference.new_rows` keeps: in float32, where the weights are small enough, such a
+row makes all steps at once. Any other makes them in registers until nothing moves any more: in
 float32 sixteen at a time (a *leap*), where what is left out stays below 1e-5 of the largest entry,
 else one by one, as in float64 always. With ``c = lr_j / (sqrt(v) x_j + eps)`` held at its mean over
 the leap and ``z = c * weight_decay``,
@@ -88,7 +89,7 @@ class Schedule:
 
     def __init__(self, betas: tuple[float, float], step: int, device: torch.device) -> None:
         self.betas = betas
-        self.steps = torch.zeros(1024, 5 + 3 * reference.TERMS, dtype=torch.float64, device=device)
+        self.steps = torch.zeros(1024, 5 + 3 * reference.SERIES, dtype=torch.float64, device=device)
         self.steps[0, 3] = 1
         size = POLYNOMIALS + len(self.steps) // LEAP, LEAP_COLUMNS
         self.leaps = torch.full(size, math.inf, dtype=torch.float64, device=device)
@@ -117,7 +118,10 @@ class Schedule:
         torch.ops.stem_fast.adam_schedule(
             self.steps, self.clock, options, *self.betas, eps, decoupled, self.l2
         )
-        # A CUDA graph does not count its steps: there the newest leap is written while it grows.
+        if self.clock.is_cuda:  # a CUDA graph does not count its steps
+            room = self.clock[1] - self.clock[0] < len(self.steps)
+            torch._assert_async(room, "flush the table: its schedule is full")
+        # Nor does it end a leap: there the newest leap is written while it grows.
         if self.l2 and (self.made % LEAP == 0 or self.clock.is_cuda):
             # Not a scalar: an index of those would be waited for.
             self._write_leap(self.clock[1:] - self.clock[:1])

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 MOMENTS = 7  # of the steps that a row has missed, see adam_schedule; the zeroth included
-TERMS = 4  # of the series of weights that were never trained, see new_rows
+SERIES = 4  # of the series of weights that were never trained, see new_rows
 STEEPEST, UNKNOWN = (
     1e6,
     2.0**100,
@@ -394,8 +394,8 @@ def adam_rows(
         grad: [U, W], their gradient in the newest step. None: every gradient is zero.
         steps: float64 [N, 17]; line i tells of step ``base + i``. Here: column 0 is the step's
             ``lr / (1 - beta1^t)``, 1 is ``1 / sqrt(1 - beta2^t)``, 2 the coupled ``weight_decay``
-            or the factor ``1 - lr * weight_decay``. The others are sums that save the loop, see
-            :class:`stem_fast.optim.Schedule`.
+            or the factor ``1 - lr * weight_decay``. The others are sums, or with L2 series, that
+            save the loop, see :class:`stem_fast.optim.Schedule`.
         leaps: float64 [3 + N // 16, 22], sums that save the loop with L2; not used here.
         clock: int64 [2], (base, now): no row is older than step ``base``; ``now`` is the newest.
         beta1, beta2, eps, decoupled: as in ``torch.optim.Adam``.
@@ -451,11 +451,11 @@ def adam_schedule(
     left = steps[line - 1, 3] * decay if decoupled else torch.ones_like(t)
     size, root = lr / (1 - beta1**t), (1 - beta2**t).rsqrt()
     if l2:
-        first = torch.eye(1, 3 * TERMS + 1, dtype=t.dtype, device=t.device)
+        first = torch.eye(1, 3 * SERIES + 1, dtype=t.dtype, device=t.device)
         before = torch.where(line == 1, first, steps[line - 1, 4:])[0]
-        rest = new_rows(before, size, root, decay, beta1, beta2, eps)
+        rest = new_rows(before, lr, size, root, decay, beta1, beta2, eps)
     else:
-        rest = t.new_zeros(3 * TERMS + 1)
+        rest = t.new_zeros(3 * SERIES + 1)
         rest[-1] = UNKNOWN
     steps.index_copy_(0, line, torch.cat([size, root, decay, left, rest])[None])
     if l2:
@@ -473,6 +473,7 @@ def adam_schedule(
 
 def new_rows(
     before: Tensor,
+    lr: Tensor,
     size: Tensor,
     root: Tensor,
     decay: Tensor,
@@ -482,24 +483,27 @@ def new_rows(
 ) -> Tensor:
     """What a step with L2 alone makes of weights that no gradient has touched.
 
-    Such a weight, W at first, is W times a number that depends on the steps and on |W| alone. So
-    are its m, and its v over W^2. All three are kept as the first terms of their series in |W|.
+    Such a weight, W at first, is W times a number that depends on the steps and on |W| alone; its m
+    is W times, its v W^2 times such a number. All three are kept as the first terms of their series
+    in |W|.
 
     Args:
         before: float64 [13]: of w, m and v four terms each, and the most that ``sqrt(v) * root /
-            (eps * |W|)`` has been.
+            (eps * |W|)`` has been, times ``sqrt(1 + 4 * lr * decay / eps)``: where L2 is so strong
+            that w swings, its phase gathers the error of many steps.
+        lr: float64 [1], the step's.
         size, root, decay: float64 [1], columns 0 .. 2 of the step's line.
 
     Returns:
         The same after the step. It is exact to float32's rounding where the most, times |W|, is
-        up to 0.03. Beyond 1e6 the most is 2^100, the terms are 0, and nothing more is known.
+        up to 0.04. Beyond 1e6 the most is 2^100, the terms are 0, and nothing more is known.
     """
 
     def product(a: Tensor, b: Tensor) -> Tensor:
-        terms = [(a[: p + 1] * b[: p + 1].flip(0)).sum() for p in range(TERMS)]
+        terms = [(a[: p + 1] * b[: p + 1].flip(0)).sum() for p in range(SERIES)]
         return torch.stack(terms)
 
-    w, m, v = before[:-1].view(3, TERMS)
+    w, m, v = before[:-1].view(3, SERIES)
     grad = decay * w
     m = beta1 * m + (1 - beta1) * grad
     v = beta2 * v + (1 - beta2) * product(grad, grad)
@@ -509,10 +513,10 @@ def new_rows(
     # The root of v over eps, one term later: it comes with a factor |W|.
     q = torch.stack([torch.zeros_like(s), s, bend, (v[2] - bend * bend) / twice]) * root / eps
     squared = product(q, q)
-    inverse = torch.eye(1, TERMS, dtype=q.dtype, device=q.device)[0]
+    inverse = torch.eye(1, SERIES, dtype=q.dtype, device=q.device)[0]
     inverse = inverse - q + squared - product(squared, q)
     w = w - size / eps * product(m, inverse)
-    most = torch.maximum(before[-1:], q[1:2])
+    most = torch.maximum(before[-1:], q[1:2] * (1 + 4 * lr * decay / eps).sqrt())
     unknown = torch.zeros_like(before)
     unknown[-1] = UNKNOWN
     return torch.where(most <= STEEPEST, torch.cat([w, m, v, most]), unknown)

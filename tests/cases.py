@@ -6,6 +6,7 @@ from __future__ import annotations
 import zlib
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
@@ -180,6 +181,8 @@ class AdamCase(NamedTuple):
         m = normal(self.rows, self.width) * size
         v = normal(self.rows, self.width).square() * size.square()
         v = torch.maximum(v, m.square() / 10)  # as large as Adam's is
+        if self.new:
+            weight[:, 0], v[:, 0] = 0, 1e-12  # stays, whatever v is
         age = torch.randint(0, self.steps + 1, (self.rows,), generator=draw)
         if self.decay > 0 and not self.decoupled:
             age[never] = 0  # L2 would have moved them
@@ -205,6 +208,10 @@ ADAMS = {
     "l2": AdamCase(40, 9, 70, base=10, decay=1e-4),
     "l2 in leaps": AdamCase(14, 11, 400, base=1000, decay=1e-6, rates=1, scale=1e-2),
     "new rows": AdamCase(12, 50, 90, base=300, decay=1e-6, scale=3e-5, new=True),
+    "new rows, as large as may be": AdamCase(
+        12, 20, 150, decay=1e-6, scale=1e-4, rates=1, new=True
+    ),
+    "new rows, strong l2": AdamCase(12, 20, 150, base=300, decay=1e-4, scale=2e-6, new=True),
     "strong l2 for long": AdamCase(9, 7, 200, base=700, decay=1e-3),
     "decoupled": AdamCase(30, 33, 200, base=900, decay=0.1, decoupled=True),
     "no momentum": AdamCase(20, 4, 20, betas=(0.0, 0.9)),
@@ -223,24 +230,20 @@ def check_adam_rows(run: Any, case: AdamCase, dtype: torch.dtype, grads: bool, d
     reference.adam_rows(*own)
     reference.adam_rows(*exact)
     assert torch.equal(actual[3], exact[3])
-    if case is ADAMS["l2 in leaps"] and dtype == torch.float32:
+    at_once = case is ADAMS["l2 in leaps"] or (case.new and not grads)
+    if at_once and dtype == torch.float32:
         steps = to(device, case.arguments(dtype, grads))
         steps_before = [table.clone() for table in steps[:3]]
+        steps[6][:, 16] = 2.0**100  # as if the series of new rows were not known
         steps[7][3:, 14] = 1e9  # as uneven as no leap may be
         run(*steps)
         leapt = (steps[0] != actual[0]).any(1).sum() >= 2
-        assert leapt or torch.equal(actual[0], own[0]), "neither leaps nor the reference"
+        assert leapt or torch.equal(actual[0], own[0]), "neither at once nor the reference"
         # Element by element, leaps are taken up to errors of 1e-5 of the largest there is.
         for before, after, right in zip(steps_before, actual[:3], exact[:3], strict=True):
             largest = torch.maximum(before.abs().amax(), right.abs().amax())
             assert (after.double() - right).abs().amax() <= 1e-5 * largest
         return
-    if case.new and dtype == torch.float32 and not grads:
-        steps = to(device, case.arguments(dtype, grads))
-        steps[6][:, 16] = 2.0**100  # as if its series were not known
-        run(*steps)
-        at_once = not torch.equal(steps[0], actual[0])
-        assert at_once or torch.equal(actual[0], own[0]), "neither at once nor the reference"
     for values in zip(actual[:3], own[:3], exact[:3], strict=True):
         # v and m are small beside the 1 that bounds set as the least scale.
         scale = values[2].abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
@@ -269,26 +272,31 @@ SCHEDULES = {
     "strong l2": ScheduleCase(40, 700, decay=1e-2),
     "l2 begins late": ScheduleCase(12, decay=1e-6, l2_from=5),
     "tiny epsilon": ScheduleCase(5, decay=1e-6, eps=1e-30),
+    "no epsilon": ScheduleCase(5, decay=1e-6, eps=0.0),
 }
 
 
 def check_adam_schedule(run: Any, case: ScheduleCase, device: str) -> None:
-    """An implementation's adam_schedule against the reference's: the table after every step."""
+    """An implementation's adam_schedule against the reference's: the table after all steps, made
+    twice with a flush between."""
     tables = []
     for make in (run, reference.adam_schedule):
         steps = torch.zeros(100, 17, dtype=torch.float64, device=device)
-        steps[0, 3] = 1
         clock = torch.tensor([case.base, case.base], device=device)
-        for step in range(case.steps):
+        for step in [*range(case.steps), *range(case.steps)]:
+            if step == 0:
+                clock[0], steps[0], steps[0, 3] = clock[1], 0, 1
             l2 = case.decay > 0 and not case.decoupled and step >= case.l2_from
             decay = case.decay * (1 + step % 2) if l2 or case.decoupled else 0.0
             options = torch.tensor([1e-3 * (1 + step % 3), decay], dtype=torch.float64)
-            make(steps, clock, options.to(device), *case.betas, case.eps, case.decoupled, l2)
-        assert clock.tolist() == [case.base, case.base + case.steps]
+            with np.errstate(all="ignore"):  # Triton's interpreter has numpy divide by 0
+                make(steps, clock, options.to(device), *case.betas, case.eps, case.decoupled, l2)
+        assert clock.tolist() == [case.base + case.steps, case.base + 2 * case.steps]
         tables.append(steps.cpu())
     actual, expected = tables
     scale = expected.abs().amax(0).clamp(min=1e-200)
     assert ((actual - expected) / scale).abs().max() <= 1e-11
+    torch.testing.assert_close(actual[:, 16], expected[:, 16], rtol=1e-11, atol=0)
 
 
 class SgdCase(NamedTuple):

@@ -66,11 +66,16 @@ def sources() -> dict[str, tuple[ASTSource, int]]:
             constants |= {"NAMED": not l2, "GRAD": grads}
             title = f"_adam_rows {name} W={width} grads={grads} l2={l2}"
             found[title] = source(adam._adam_rows, tensors, constants), warps
-        for decoupled, l2 in ((False, True), (False, False), (True, False)):
+        for beta1, decoupled, l2 in (
+            (0.9, False, True),
+            (0.9, True, False),
+            (0.99, False, False),
+        ):
             tensors = {"steps": "*fp64", "clock": "*i64", "options": "*fp64"}
-            constants = adam._schedule_constants(0.9, 0.999, 1e-8, decoupled, l2)
+            constants = adam._schedule_constants(beta1, 0.999, 1e-8, decoupled, l2)
+            warps = constants.pop("num_warps")
             code = source(adam._adam_schedule, tensors, constants)
-            found[f"_adam_schedule decoupled={decoupled} l2={l2}"] = code, 4
+            found[f"_adam_schedule beta1={beta1} decoupled={decoupled} l2={l2}"] = code, warps
         for width, grads, flag in ((48, False, True), (48, True, False), (576, True, True)):
             tensors = dict.fromkeys(("weight", "grad"), name)
             tensors |= dict.fromkeys(("momentum_buffer", "sums"), "*fp32")

@@ -329,7 +329,16 @@ def test_bytes_of_a_model() -> None:
     width = TINY.spaces * TINY.dim
     expected = 4 * (dense - shared_gate + 8 * 99 * width) + 200_000 * (8 * 8 + 4 * 2)
     assert peers.cost(TINY, 200_000).bytes == expected
-    assert peers.cost(TINY, 64, train=True).bytes > 10 * 4 * (dense - shared_gate)
+    wide, low = (
+        [peers.cost(TINY, 64, train=train, dtype=dtype).bytes for train in (False, True)]
+        for dtype in ("float32", "bfloat16")
+    )
+    assert wide[1] > 10 * 4 * (dense - shared_gate)
+    assert wide[0] - low[0] == 2 * (dense - shared_gate)
+    biases = [p for name, p in model.named_parameters() if name.endswith("bias")]
+    unused = sum(p[TINY.tasks].numel() for p in model.gate_mlps.parameters() if p.dim() == 2)
+    outputs = sum(bias.numel() for bias in biases) - unused
+    assert wide[1] - low[1] == 4 * (dense - shared_gate + 64 * outputs)
 
 
 def test_peers_end_to_end(

@@ -134,12 +134,18 @@ def test_fp64_trains_with_exact_adam_as_with_dense_adam() -> None:
     assert fp32.metrics != metrics[0][0]
 
 
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("options", [{}, {"net_dropout": 0.1}, {"batch_norm": True}])
-def test_bf16_trains_as_fp32_does(options: dict[str, object]) -> None:
+def test_bf16_trains_as_fp32_does(
+    options: dict[str, object], recompute: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Step by step close to it, with weights and gradients in float32; and learns."""
+    if recompute and options:
+        pytest.skip("other masks, and batch norm is refused")
+    monkeypatch.setattr("stem_fast.model.RECOMPUTED", 24)
     data, losses = tiny_data(256), []
     for precision in ("fp32", "bf16"):
-        settings = config(precision=precision)
+        settings = config(precision=precision, recompute=recompute and precision == "bf16")
         model = tiny_model(**options)
         optimizers = train.make_optimizers(model, settings)
         torch.manual_seed(1)  # of the dropout

@@ -28,10 +28,10 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Columns of the table of steps. With L2 there are series of kTerm terms in place of the moments.
-constexpr int kTerm = 4, kPowers = 7;
+// Columns of the table of steps. With L2 there are series of kSeries terms in place of the moments.
+constexpr int kSeries = 4, kPowers = 7;
 enum Column {
-  kSize, kRoot, kDecay, kLeft, kMoments, kNew = kMoments, kMost = kNew + 3 * kTerm, kColumns
+  kSize, kRoot, kDecay, kLeft, kMoments, kNew = kMoments, kSteep = kNew + 3 * kSeries, kColumns
 };
 // Steps of a leap. The table of leaps begins with a line of coefficients for each polynomial.
 constexpr int64_t kLeap = 16;
@@ -41,8 +41,9 @@ enum LeapColumn {
   kX, kMean, kBend, kFast, kPull = kFast + 4, kL2 = kPull + 4, kLate, kSquare, kRange, kSlope,
   kSlopeX, kUneven, kSecond, kLeapColumns = kSecond + 4
 };
-// The most of these series, and its place where they are not known.
-constexpr double kSteepest = 1e6, kUnknown = 0x1p100;
+// Up to kWake, times the weight, these series are exact; kSteepest is the most that is kept of it,
+// kUnknown in its place where they are not known.
+constexpr double kWake = 0.04, kSteepest = 1e6, kUnknown = 0x1p100;
 // Momentum of which so little is left moves nothing: 2^-60.
 constexpr double kSpent = 0x1p-60;
 
@@ -181,7 +182,7 @@ INLINE bool leap(const Job& job, const double* line, Part<A>& part) {
     const V from_w = w < 0 ? -w : w, to_w = to < 0 ? -to : to;
     const V most = from_w > to_w ? from_w : to_w, least = most > c[kMean] ? most : c[kMean] + V{};
     const V range = h[i] * c[kRange], all = range - kLeap * own[i] + c[kUneven];
-    const V share = h[i] > A(0.01) ? h[i] : A(0.01) + V{};
+    const V bend = A(200) * z * z, share = h[i] > bend ? h[i] : bend;
     exact &= (range * range <= A(1e-3)) &
              (gain * most * most * share <= A(1e-4) * (v + gain * w * w)) &
              (all * all * z * most <= A(1e-6) * least) & (z <= A(0.2));
@@ -201,22 +202,22 @@ INLINE V series(const A* c, V size) {
 template <typename A, typename V = typename Lanes<A>::type>
 INLINE bool wake(const Job& job, int64_t to, Part<A>& part) {
   const double* line = job.step(to);
-  if (!(line[kMost] <= kSteepest)) return false;
-  A c[3 * kTerm];
-  for (int i = 0; i < 3 * kTerm; ++i) c[i] = line[kNew + i];
-  const A most = line[kMost];
+  if (!(line[kSteep] <= kSteepest)) return false;
+  A c[3 * kSeries];
+  for (int i = 0; i < 3 * kSeries; ++i) c[i] = line[kNew + i];
+  const A steep = line[kSteep];
   auto known = part.w[0] == part.w[0];
   for (int i = 0; i < Part<A>::n; ++i) {
     const V w = part.w[i], size = w < 0 ? -w : w;
-    known &= (part.m[i] == 0) & ((part.v[i] == 0) | (w == 0)) & (size * most <= A(0.03));
+    known &= (part.m[i] == 0) & ((part.v[i] == 0) | (w == 0)) & (size * steep <= A(kWake));
   }
   if (any(~known)) return false;
   const A left = std::exp2(job.log2 * static_cast<double>(to - job.base));
   for (int i = 0; i < Part<A>::n; ++i) {
     const V w = part.w[i], size = w < 0 ? -w : w;
     part.w[i] = w * series(c, size);
-    part.m[i] = w * series(c + kTerm, size);
-    part.v[i] = part.v[i] * left + w * w * series(c + 2 * kTerm, size);
+    part.m[i] = w * series(c + kSeries, size);
+    part.v[i] = part.v[i] * left + w * w * series(c + 2 * kSeries, size);
   }
   return true;
 }
@@ -460,43 +461,44 @@ void adam_rows(const Tensor& weight, const Tensor& exp_avg, const Tensor& exp_av
   });
 }
 
-using Series4 = std::array<double, kTerm>;
+using Terms = std::array<double, kSeries>;
 
-Series4 product(const Series4& a, const Series4& b) {
-  Series4 found{};
-  for (int i = 0; i < kTerm; ++i) {
-    for (int j = 0; i + j < kTerm; ++j) found[i + j] += a[i] * b[j];
+Terms product(const Terms& a, const Terms& b) {
+  Terms found{};
+  for (int i = 0; i < kSeries; ++i) {
+    for (int j = 0; i + j < kSeries; ++j) found[i + j] += a[i] * b[j];
   }
   return found;
 }
 
 // The series of a weight that was never trained after one more step; see reference.new_rows.
-void extend(const double* before, double* own, double beta1, double beta2, double eps) {
+void extend(const double* before, double* own, double lr, double beta1, double beta2, double eps) {
   const double decay = own[kDecay];
-  Series4 w, m, v, grad, q{};
-  for (int i = 0; i < kTerm; ++i) {
+  Terms w, m, v, grad, q{};
+  for (int i = 0; i < kSeries; ++i) {
     w[i] = before[i], grad[i] = decay * w[i];
-    m[i] = beta1 * before[kTerm + i] + (1 - beta1) * grad[i];
+    m[i] = beta1 * before[kSeries + i] + (1 - beta1) * grad[i];
   }
-  const Series4 squares = product(grad, grad);
-  for (int i = 0; i < kTerm; ++i) v[i] = beta2 * before[2 * kTerm + i] + (1 - beta2) * squares[i];
+  const Terms squares = product(grad, grad);
+  for (int i = 0; i < kSeries; ++i) v[i] = beta2 * before[2 * kSeries + i] + (1 - beta2) * squares[i];
   // Of sqrt(v) over eps, one term later: it comes with a factor |w|.
   const double s0 = std::sqrt(v[0]), twice = s0 > 0 ? 2 * s0 : 1, s1 = v[1] / twice;
   q = {0, s0, s1, (v[2] - s1 * s1) / twice};
   for (double& term : q) term *= own[kRoot] / eps;
-  const Series4 q2 = product(q, q), q3 = product(q2, q);
-  Series4 inverse{1};
-  for (int i = 1; i < kTerm; ++i) inverse[i] = q2[i] - q[i] - q3[i];
-  const Series4 moved = product(m, inverse);
-  for (int i = 0; i < kTerm; ++i) {
+  const Terms q2 = product(q, q), q3 = product(q2, q);
+  Terms inverse{1};
+  for (int i = 1; i < kSeries; ++i) inverse[i] = q2[i] - q[i] - q3[i];
+  const Terms moved = product(m, inverse);
+  for (int i = 0; i < kSeries; ++i) {
     own[kNew + i] = w[i] - own[kSize] / eps * moved[i];
-    own[kNew + kTerm + i] = m[i];
-    own[kNew + 2 * kTerm + i] = v[i];
+    own[kNew + kSeries + i] = m[i];
+    own[kNew + 2 * kSeries + i] = v[i];
   }
-  own[kMost] = std::max(before[3 * kTerm], q[1]);
-  if (own[kMost] <= kSteepest && q[1] <= kSteepest) return;  // NaN is not
-  std::fill(own + kNew, own + kMost, 0);
-  own[kMost] = kUnknown;
+  const double steep = q[1] * std::sqrt(1 + 4 * lr * decay / eps);
+  own[kSteep] = std::max(before[3 * kSeries], steep);
+  if (own[kSteep] <= kSteepest && steep <= kSteepest) return;  // NaN is not
+  std::fill(own + kNew, own + kSteep, 0);
+  own[kSteep] = kUnknown;
 }
 
 // A new line of the table of steps; see reference.adam_schedule.
@@ -525,11 +527,11 @@ void adam_schedule(const Tensor& steps, const Tensor& clock, const Tensor& optio
   own[kDecay] = decoupled ? 1 - option[0] * option[1] : option[1];
   own[kLeft] = decoupled ? own[kLeft - kColumns] * own[kDecay] : 1;
   if (l2) {
-    const double first[3 * kTerm + 1] = {1};
-    extend(line == 1 ? first : own - kColumns + kNew, own, beta1, beta2, eps);
+    const double first[3 * kSeries + 1] = {1};
+    extend(line == 1 ? first : own - kColumns + kNew, own, option[0], beta1, beta2, eps);
     return;
   }
-  own[kMost] = kUnknown;
+  own[kSteep] = kUnknown;
   // The lines of rows that made their last step not too long ago gain a term.
   double momentum = beta1, second = root2;
   double* start = own - kColumns;

@@ -13,11 +13,12 @@ namespace stem_fast {
 namespace {
 
 constexpr int kThreads = 256;
-// Columns of the table of steps. With L2 there are series of kTerm terms in place of the moments.
-constexpr int kTerm = 4;
-constexpr double kSteepest = 1e6;  // the most of these series
+// Columns of the table of steps. With L2 there are series of kSeries terms in place of the moments.
+constexpr int kSeries = 4;
+// Up to kWake, times the weight, these series are exact; more than kSteepest is not known.
+constexpr double kWake = 0.04, kSteepest = 1e6;
 enum Column {
-  kSize, kRoot, kDecay, kLeft, kMoments, kNew = kMoments, kMost = kNew + 3 * kTerm, kColumns
+  kSize, kRoot, kDecay, kLeft, kMoments, kNew = kMoments, kSteep = kNew + 3 * kSeries, kColumns
 };
 // Steps of a leap. The table of leaps begins with a line of coefficients for each polynomial.
 constexpr int kLeap = 16;
@@ -138,7 +139,7 @@ __device__ bool leap(const Adam<T, S>& a, const double* line, Elements<A, n>& e)
     const A most = fmax(fabs(w), fabs(to)), range = h * static_cast<A>(line[kRange]);
     const A all = range + grown + static_cast<A>(line[kUneven]);
     exact = exact && range * range <= A(1e-3) &&
-            gain * most * most * fmax(h, A(0.01)) <= A(1e-4) * middle &&
+            gain * most * most * fmax(h, 200 * z * z) <= A(1e-4) * middle &&
             all * all * z * most <= A(1e-6) * fmax(most, mean) && z <= A(0.2);
   }
   if (exact) e = next;
@@ -157,11 +158,11 @@ __device__ A value(const double* c, A size) {
 template <typename T, typename S, typename A, int n>
 __device__ bool wake(const Adam<T, S>& a, int64_t to, Elements<A, n>& e) {
   const double* line = a.steps + to * kColumns;
-  const A most = line[kMost];
-  bool known = line[kMost] <= kSteepest;
+  const A steep = line[kSteep];
+  bool known = line[kSteep] <= kSteepest;
 #pragma unroll
   for (int i = 0; i < n; ++i) {
-    known = known && e.m[i] == 0 && (e.v[i] == 0 || e.w[i] == 0) && fabs(e.w[i]) * most <= A(0.03);
+    known = known && e.m[i] == 0 && (e.v[i] == 0 || e.w[i] == 0) && fabs(e.w[i]) * steep <= A(kWake);
   }
   if (!known) return false;
   const A left = exp2(a.log2 * static_cast<double>(to));
@@ -169,8 +170,8 @@ __device__ bool wake(const Adam<T, S>& a, int64_t to, Elements<A, n>& e) {
   for (int i = 0; i < n; ++i) {
     const A w = e.w[i], size = fabs(w);
     e.w[i] = w * value(line + kNew, size);
-    e.m[i] = w * value(line + kNew + kTerm, size);
-    e.v[i] = e.v[i] * left + w * w * value(line + kNew + 2 * kTerm, size);
+    e.m[i] = w * value(line + kNew + kSeries, size);
+    e.v[i] = e.v[i] * left + w * w * value(line + kNew + 2 * kSeries, size);
   }
   return true;
 }
