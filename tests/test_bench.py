@@ -395,8 +395,8 @@ def test_a_peer_that_is_wrong_gets_no_time(
     asked = in_process(monkeypatch)
     right = STEMNet.forward
 
-    def wrong(model: STEMNet, *inputs: Any) -> torch.Tensor:
-        logits = right(model, *inputs)
+    def wrong(model: STEMNet, *inputs: Any, **options: Any) -> torch.Tensor:
+        logits = right(model, *inputs, **options)
         return logits if logits.dtype == torch.float64 else logits * 1.001
 
     monkeypatch.setattr(STEMNet, "forward", wrong)
