@@ -151,8 +151,10 @@ def train_step(
 
 def _backward(model: STEMNet, batch: Batch, config: TrainingConfig) -> Tensor:
     """The loss, the table's L2 term left out, as a detached scalar; and every gradient of it."""
+    # A subclass may have a forward without the option.
+    options = {"recompute": True} if config.recompute else {}
     with autocast(config.precision, batch.ids.device):
-        logits = model(batch.ids, batch.numeric, batch.sequences, recompute=config.recompute)
+        logits = model(batch.ids, batch.numeric, batch.sequences, **options)
     assert batch.labels is not None
     loss = model.loss(
         logits,
