@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from stem_fast.kernels.rows import row_constants
 from torch import Tensor
 
 
@@ -59,14 +60,6 @@ def _adagrad_rows(
             tl.store(weight + at, w.to(weight.dtype.element_ty), mask=inside)
 
 
-def _constants(weight: Tensor) -> dict[str, object]:
-    return {
-        "SUM": tl.float64 if weight.dtype == torch.float64 else tl.float32,
-        "BLOCK": min(triton.next_power_of_2(weight.shape[1]), 512),
-        "num_warps": 1 if weight.shape[1] <= 128 else 4,
-    }
-
-
 def adagrad_rows(
     weight: Tensor, sum: Tensor, rows: Tensor | None, grad: Tensor, options: Tensor, eps: float
 ) -> None:
@@ -85,5 +78,5 @@ def adagrad_rows(
             EPS=eps,
             NAMED=rows is not None,
             ROW_WISE=sum.dim() == 1,
-            **_constants(weight),
+            **row_constants(weight),
         )

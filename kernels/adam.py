@@ -8,6 +8,7 @@ import math
 import torch
 import triton
 import triton.language as tl
+from stem_fast.kernels.rows import row_constants
 from torch import Tensor
 
 COLUMNS = tl.constexpr(17)  # of the table of steps, see stem_fast.optim.Schedule
@@ -406,9 +407,7 @@ def _constants(
         "LEAST": 1e-200 if wide else 1e-30,
         "DECOUPLED": decoupled,
         "L2": l2,
-        "SUM": tl.float64 if wide else tl.float32,
-        "BLOCK": min(triton.next_power_of_2(weight.shape[1]), 256),
-        "num_warps": 1 if weight.shape[1] <= 128 else 4,
+        **row_constants(weight, 256),  # of more, registers spill
     }
 
 

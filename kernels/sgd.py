@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from stem_fast.kernels.rows import row_constants
 from torch import Tensor
 
 COLUMNS = tl.constexpr(7)  # of the table of steps, see stem_fast.optim.Products
@@ -72,14 +73,6 @@ def _sgd_rows(
         tl.store(last + row, now.to(tl.int32))
 
 
-def _constants(weight: Tensor) -> dict[str, object]:
-    return {
-        "SUM": tl.float64 if weight.dtype == torch.float64 else tl.float32,
-        "BLOCK": min(triton.next_power_of_2(weight.shape[1]), 512),
-        "num_warps": 1 if weight.shape[1] <= 128 else 4,
-    }
-
-
 def sgd_rows(
     weight: Tensor,
     momentum_buffer: Tensor | None,
@@ -107,5 +100,5 @@ def sgd_rows(
             MOMENTUM=momentum_buffer is not None,
             NAMED=rows is not None,
             GRAD=grad is not None,
-            **_constants(weight),
+            **row_constants(weight),
         )

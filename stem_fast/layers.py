@@ -378,6 +378,11 @@ class GroupedBatchNorm(nn.Module):
         return normed.view(batch, groups, units).transpose(0, 1)
 
 
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether it looks at whole batches: by batch norm, or by Dice, which has one inside."""
+    return any(isinstance(module, GroupedBatchNorm) for module in model.modules())
+
+
 class GroupedPReLU(nn.Module):
     """``nn.PReLU(units, init=0.1)`` for each of E networks."""
 

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from stem_fast import fuxictr, ops, reference
 from stem_fast.experts import expert_mixture
 from stem_fast.inference import Inference
-from stem_fast.layers import EmbeddingArena, GroupedBatchNorm, GroupedMLP
+from stem_fast.layers import EmbeddingArena, GroupedMLP, has_batch_norm
 
 Sequences = Mapping[str, Tensor | tuple[Tensor, Tensor]]
 Added = dict[tuple[int, ...], Tensor]  # inputs -> their sum
@@ -230,7 +230,7 @@ class STEMNet(nn.Module):
         """
         if not recompute:
             return self._run(ids, numeric, sequences)[0]
-        if any(isinstance(module, GroupedBatchNorm) for module in self.modules()):
+        if has_batch_norm(self):
             raise ValueError("recompute is on: give a model without batch norm and Dice")
         inputs, added = self._inputs(ids, numeric, sequences)
 

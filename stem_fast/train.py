@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from stem_fast import metrics
 from stem_fast.config import TrainingConfig as TrainingConfig
 from stem_fast.data import Batch, Dataset
-from stem_fast.layers import GroupedBatchNorm
+from stem_fast.layers import has_batch_norm
 from stem_fast.model import STEMNet
 from stem_fast.optim import OPTIMIZERS, TableOptimizer
 from stem_fast.precision import autocast, tf32
@@ -388,7 +388,7 @@ def task_kinds(model: STEMNet) -> dict[str, str]:
 def _refuse_batch_norm(model: STEMNet, rows: int, config: TrainingConfig) -> None:
     """Batch norm has no variance over one row, and would stop in the middle of an epoch; and its
     statistics are of the whole batch, which ``recompute`` cuts."""
-    if not any(isinstance(module, GroupedBatchNorm) for module in model.modules()):
+    if not has_batch_norm(model):
         return
     if 1 in (config.batch_size, rows % config.batch_size):
         raise DataError(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import triton
 from stem_fast.kernels import adagrad, adam, lookup, mixture, sgd
+from stem_fast.kernels.rows import row_constants
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -83,10 +84,10 @@ def sources() -> dict[str, tuple[ASTSource, int]]:
             tensors |= dict.fromkeys(("steps", "options"), "*fp64")
             table = torch.empty(9, width, dtype=dtype, device="meta")
             for kernel, constants in (
-                (sgd._sgd_rows, {"GRAD": grads, "MOMENTUM": flag} | sgd._constants(table)),
+                (sgd._sgd_rows, {"GRAD": grads, "MOMENTUM": flag} | row_constants(table)),
                 (
                     adagrad._adagrad_rows,
-                    {"EPS": 1e-8, "ROW_WISE": flag} | adagrad._constants(table),
+                    {"EPS": 1e-8, "ROW_WISE": flag} | row_constants(table),
                 ),
             ):
                 warps = constants.pop("num_warps")

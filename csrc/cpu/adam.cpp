@@ -372,72 +372,33 @@ MULTIVERSION void run_entry(const Job& job, int64_t begin, int64_t end, double) 
   run<double>(job, begin, end);
 }
 
-void check(const Tensor& weight, const Tensor& exp_avg, const Tensor& exp_avg_sq,
-           const Tensor& last, const std::optional<Tensor>& rows, const std::optional<Tensor>& grad,
-           const Tensor& steps, const Tensor& leaps, const Tensor& clock) {
-  STD_TORCH_CHECK(weight.dim() == 2, "adam_rows: weight must be [R, W]");
-  const int64_t size = weight.size(0), width = weight.size(1);
-  for (const Tensor* state : {&exp_avg, &exp_avg_sq}) {
-    STD_TORCH_CHECK(state->dim() == 2 && state->size(0) == size && state->size(1) == width,
-                    "adam_rows: exp_avg and exp_avg_sq must be as weight, [", size, ", ", width, "]");
-  }
-  STD_TORCH_CHECK(last.dim() == 1 && last.size(0) == size && last.scalar_type() == ScalarType::Int,
-                  "adam_rows: last must be int32 [", size, "]");
-  STD_TORCH_CHECK(weight.is_contiguous() && exp_avg.is_contiguous() && exp_avg_sq.is_contiguous() &&
-                      last.is_contiguous(),
-                  "adam_rows: what is changed in place must be contiguous");
-  STD_TORCH_CHECK(steps.dim() == 2 && steps.size(1) == kColumns &&
-                      steps.scalar_type() == ScalarType::Double && clock.numel() == 2 &&
-                      clock.scalar_type() == ScalarType::Long,
-                  "adam_rows: steps must be float64 [N, ", static_cast<int64_t>(kColumns),
-                  "] and clock int64 [2]");
-  STD_TORCH_CHECK(leaps.dim() == 2 && leaps.size(1) == kLeapColumns &&
-                      leaps.size(0) >= kPolynomials + steps.size(0) / kLeap &&
-                      leaps.scalar_type() == ScalarType::Double,
-                  "adam_rows: leaps must be float64 [", static_cast<int64_t>(kPolynomials),
-                  " + N / ", kLeap, ", ", static_cast<int64_t>(kLeapColumns), "]");
-  const int64_t count = rows ? rows->numel() : size;
-  STD_TORCH_CHECK(!rows || (rows->dim() == 1 && rows->scalar_type() == ScalarType::Long),
-                  "adam_rows: rows must be int64 [U]");
-  STD_TORCH_CHECK(!grad || (grad->dim() == 2 && grad->size(0) == count && grad->size(1) == width),
-                  "adam_rows: grad must be [", count, ", ", width, "]");
-}
-
 void adam_rows(const Tensor& weight, const Tensor& exp_avg, const Tensor& exp_avg_sq,
                const Tensor& last, const std::optional<Tensor>& rows_in,
                const std::optional<Tensor>& grad_in, const Tensor& steps_in,
-               const Tensor& leaps_in, const Tensor& clock_in,
-               double beta1, double beta2, double eps, bool decoupled, bool l2) {
-  check(weight, exp_avg, exp_avg_sq, last, rows_in, grad_in, steps_in, leaps_in, clock_in);
-  const Tensor steps = torch::stable::contiguous(steps_in);
-  const Tensor leaps = torch::stable::contiguous(leaps_in);
-  const Tensor clock = torch::stable::contiguous(clock_in);
-  const auto* now = static_cast<const int64_t*>(clock.const_data_ptr());
-  STD_TORCH_CHECK(now[0] >= 0 && now[1] >= now[0] && now[1] - now[0] < steps.size(0),
-                  "adam_rows: the table has ", steps.size(0), " lines for steps ", now[0], " to ",
-                  now[1]);
-  const int64_t size = weight.size(0), width = weight.size(1);
-  auto* made = static_cast<int32_t*>(last.mutable_data_ptr());
-  std::optional<Tensor> rows, grad;
-  std::optional<Table> gradient;
-  if (rows_in) rows = torch::stable::contiguous(*rows_in);
-  if (grad_in) {
-    grad = torch::stable::contiguous(*grad_in);
-    gradient.emplace(*grad, width);
+               const Tensor& leaps_in, const Tensor& clock, double beta1, double beta2, double eps,
+               bool decoupled, bool l2) {
+  const Rows rows("adam_rows", weight, rows_in, grad_in);
+  for (const Tensor* state : {&exp_avg, &exp_avg_sq}) {
+    check_state("adam_rows", "exp_avg and exp_avg_sq", weight, *state);
   }
-  const int64_t count = rows ? rows->numel() : size;
-  const auto* row = rows ? static_cast<const int64_t*>(rows->const_data_ptr()) : nullptr;
-  if (row) check_rows("adam_rows", row, count, size);
+  const Steps steps("adam_rows", weight, last, steps_in, kColumns, clock);
+  STD_TORCH_CHECK(leaps_in.dim() == 2 && leaps_in.size(1) == kLeapColumns &&
+                      leaps_in.size(0) >= kPolynomials + steps_in.size(0) / kLeap &&
+                      leaps_in.scalar_type() == ScalarType::Double,
+                  "adam_rows: leaps must be float64 [", static_cast<int64_t>(kPolynomials),
+                  " + N / ", kLeap, ", ", static_cast<int64_t>(kLeapColumns), "]");
+  const Tensor leaps = torch::stable::contiguous(leaps_in);
+  const int64_t width = weight.size(1);
   Job job{{weight, width},
           {exp_avg, width},
           {exp_avg_sq, width},
-          made,
-          row,
-          gradient ? &*gradient : nullptr,
-          static_cast<const double*>(steps.const_data_ptr()),
+          steps.last,
+          rows.named(),
+          rows.grad(),
+          steps.table(),
           static_cast<const double*>(leaps.const_data_ptr()),
-          now[0],
-          now[1],
+          steps.base,
+          steps.now,
           width,
           beta1,
           beta2,
@@ -454,7 +415,7 @@ void adam_rows(const Tensor& weight, const Tensor& exp_avg, const Tensor& exp_av
     }
   }
   for_type(weight.scalar_type(), "adam_rows", [&](auto zero) {
-    torch::stable::parallel_for(0, count, kGrain, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, rows.count, kGrain, [&](int64_t begin, int64_t end) {
       const FlushToZero mode;
       run_entry(job, begin, end, Sum<decltype(zero)>());
     });

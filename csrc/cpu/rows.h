@@ -110,6 +110,48 @@ class Rows {
   std::optional<Table> grad_;
 };
 
+// Raises unless an optimizer's state is a table as weight.
+inline void check_state(const char* op, const char* names, const torch::stable::Tensor& weight,
+                        const torch::stable::Tensor& state) {
+  STD_TORCH_CHECK(state.dim() == 2 && state.size(0) == weight.size(0) &&
+                      state.size(1) == weight.size(1),
+                  op, ": ", names, " must be as weight, [", weight.size(0), ", ", weight.size(1),
+                  "]");
+  STD_TORCH_CHECK(state.is_contiguous(), op, ": what is changed in place must be contiguous");
+}
+
+// The steps that rows may have missed, from a table with a line for each; the newest of every row.
+class Steps {
+ public:
+  int32_t* last;
+  int64_t base, now;
+
+  Steps(const char* op, const torch::stable::Tensor& weight, const torch::stable::Tensor& newest,
+        const torch::stable::Tensor& steps, int64_t columns, const torch::stable::Tensor& clock) {
+    using torch::headeronly::ScalarType;
+    STD_TORCH_CHECK(newest.dim() == 1 && newest.size(0) == weight.size(0) &&
+                        newest.scalar_type() == ScalarType::Int,
+                    op, ": last must be int32 [", weight.size(0), "]");
+    STD_TORCH_CHECK(newest.is_contiguous(), op, ": what is changed in place must be contiguous");
+    STD_TORCH_CHECK(steps.dim() == 2 && steps.size(1) == columns &&
+                        steps.scalar_type() == ScalarType::Double && clock.numel() == 2 &&
+                        clock.scalar_type() == ScalarType::Long,
+                    op, ": steps must be float64 [N, ", columns, "] and clock int64 [2]");
+    last = static_cast<int32_t*>(newest.mutable_data_ptr());
+    steps_ = torch::stable::contiguous(steps);
+    const torch::stable::Tensor times = torch::stable::contiguous(clock);
+    const auto* time = static_cast<const int64_t*>(times.const_data_ptr());
+    base = time[0], now = time[1];
+    STD_TORCH_CHECK(base >= 0 && now >= base && now - base < steps.size(0), op, ": the table has ",
+                    steps.size(0), " lines for steps ", base, " to ", now);
+  }
+
+  const double* table() const { return static_cast<const double*>(steps_->const_data_ptr()); }
+
+ private:
+  std::optional<torch::stable::Tensor> steps_;
+};
+
 // Calls run(u, row) for each but padding, its row of the tables (nullptr: none) on its way from
 // memory.
 template <typename F>

@@ -96,33 +96,15 @@ MULTIVERSION void run_entry(const Job& job, int64_t begin, int64_t end, double) 
 void sgd_rows(const Tensor& weight, const std::optional<Tensor>& momentum_buffer,
               const Tensor& last, const std::optional<Tensor>& rows_in,
               const std::optional<Tensor>& grad_in, const Tensor& steps_in,
-              const Tensor& clock_in) {
+              const Tensor& clock) {
   const Rows rows("sgd_rows", weight, rows_in, grad_in);
-  const int64_t size = weight.size(0), width = weight.size(1);
-  STD_TORCH_CHECK(!momentum_buffer || (momentum_buffer->dim() == 2 &&
-                                       momentum_buffer->size(0) == size &&
-                                       momentum_buffer->size(1) == width),
-                  "sgd_rows: momentum_buffer must be as weight, [", size, ", ", width, "]");
-  STD_TORCH_CHECK(last.dim() == 1 && last.size(0) == size && last.scalar_type() == ScalarType::Int,
-                  "sgd_rows: last must be int32 [", size, "]");
-  STD_TORCH_CHECK((!momentum_buffer || momentum_buffer->is_contiguous()) && last.is_contiguous(),
-                  "sgd_rows: what is changed in place must be contiguous");
-  STD_TORCH_CHECK(steps_in.dim() == 2 && steps_in.size(1) == kColumns &&
-                      steps_in.scalar_type() == ScalarType::Double && clock_in.numel() == 2 &&
-                      clock_in.scalar_type() == ScalarType::Long,
-                  "sgd_rows: steps must be float64 [N, ", static_cast<int64_t>(kColumns),
-                  "] and clock int64 [2]");
-  const Tensor steps = torch::stable::contiguous(steps_in);
-  const Tensor clock = torch::stable::contiguous(clock_in);
-  const auto* now = static_cast<const int64_t*>(clock.const_data_ptr());
-  STD_TORCH_CHECK(now[0] >= 0 && now[1] >= now[0] && now[1] - now[0] < steps.size(0),
-                  "sgd_rows: the table has ", steps.size(0), " lines for steps ", now[0], " to ",
-                  now[1]);
+  const int64_t width = weight.size(1);
+  if (momentum_buffer) check_state("sgd_rows", "momentum_buffer", weight, *momentum_buffer);
+  const Steps steps("sgd_rows", weight, last, steps_in, kColumns, clock);
   std::optional<Table> buffer;
   if (momentum_buffer) buffer.emplace(*momentum_buffer, width);
-  const Job job{{weight, width}, buffer ? &*buffer : nullptr,
-                static_cast<int32_t*>(last.mutable_data_ptr()), rows.named(), rows.grad(),
-                static_cast<const double*>(steps.const_data_ptr()), now[0], now[1], width};
+  const Job job{{weight, width}, buffer ? &*buffer : nullptr, steps.last, rows.named(),
+                rows.grad(), steps.table(), steps.base, steps.now, width};
   for_type(weight.scalar_type(), "sgd_rows", [&](auto zero) {
     torch::stable::parallel_for(0, rows.count, kGrain, [&](int64_t begin, int64_t end) {
       const FlushToZero mode;

@@ -7,7 +7,7 @@
 #include <cmath>
 #include <optional>
 
-#include "common.cuh"
+#include "rows.cuh"
 
 namespace stem_fast {
 namespace {
@@ -297,20 +297,20 @@ __global__ void __launch_bounds__(kThreads, 1) adam_kernel(const __grid_constant
 
 template <typename T, typename S>
 void run(const Tensor& weight, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& last,
-         const std::optional<Tensor>& rows, const std::optional<Tensor>& grad, const Tensor& steps, const Tensor& leaps,
-         const Tensor& clock, double beta1, double beta2, double eps, bool decoupled, bool l2) {
+         const Rows& rows, const Tensor& steps, const Tensor& leaps, const Tensor& clock,
+         double beta1, double beta2, double eps, bool decoupled, bool l2) {
   Adam<T, S> a{};
   a.weight = static_cast<T*>(weight.mutable_data_ptr());
   a.exp_avg = static_cast<S*>(exp_avg.mutable_data_ptr());
   a.exp_avg_sq = static_cast<S*>(exp_avg_sq.mutable_data_ptr());
   a.last = static_cast<int32_t*>(last.mutable_data_ptr());
-  if (rows) a.rows = static_cast<const int64_t*>(rows->const_data_ptr());
-  if (grad) a.grad = static_cast<const T*>(grad->const_data_ptr());
+  a.rows = rows.named();
+  a.grad = rows.grad<T>();
   a.steps = static_cast<const double*>(steps.const_data_ptr());
   a.leaps = static_cast<const double*>(leaps.const_data_ptr());
   a.clock = static_cast<const int64_t*>(clock.const_data_ptr());
   a.size = weight.size(0);
-  a.count = rows ? rows->size(0) : a.size;
+  a.count = rows.count;
   a.lines = steps.size(0);
   a.width = static_cast<int>(weight.size(1));
   a.beta1 = beta1, a.beta2 = beta2, a.root2 = std::sqrt(beta2), a.eps = eps;
@@ -322,20 +322,17 @@ void run(const Tensor& weight, const Tensor& exp_avg, const Tensor& exp_avg_sq, 
       a.width % wide == 0 &&
       aligned({a.weight, a.grad}, wide * sizeof(T)) &&
       aligned({a.exp_avg, a.exp_avg_sq}, wide * sizeof(S));
-  const int elements = vectors ? a.width / wide : a.width;
-  const int threads_x = elements < kThreads ? elements : kThreads;
-  const dim3 block(threads_x, kThreads / threads_x);
-  const dim3 grid((a.count + block.y - 1) / block.y);
+  const auto [grid, block] = row_shape(rows.count, vectors ? a.width / wide : a.width, kThreads);
   launch("adam_rows", vectors ? adam_kernel<T, S, wide> : adam_kernel<T, S, 1>, grid, block, 0,
          weight, a);
 }
 
 void adam_rows(const Tensor& weight, const Tensor& exp_avg, const Tensor& exp_avg_sq,
                const Tensor& last, const std::optional<Tensor>& rows_in,
-               const std::optional<Tensor>& grad_in, const Tensor& steps_in,
+               const std::optional<Tensor>& grad, const Tensor& steps_in,
                const Tensor& leaps_in, const Tensor& clock_in, double beta1, double beta2,
                double eps, bool decoupled, bool l2) {
-  STD_TORCH_CHECK(weight.dim() == 2, "adam_rows: weight must be [R, W]");
+  const Rows rows("adam_rows", weight, rows_in, grad);
   const int64_t size = weight.size(0), width = weight.size(1);
   for (const Tensor* state : {&exp_avg, &exp_avg_sq}) {
     STD_TORCH_CHECK(state->dim() == 2 && state->size(0) == size && state->size(1) == width &&
@@ -343,44 +340,25 @@ void adam_rows(const Tensor& weight, const Tensor& exp_avg, const Tensor& exp_av
                     "adam_rows: exp_avg and exp_avg_sq must be as weight, [", size, ", ", width,
                     "], of one type");
   }
-  STD_TORCH_CHECK(last.dim() == 1 && last.size(0) == size && last.scalar_type() == ScalarType::Int,
-                  "adam_rows: last must be int32 [", size, "]");
-  STD_TORCH_CHECK(weight.is_contiguous() && exp_avg.is_contiguous() && exp_avg_sq.is_contiguous() &&
-                      last.is_contiguous(),
+  STD_TORCH_CHECK(exp_avg.is_contiguous() && exp_avg_sq.is_contiguous(),
                   "adam_rows: what is changed in place must be contiguous");
-  STD_TORCH_CHECK(steps_in.dim() == 2 && steps_in.size(1) == kColumns &&
-                      steps_in.scalar_type() == ScalarType::Double && clock_in.numel() == 2 &&
-                      clock_in.scalar_type() == ScalarType::Long,
-                  "adam_rows: steps must be float64 [N, ", static_cast<int64_t>(kColumns),
-                  "] and clock int64 [2]");
+  check_steps("adam_rows", weight, last, steps_in, kColumns, clock_in);
   STD_TORCH_CHECK(leaps_in.dim() == 2 && leaps_in.size(1) == kLeapColumns &&
                       leaps_in.size(0) >= kPolynomials + steps_in.size(0) / kLeap &&
                       leaps_in.scalar_type() == ScalarType::Double,
                   "adam_rows: leaps must be float64 [", static_cast<int64_t>(kPolynomials),
                   " + N / ", kLeap, ", ", static_cast<int64_t>(kLeapColumns), "]");
-  STD_TORCH_CHECK(!rows_in || (rows_in->dim() == 1 && rows_in->scalar_type() == ScalarType::Long),
-                  "adam_rows: rows must be int64 [U]");
-  const int64_t count = rows_in ? rows_in->size(0) : size;
-  STD_TORCH_CHECK(!grad_in || (grad_in->dim() == 2 && grad_in->size(0) == count &&
-                               grad_in->size(1) == width &&
-                               grad_in->scalar_type() == weight.scalar_type()),
-                  "adam_rows: grad must be [", count, ", ", width, "] of weight's type");
-  check_device("adam_rows", weight, {exp_avg, exp_avg_sq, last, steps_in, leaps_in, clock_in});
-  if (rows_in) check_device("adam_rows", weight, {*rows_in});
-  if (grad_in) check_device("adam_rows", weight, {*grad_in});
-  if (count == 0 || width == 0) return;
+  check_device("adam_rows", weight, {exp_avg, exp_avg_sq, leaps_in});
+  if (rows.count == 0 || width == 0) return;
   const DeviceGuard guard(weight.get_device_index());
   const Tensor steps = torch::stable::contiguous(steps_in);
   const Tensor leaps = torch::stable::contiguous(leaps_in);
   const Tensor clock = torch::stable::contiguous(clock_in);
-  std::optional<Tensor> rows, grad;
-  if (rows_in) rows = torch::stable::contiguous(*rows_in);
-  if (grad_in) grad = torch::stable::contiguous(*grad_in);
   for_type(weight.scalar_type(), "adam_rows", [&](auto zero) {
     using T = decltype(zero);
     const ScalarType state = exp_avg.scalar_type();
     const auto with = [&](auto kind) {
-      run<T, decltype(kind)>(weight, exp_avg, exp_avg_sq, last, rows, grad, steps, leaps, clock,
+      run<T, decltype(kind)>(weight, exp_avg, exp_avg_sq, last, rows, steps, leaps, clock,
                              beta1, beta2, eps, decoupled, l2);
     };
     if (state == ScalarType::BFloat16) return with(BFloat16());

@@ -58,6 +58,20 @@ inline void check_state(const char* op, const char* name, const Tensor& state,
   check_device(op, weight, {state});
 }
 
+// Raises where the steps that rows may have missed are not as the kernels take them.
+inline void check_steps(const char* op, const Tensor& weight, const Tensor& last,
+                        const Tensor& steps, int64_t columns, const Tensor& clock) {
+  STD_TORCH_CHECK(last.dim() == 1 && last.size(0) == weight.size(0) &&
+                      last.scalar_type() == ScalarType::Int,
+                  op, ": last must be int32 [", weight.size(0), "]");
+  STD_TORCH_CHECK(last.is_contiguous(), op, ": what is changed in place must be contiguous");
+  STD_TORCH_CHECK(steps.dim() == 2 && steps.size(1) == columns &&
+                      steps.scalar_type() == ScalarType::Double && clock.numel() == 2 &&
+                      clock.scalar_type() == ScalarType::Long,
+                  op, ": steps must be float64 [N, ", columns, "] and clock int64 [2]");
+  check_device(op, weight, {last, steps, clock});
+}
+
 // (grid, block) for `rows`, each of `elements` that a thread handles; threads are (columns, rows).
 inline std::pair<dim3, dim3> row_shape(int64_t rows, int elements, int threads) {
   const int columns = elements < threads ? elements : threads;

@@ -107,15 +107,7 @@ void sgd_rows(const Tensor& weight, const std::optional<Tensor>& momentum_buffer
                                        momentum_buffer->size(1) == width),
                   "sgd_rows: momentum_buffer must be as weight, [", size, ", ", width, "]");
   if (momentum_buffer) check_state("sgd_rows", "momentum_buffer", *momentum_buffer, weight);
-  STD_TORCH_CHECK(last.dim() == 1 && last.size(0) == size && last.scalar_type() == ScalarType::Int,
-                  "sgd_rows: last must be int32 [", size, "]");
-  STD_TORCH_CHECK(last.is_contiguous(), "sgd_rows: what is changed in place must be contiguous");
-  STD_TORCH_CHECK(steps_in.dim() == 2 && steps_in.size(1) == kColumns &&
-                      steps_in.scalar_type() == ScalarType::Double && clock_in.numel() == 2 &&
-                      clock_in.scalar_type() == ScalarType::Long,
-                  "sgd_rows: steps must be float64 [N, ", static_cast<int64_t>(kColumns),
-                  "] and clock int64 [2]");
-  check_device("sgd_rows", weight, {last, steps_in, clock_in});
+  check_steps("sgd_rows", weight, last, steps_in, kColumns, clock_in);
   if (rows.count == 0 || width == 0) return;
   const DeviceGuard guard(weight.get_device_index());
   const Tensor steps = torch::stable::contiguous(steps_in);
