@@ -23,7 +23,7 @@ def _adagrad_rows(
     sums,  # [R, width] or [R]
     rows,  # [U]
     grad,  # [U, width]
-    options,  # [2], lr and weight_decay
+    lr_decay,  # [2]
     width,
     EPS: tl.constexpr,
     NAMED: tl.constexpr,  # whether there are rows; else all
@@ -33,7 +33,7 @@ def _adagrad_rows(
 ):
     u = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + u) if NAMED else u
-    lr, decay = tl.load(options).to(SUM), tl.load(options + 1).to(SUM)
+    lr, decay = tl.load(lr_decay).to(SUM), tl.load(lr_decay + 1).to(SUM)
     # Row 0 is padding where rows are named: a plan repeats it.
     if (row != 0) | (not NAMED):
         column = tl.arange(0, BLOCK)

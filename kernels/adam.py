@@ -272,7 +272,7 @@ def _extend(before, own, first, lr, size, root, decay, BETA1, BETA2, EPS):
 def _adam_schedule(
     steps,  # [N, COLUMNS]
     clock,  # [2]
-    options,  # [2]
+    lr_decay,  # [2]
     lines,  # N
     BETA1: tl.constexpr,
     BETA2: tl.constexpr,
@@ -289,7 +289,7 @@ def _adam_schedule(
     tl.store(clock + 1, now)
     if line < lines:
         own = steps + line * COLUMNS
-        lr, decay = tl.load(options), tl.load(options + 1)
+        lr, decay = tl.load(lr_decay), tl.load(lr_decay + 1)
         t = now.to(tl.float64)
         size = lr / (1 - tl.exp2(LOG1 * t))
         root = 1 / tl.sqrt(1 - tl.exp2(LOG2 * t))

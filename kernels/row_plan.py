@@ -23,7 +23,7 @@ def row_plan(
     scale = None
     if bags:
         scale = torch.ones_like(row, dtype=torch.float64)
-        rows, bounds = bags[0], bags[1].clamp(0, len(bags[0]))
+        rows, bounds = bags[0], bags[1].contiguous().clamp(0, len(bags[0]))
         place = torch.arange(len(rows), device=ids.device)
         owner = torch.full_like(place, -1)
         factor = torch.zeros_like(place, dtype=torch.float64)

@@ -164,9 +164,9 @@ class Schedule:
     def flushed(self) -> None:
         """Every row has made every step: the table begins anew."""
         self.clock[0].copy_(self.clock[1])
-        self.steps[0] = 0
-        self.steps[0, 3] = 1
-        self.leaps[POLYNOMIALS:] = math.inf
+        self.steps[0].zero_()
+        self.steps[0, 3].fill_(1)
+        self.leaps[POLYNOMIALS:].fill_(math.inf)
         self.made = 0
         # The steps of a CUDA graph are L2's if that of its capture was.
         self.l2 = self.l2 and self.clock.is_cuda

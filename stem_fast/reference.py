@@ -456,7 +456,7 @@ def adam_schedule(
         rest = new_rows(before, lr, size, root, decay, beta1, beta2, eps)
     else:
         rest = t.new_zeros(3 * SERIES + 1)
-        rest[-1] = UNKNOWN
+        rest[-1].fill_(UNKNOWN)  # a number assigned is a copy from the host
     steps.index_copy_(0, line, torch.cat([size, root, decay, left, rest])[None])
     if l2:
         return
@@ -518,7 +518,7 @@ def new_rows(
     w = w - size / eps * product(m, inverse)
     most = torch.maximum(before[-1:], q[1:2] * (1 + 4 * lr * decay / eps).sqrt())
     unknown = torch.zeros_like(before)
-    unknown[-1] = UNKNOWN
+    unknown[-1].fill_(UNKNOWN)
     return torch.where(most <= STEEPEST, torch.cat([w, m, v, most]), unknown)
 
 

@@ -18,7 +18,8 @@ import triton
 from stem_fast.kernels import adagrad, adam, lookup, mixture, sgd
 from stem_fast.kernels.rows import row_constants
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 
 NAMES = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
 
@@ -72,7 +73,7 @@ def sources() -> dict[str, tuple[ASTSource, int]]:
             (0.9, True, False),
             (0.99, False, False),
         ):
-            tensors = {"steps": "*fp64", "clock": "*i64", "options": "*fp64"}
+            tensors = {"steps": "*fp64", "clock": "*i64", "lr_decay": "*fp64"}
             constants = adam._schedule_constants(beta1, 0.999, 1e-8, decoupled, l2)
             warps = constants.pop("num_warps")
             code = source(adam._adam_schedule, tensors, constants)
@@ -81,7 +82,7 @@ def sources() -> dict[str, tuple[ASTSource, int]]:
             tensors = dict.fromkeys(("weight", "grad"), name)
             tensors |= dict.fromkeys(("momentum_buffer", "sums"), "*fp32")
             tensors |= {"last": "*i32", "rows": "*i64", "clock": "*i64"}
-            tensors |= dict.fromkeys(("steps", "options"), "*fp64")
+            tensors |= dict.fromkeys(("steps", "lr_decay"), "*fp64")
             table = torch.empty(9, width, dtype=dtype, device="meta")
             for kernel, constants in (
                 (sgd._sgd_rows, {"GRAD": grads, "MOMENTUM": flag} | row_constants(table)),
@@ -118,6 +119,8 @@ def source(kernel: Any, pointers: dict[str, str], constants: dict[str, Any]) -> 
 
 def resources(code: ASTSource, warps: int, arch: int) -> dict[str, int]:
     target = GPUTarget("cuda", arch, 32)
+    # The launcher is Python made of the names: some are taken.
+    create_function_from_signature(code.fn.signature, code.fn.params, make_backend(target))
     compiled = triton.compile(code, target=target, options={"num_warps": warps})
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

@@ -30,7 +30,11 @@ built = pytest.mark.skipif(not LIBRARIES, reason="stem_fast/_cuda was not built:
 
 
 def run_tests(*arguments: str, **environment: str) -> None:
-    variables = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    variables = {
+        key: value
+        for key, value in os.environ.items()
+        if key != "TRITON_INTERPRET" and not key.startswith("PYTEST_")
+    }
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments],
         cwd=ROOT,

@@ -468,7 +468,8 @@ def test_lazy_adam_is_sparse_adam() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("kind", optim.OPTIMIZERS.values(), ids=optim.OPTIMIZERS.keys())
 def test_a_step_replayed_from_a_cuda_graph(kind: Callable[..., optim.TableOptimizer]) -> None:
-    options = {"weight_decay": 1e-3} | ({"momentum": 0.9} if kind is optim.SGD else {})
+    options = {"lr": 1e-3, "weight_decay": 1e-3}
+    options |= {"momentum": 0.9} if kind is optim.SGD else {}
     data = batches(40)
     eager, model = arena(device="cuda"), arena(device="cuda")
     train(eager, kind(eager, **options), data)
