@@ -7,8 +7,10 @@ convention) and standardisation; ``load`` encodes any split once into a cache of
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from stem_fast.cache import Writer, cache_root, read_entry, write_entry
 from stem_fast.schema import DataError, Encoding, Schema, SequenceField, table_owners
@@ -36,6 +39,20 @@ class Batch(NamedTuple):
     labels: Tensor | None  # float32 [B, T], NaN = missing
     weight: Tensor | None  # float32 [B]
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with every tensor changed."""
+
+        def maybe(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else change(tensor)
+
+        return Batch(
+            change(self.ids),
+            maybe(self.numeric),
+            {name: (change(v), change(o)) for name, (v, o) in self.sequences.items()},
+            maybe(self.labels),
+            maybe(self.weight),
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
@@ -52,6 +69,28 @@ class Dataset:
     def rows(self) -> int:
         return len(self.ids)
 
+    @property
+    def nbytes(self) -> int:
+        """Of the tensors, on whatever device."""
+        tensors = [self.ids, self.numeric, self.labels, self.weight]
+        tensors += [part for jagged in self.sequences.values() for part in jagged]
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    def to(self, device: torch.device | str) -> Dataset:
+        """The same rows with every tensor on a device; ``group`` stays as it is."""
+
+        def moved(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device)
+
+        return Dataset(
+            self.ids.to(device),
+            moved(self.numeric),
+            {name: (v.to(device), o.to(device)) for name, (v, o) in self.sequences.items()},
+            moved(self.labels),
+            moved(self.weight),
+            self.group,
+        )
+
     def __len__(self) -> int:
         return self.rows
 
@@ -60,28 +99,85 @@ class Dataset:
     ) -> Iterator[Batch]:
         """All rows once, ``batch_size`` at a time, the last batch shorter.
 
-        seed None keeps the order of the file (batches are views of the data, not copies);
-        else the order is ``torch.randperm`` of a CPU generator with that seed.
+        seed None keeps the order of the file (batches of data on the CPU are views, not copies);
+        else the order is ``torch.randperm`` of a CPU generator with that seed. Data that was moved
+        to a device (:meth:`to`) stays there, whatever ``device`` says.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         order = None
         if seed is not None:
             order = torch.randperm(self.rows, generator=torch.Generator().manual_seed(seed))
+        if self.ids.device.type != "cpu":
+            return self._resident_batches(batch_size, order)
+        batches = self._host_batches(batch_size, order)
+        device = torch.device(device)
+        if device.type == "cuda":
+            return _ahead(batches, device)
+        return (batch.map(lambda tensor: tensor.to(device)) for batch in batches)
+
+    def _host_batches(self, batch_size: int, order: Tensor | None) -> Iterator[Batch]:
         for start in range(0, self.rows, batch_size):
             stop = min(start + batch_size, self.rows)
             index = slice(start, stop) if order is None else order[start:stop].numpy()
             yield Batch(
-                _rows(self.ids, index).to(device),
-                None if self.numeric is None else _rows(self.numeric, index).to(device),
-                {
-                    name: (part.to(device), part_offsets.to(device))
-                    for name, jagged in self.sequences.items()
-                    for part, part_offsets in [_jagged_rows(*jagged, index)]
-                },
-                None if self.labels is None else _rows(self.labels, index).to(device),
-                None if self.weight is None else _rows(self.weight, index).to(device),
+                _rows(self.ids, index),
+                None if self.numeric is None else _rows(self.numeric, index),
+                {name: _jagged_rows(*jagged, index) for name, jagged in self.sequences.items()},
+                None if self.labels is None else _rows(self.labels, index),
+                None if self.weight is None else _rows(self.weight, index),
             )
+
+    def _resident_batches(self, batch_size: int, order: Tensor | None) -> Iterator[Batch]:
+        """Of data on a device, gathered there; the host waits once, for the sizes of sequences."""
+        device = self.ids.device
+        order = torch.arange(self.rows) if order is None else order
+        order, edges = order.to(device), [*range(0, self.rows, batch_size), self.rows]
+        sizes = {
+            name: F.pad(offsets.diff()[order].cumsum(0), (1, 0))[edges].diff().tolist()
+            for name, (_, offsets) in self.sequences.items()
+        }
+        for number, (start, stop) in enumerate(itertools.pairwise(edges)):
+            index = order[start:stop]
+            yield Batch(
+                self.ids[index],
+                None if self.numeric is None else self.numeric[index],
+                {
+                    name: _jagged_on_device(*jagged, index, sizes[name][number])
+                    for name, jagged in self.sequences.items()
+                },
+                None if self.labels is None else self.labels[index],
+                None if self.weight is None else self.weight[index],
+            )
+
+
+def _ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """Batches of the host on a CUDA device: the next one is gathered, in a thread, and copied while
+    one is worked on."""
+    stream = torch.cuda.Stream(device)
+
+    def take() -> tuple[Batch, torch.cuda.Event] | None:
+        batch = next(batches, None)
+        if batch is None:
+            return None
+        with torch.cuda.stream(stream):
+            copied = batch.map(lambda t: t.pin_memory().to(device, non_blocking=True))
+            return copied, stream.record_event()
+
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(take)
+        while (found := ahead.result()) is not None:
+            ahead = pool.submit(take)
+            batch, copied = found
+            copied.wait()
+            batch.map(_used_here)
+            yield batch
+
+
+def _used_here(tensor: Tensor) -> Tensor:
+    """Memory of another stream, which is not to be used again before this one is done with it."""
+    tensor.record_stream(torch.cuda.current_stream(tensor.device))
+    return tensor
 
 
 # Rows are gathered with numpy: torch's gathers start a thread team a call, which for a batch costs
@@ -106,6 +202,17 @@ def _jagged_rows(
     source = np.repeat(starts - ends[:-1], lengths)
     source += np.arange(len(source))
     return _rows(values, source), torch.from_numpy(ends)
+
+
+def _jagged_on_device(
+    values: Tensor, offsets: Tensor, index: Tensor, size: int
+) -> tuple[Tensor, Tensor]:
+    """As ``_jagged_rows``; ``size`` is the number of values, which only the device knows."""
+    starts = offsets[index]
+    lengths = offsets[index + 1] - starts
+    ends = F.pad(lengths.cumsum(0), (1, 0))
+    source = torch.repeat_interleave(starts - ends[:-1], lengths, output_size=size)
+    return values[source + torch.arange(size, device=values.device)], ends
 
 
 def fit_encoding(path: str | Path, schema: Schema, *, joins: Sequence[Join] = ()) -> Encoding:

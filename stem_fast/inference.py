@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ CHUNK = 1024
 # Up to as many rows, on CPU, the weights of a group are read once; beyond, networks are products,
 # one after the other. On CUDA those of a group are one batched product.
 FEW = 16
+# Kinds of requests, by the shapes of their tensors, whose CUDA graphs are kept: the newest ones.
+GRAPHS = 32
 
 
 class Inference:
@@ -30,6 +33,9 @@ class Inference:
     cast once: make a new one after training on. The table is the model's own. Models with batch
     norm or other activations run as in ``predict``, with the model's own weights. fp64 runs a copy
     of the whole model.
+
+    On CUDA a request may lie on the CPU, and is a CUDA graph: captured at the first request of its
+    shapes, launched at once afterwards. Threads may share one Inference.
 
     Args:
         model: on the device to predict on.
@@ -45,6 +51,8 @@ class Inference:
         if precision == "fp64" and model.embedding.weight.dtype != torch.float64:
             model = copy.deepcopy(model).double()
         self.model, self.precision, self.device = model, precision, device
+        self.graphs: dict[tuple[Any, ...], _Graph] = {}
+        self.lock = threading.Lock()
         self.parts: tuple[Any, Any, Any] | None = None
         groups = [*model.experts, *model.gate_mlps, model.towers]
         if all(_is_plain(group) for group in groups):
@@ -53,12 +61,53 @@ class Inference:
             layers = len(model.experts)
             self.parts = plain[:layers], plain[layers:-1], plain[-1]
 
-    @torch.no_grad()
     def __call__(
         self, ids: Tensor, numeric: Tensor | None = None, sequences: Sequences | None = None
     ) -> Tensor:
         """Probabilities (for regression tasks: values) [B, T], of the model's type (fp64: float64);
         arguments and errors as for the model's call."""
+        if self.device.type != "cuda":
+            return self._run(ids, numeric, sequences)
+        self.model.embedding.flush()
+        tensors, names = [ids] if numeric is None else [ids, numeric], []
+        for name, given in (sequences or {}).items():
+            names.append((name, isinstance(given, Tensor)))
+            tensors += [given] if isinstance(given, Tensor) else _with_room(*given)
+        kind = (
+            self.model.embedding.weight.data_ptr(),  # elsewhere if the model was moved
+            numeric is None,
+            *names,
+            *((tensor.shape, tensor.dtype) for tensor in tensors),
+        )
+        with self.lock, torch.cuda.device(self.device):
+            graph = self.graphs.pop(kind, None) or self._capture(tensors, numeric is None, names)
+            self.graphs[kind] = graph  # as the newest
+            if len(self.graphs) > GRAPHS:
+                del self.graphs[next(iter(self.graphs))]
+            return graph(tensors)
+
+    def _capture(
+        self, tensors: Sequence[Tensor], no_numeric: bool, names: Sequence[tuple[str, bool]]
+    ) -> _Graph:
+        own = [tensor.to(self.device, copy=True) for tensor in tensors]
+        parts = iter(own)
+        ids, numeric = next(parts), None if no_numeric else next(parts)
+        sequences = {
+            name: next(parts) if padded else (next(parts), next(parts)) for name, padded in names
+        }
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # what is wrong is raised here, and kernels are compiled
+            self._run(ids, numeric, sequences)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may go on.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            out = self._run(ids, numeric, sequences)
+        torch.cuda.current_stream().wait_stream(stream)
+        return _Graph(graph, own, out, torch.cuda.Event())
+
+    @torch.no_grad()
+    def _run(self, ids: Tensor, numeric: Tensor | None, sequences: Sequences | None) -> Tensor:
         model = self.model
         with precisions.tf32(self.precision):
             if self.parts is None:
@@ -74,6 +123,29 @@ class Inference:
                     chunk = [x[part] for x in inputs], {k: z[part] for k, z in added.items()}
                     outputs.append(model._network(*chunk, *self.parts)[0])
         return model._probabilities(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
+
+
+class _Graph(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    inputs: list[Tensor]
+    out: Tensor
+    done: torch.cuda.Event  # of the newest request, perhaps of another stream
+
+    def __call__(self, tensors: Sequence[Tensor]) -> Tensor:
+        stream = torch.cuda.current_stream()
+        stream.wait_event(self.done)
+        for own, given in zip(self.inputs, tensors, strict=True):
+            own.copy_(given)
+        self.graph.replay()
+        out = self.out.clone()
+        self.done.record(stream)
+        return out
+
+
+def _with_room(values: Tensor, offsets: Tensor) -> list[Tensor]:
+    """A jagged sequence with its values padded to a power of two, so that few lengths differ."""
+    room = 1 << max(len(values) - 1, 0).bit_length()
+    return [F.pad(values, (0, room - len(values))), offsets]
 
 
 def _is_plain(group: nn.Module) -> bool:

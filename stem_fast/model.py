@@ -320,8 +320,8 @@ class STEMNet(nn.Module):
         kinds = [self.config["kinds"][task] for task in self.tasks]
         if "regression" not in kinds:
             return output.sigmoid()
-        binary = torch.tensor([kind == "binary" for kind in kinds], device=output.device)
-        return torch.where(binary, output.sigmoid(), output)
+        columns = zip(output.unbind(1), kinds, strict=True)
+        return torch.stack([v.sigmoid() if kind == "binary" else v for v, kind in columns], 1)
 
     def gates(
         self, ids: Tensor, numeric: Tensor | None = None, sequences: Sequences | None = None
@@ -389,15 +389,11 @@ class STEMNet(nn.Module):
         if mask is not None:
             present = present & mask
         labels = torch.where(present, labels, 0).to(logits.dtype)
-        losses = torch.stack(
-            [
-                F.binary_cross_entropy_with_logits(logits[:, t], labels[:, t], reduction="none")
-                if self.config["kinds"][task] == "binary"
-                else (logits[:, t] - labels[:, t]).square()
-                for t, task in enumerate(self.tasks)
-            ],
-            dim=1,
-        )
+        binary = [self.config["kinds"][task] == "binary" for task in self.tasks]
+        losses = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+        if not all(binary):
+            columns = zip(losses.unbind(1), (logits - labels).square().unbind(1), strict=True)
+            losses = torch.stack([pair[not b] for pair, b in zip(columns, binary, strict=True)], 1)
         if sample_weights is not None:
             losses = losses * sample_weights[:, None]
         means = torch.where(present, losses, 0).sum(0) / present.sum(0).clamp(min=1)

@@ -96,6 +96,7 @@ class Schedule:
         self.leaps[:POLYNOMIALS, :TERMS] = torch.tensor(leap_polynomials(betas[0]))
         self.clock = torch.tensor([step, step], device=device)
         self.made = 0  # steps since the flush, as far as the host knows
+        self.hidden = False  # whether a CUDA graph makes steps that the host does not count
         self.l2 = False  # whether coupled weight decay was above 0 in one of them
         age = torch.arange(1, LEAP + 1, dtype=torch.float64, device=device)
         self._leap_momentum, self._leap_root = betas[0] ** age, betas[1] ** (age / 2)
@@ -108,6 +109,7 @@ class Schedule:
         self, lr: float | Tensor, weight_decay: float | Tensor, eps: float, *, decoupled: bool
     ) -> None:
         """Adds a step."""
+        self.hidden |= _captured(self.clock)
         self.l2 |= not decoupled and (isinstance(weight_decay, Tensor) or weight_decay != 0)
         self.made += 1
         if self.made >= len(self.steps):
@@ -251,6 +253,13 @@ class TableOptimizer(torch.optim.Optimizer):
     def catch_up(self, weight: Tensor, rows: Tensor | None) -> None:
         """Make the steps that rows [U] of a table (None: all rows) have missed."""
 
+    def replayed(self) -> None:
+        """Counts a step of every table, which the replay of a CUDA graph made.
+
+        Who calls it after each replay spares the flush that otherwise comes before every reading of
+        a table of which a step was captured.
+        """
+
     def flush(self) -> None:
         """Make all steps that rows have missed: every table is then what it would be without."""
         for weight in self._arenas:
@@ -355,11 +364,14 @@ class ExactAdam(TableOptimizer):
 
     def catch_up(self, weight: Tensor, rows: Tensor | None) -> None:
         schedule = self._schedules.get(weight)
-        # The steps of a CUDA graph are not counted by the host.
-        if schedule is not None and (schedule.made or weight.is_cuda):
+        if schedule is not None and (schedule.made or schedule.hidden):
             self._run(weight, self._group(weight), rows, None)
             if rows is None:
                 schedule.flushed()
+
+    def replayed(self) -> None:
+        for schedule in self._schedules.values():
+            schedule.made, schedule.hidden = schedule.made + 1, False
 
     def _update(
         self, weight: Tensor, group: dict[str, Any], rows: Tensor | None, values: Tensor
@@ -454,6 +466,7 @@ class Products:
         self.steps = torch.zeros(1024, 7, dtype=torch.float64, device=device)
         self.clock = torch.zeros(2, dtype=torch.int64, device=device)
         self.made = 0  # steps since the flush, as far as the host knows
+        self.hidden = False  # whether a CUDA graph makes steps that the host does not count
         self.owing = False  # whether any step moves rows that have no gradient
         self._bits = torch.arange(32, device=device)
         self._identity = torch.eye(2, dtype=torch.float64, device=device).flatten()
@@ -461,6 +474,7 @@ class Products:
 
     def advance(self, lr: float | Tensor, momentum: float, weight_decay: float | Tensor) -> None:
         """Adds a step."""
+        self.hidden |= _captured(self.clock)
         self.owing |= momentum != 0 or isinstance(weight_decay, Tensor) or weight_decay != 0
         self.made += 1
         if self.made >= len(self.steps):
@@ -513,12 +527,15 @@ class SGD(TableOptimizer):
 
     def catch_up(self, weight: Tensor, rows: Tensor | None) -> None:
         products = self._products.get(weight)
-        # The steps of a CUDA graph are not counted by the host.
-        if products is not None and (products.made or weight.is_cuda):
+        if products is not None and (products.made or products.hidden):
             if products.owing:
                 self._run(weight, rows, None)
             if rows is None:
                 products.flushed()
+
+    def replayed(self) -> None:
+        for products in self._products.values():
+            products.made, products.hidden = products.made + 1, False
 
     def _update(
         self, weight: Tensor, group: dict[str, Any], rows: Tensor | None, values: Tensor
@@ -602,6 +619,11 @@ OPTIMIZERS: dict[str, Callable[..., TableOptimizer]] = {
     "adagrad": Adagrad,
     "rowwise_adagrad": RowWiseAdagrad,
 }
+
+
+def _captured(tensor: Tensor) -> bool:
+    """Whether what is done to it is captured in a CUDA graph, and not done."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _options(like: Tensor, *options: float | Tensor) -> Tensor:

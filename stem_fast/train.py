@@ -5,26 +5,26 @@ Source: ``fuxictr/pytorch/models/rank_model.py`` and ``multitask_model.py`` of L
 
 from __future__ import annotations
 
-import functools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stem_fast import metrics
 from stem_fast.config import TrainingConfig as TrainingConfig
-from stem_fast.data import Batch, Dataset
+from stem_fast.data import Dataset
 from stem_fast.layers import has_batch_norm
 from stem_fast.model import STEMNet
-from stem_fast.optim import OPTIMIZERS, TableOptimizer
-from stem_fast.precision import autocast, tf32
 from stem_fast.precision import check as check_precision
 from stem_fast.schema import DataError, nearest
+from stem_fast.step import TrainStep, make_optimizers
+from stem_fast.step import train_step as train_step
 
 MIN_DELTA = 1e-6  # an epoch must be better than the best one by this much
 LR_FACTOR, MIN_LR = 0.1, 1e-6  # after an epoch that is not
@@ -114,91 +114,6 @@ def check(config: TrainingConfig, kinds: Mapping[str, str]) -> Monitor:
     return Monitor.parse(config.monitor, kinds)
 
 
-def train_step(
-    model: STEMNet,
-    optimizers: Sequence[torch.optim.Optimizer],
-    batch: Batch,
-    config: TrainingConfig,
-) -> Tensor:
-    """One official step: loss + L2, backward, clip to the global norm, update.
-
-    Returns the loss as a detached scalar on the model's device. The table's L2 term is in it where
-    the table is trained by a dense optimizer; the others never read the whole table.
-    """
-    if batch.labels is None:
-        raise DataError("the data was loaded without labels, so it cannot train.")
-    if config.precision == "fp64" and model.embedding.weight.dtype != torch.float64:
-        raise DataError("precision is 'fp64', and the model is not: call model.double() before.")
-    for optimizer in optimizers:
-        optimizer.zero_grad()
-    with tf32(config.precision):
-        loss = _backward(model, batch, config)
-    table, strength = model.embedding.weight, config.embedding_regularizer
-    if strength and table.grad is not None and not table.grad.is_sparse:
-        # The gradient of model.regularization, without tensors as large as the table.
-        table.grad.add_(table.detach(), alpha=strength)
-        with torch.no_grad():
-            loss = loss + model.regularization(strength, 0.0)
-    clipped = _clip(model, config)
-    for optimizer in optimizers:
-        if isinstance(optimizer, TableOptimizer):
-            # Clipping shrinks the L2 term of every row, of those in no sample too.
-            for group in optimizer.param_groups:
-                group["weight_decay"] = clipped * strength if strength else 0.0
-        optimizer.step()
-    return loss
-
-
-def _backward(model: STEMNet, batch: Batch, config: TrainingConfig) -> Tensor:
-    """The loss, the table's L2 term left out, as a detached scalar; and every gradient of it."""
-    # A subclass may have a forward without the option.
-    options = {"recompute": True} if config.recompute else {}
-    with autocast(config.precision, batch.ids.device):
-        logits = model(batch.ids, batch.numeric, batch.sequences, **options)
-    assert batch.labels is not None
-    loss = model.loss(
-        logits,
-        batch.labels,
-        task_weights=_task_weights(config.task_weights, logits.device),
-        sample_weights=batch.weight,
-    )
-    if config.net_regularizer:
-        loss = loss + model.regularization(0.0, config.net_regularizer)
-    loss.backward()
-    return loss.detach()
-
-
-@torch.no_grad()
-def _clip(model: STEMNet, config: TrainingConfig) -> Tensor | float:
-    """Clips all gradients to a global norm as torch's clip_grad_norm_ does; returns the factor.
-
-    Of a table with a sparse gradient the rows of the batch count, with their L2 term; that of all
-    other rows is below rounding and left out.
-    """
-    if not config.max_gradient_norm:
-        return 1.0
-    trained = [(p, p.grad) for p in model.parameters() if p.grad is not None]
-    dense = [parameter for parameter, grad in trained if not grad.is_sparse]
-    grads = [grad for _, grad in trained if not grad.is_sparse]
-    table = model.embedding.weight
-    sparse = table.grad if table.grad is not None and table.grad.is_sparse else None
-    if sparse is not None:
-        rows, values = model.embedding.row_gradients()
-        grads.append(table[rows].mul_(config.embedding_regularizer).add_(values))
-    norm = nn.utils.get_total_norm(grads)
-    nn.utils.clip_grads_with_norm_(dense, config.max_gradient_norm, norm)
-    factor = (config.max_gradient_norm / (norm + 1e-6)).clamp(max=1.0)
-    if sparse is not None:
-        sparse._values().mul_(factor)
-    return factor
-
-
-@functools.lru_cache(maxsize=8)
-def _task_weights(weights: tuple[float, ...] | None, device: torch.device) -> Tensor | None:
-    """Cached, because a copy to the device would make every step wait."""
-    return None if weights is None else torch.tensor(weights, device=device)
-
-
 def fit(
     model: STEMNet,
     train: Dataset,
@@ -235,6 +150,8 @@ def fit(
     if config.precision == "fp64":
         model.double()
     optimizers = make_optimizers(model, config)
+    step = TrainStep(model, optimizers, config)
+    train, valid = _resident(train, device, "training"), _resident(valid, device, "validation")
     history: list[EpochRecord] = []
     best_value: float | None = None
     best_weights: dict[str, Tensor] = {}
@@ -243,7 +160,7 @@ def fit(
         for epoch in range(1, config.epochs + 1):
             learning_rate = optimizers[0].param_groups[0]["lr"]
             start = time.perf_counter()
-            loss = _train_epoch(model, optimizers, train, config, epoch, device, on_step)
+            loss = _train_epoch(step, train, epoch, device, on_step)
             seconds = time.perf_counter() - start
             result = evaluate(
                 model,
@@ -281,32 +198,37 @@ def fit(
     return history
 
 
-def make_optimizers(model: STEMNet, config: TrainingConfig) -> list[torch.optim.Optimizer]:
-    """``config.embedding_optimizer`` for the embedding tables, dense Adam for all other weights."""
-    rest = [p for p in model.parameters() if p is not model.embedding.weight]
-    rate = config.learning_rate
-    if config.embedding_optimizer == "dense_adam":
-        return [torch.optim.Adam(model.parameters(), lr=rate, fused=True)]
-    table = OPTIMIZERS[config.embedding_optimizer](model.embedding, lr=rate)
-    return [torch.optim.Adam(rest, lr=rate, fused=True), table]
+def _resident(data: Dataset, device: str | torch.device, name: str) -> Dataset:
+    """The data on a CUDA device, where it takes at most half of the memory that is free there."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return data
+    free, _ = torch.cuda.mem_get_info(device)
+    if data.nbytes > free // 2:
+        warnings.warn(
+            f"the {name} data ({data.nbytes / 1e9:.1f} GB) is more than half of the "
+            f"{free / 1e9:.1f} GB that are free on {device}: batches are copied there one by one",
+            stacklevel=3,
+        )
+        return data
+    return data.to(device)
 
 
 def _train_epoch(
-    model: STEMNet,
-    optimizers: Sequence[torch.optim.Optimizer],
+    train_step: TrainStep,
     train: Dataset,
-    config: TrainingConfig,
     epoch: int,
     device: str | torch.device,
     on_step: Callable[[int], None] | None,
 ) -> float:
     """One pass over the training data; returns the mean loss of its steps."""
+    model, config = train_step.model, train_step.config
     model.train()
     seed = epoch_seed(config.seed, epoch)
     # Losses stay on the device until they are looked at, so that steps can run ahead.
     losses = torch.zeros(math.ceil(len(train) / config.batch_size), device=device)
     for step, batch in enumerate(train.batches(config.batch_size, seed=seed, device=device)):
-        losses[step] = train_step(model, optimizers, batch, config)
+        losses[step] = train_step(batch)
         if on_step is not None:
             on_step(len(batch.ids))
         if (step + 1) % LOSS_CHECK == 0 or step + 1 == len(losses):

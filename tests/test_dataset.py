@@ -163,6 +163,54 @@ def test_batches_hold_every_row_once(lengths: list[int], size: int, seed: int | 
         assert found == torch.randperm(total, generator=generator).tolist()
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.integers(0, 4), min_size=1, max_size=40),
+    st.integers(1, 50),
+    st.one_of(st.none(), st.integers(0, 2**40)),
+)
+def test_data_on_a_device_gives_the_same_batches(
+    lengths: list[int], size: int, seed: int | None
+) -> None:
+    dataset = sample(lengths)
+    order = None
+    if seed is not None:
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+    pairs = zip(
+        dataset.batches(size, seed=seed), dataset._resident_batches(size, order), strict=True
+    )
+    for expected, batch in pairs:
+        for field in ("ids", "numeric", "labels", "weight"):
+            assert torch.equal(getattr(batch, field), getattr(expected, field))
+        for own, given in zip(batch.sequences["s"], expected.sequences["s"], strict=True):
+            assert own.dtype == given.dtype
+            assert torch.equal(own, given)
+
+
+def test_data_moves_to_a_device_whole() -> None:
+    dataset = sample([2, 0, 1])
+    moved = dataset.to("meta")
+    assert {t.device.type for t in (moved.ids, moved.numeric, moved.labels, moved.weight)} == {
+        "meta"
+    }
+    assert {part.device.type for part in moved.sequences["s"]} == {"meta"}
+    # ids int32 [3, 2], numeric float32 [3, 1], 3 values, 4 offsets, labels [3, 2], weights
+    assert dataset.nbytes == moved.nbytes == 24 + 12 + 12 + 32 + 24 + 12
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("resident", [True, False])
+def test_batches_on_a_gpu(resident: bool) -> None:
+    dataset = sample([n % 5 for n in range(1000)])
+    source = dataset.to("cuda") if resident else dataset
+    found = [batch.map(torch.Tensor.cpu) for batch in source.batches(64, seed=3, device="cuda")]
+    for batch, expected in zip(found, dataset.batches(64, seed=3), strict=True):
+        assert torch.equal(batch.ids, expected.ids)
+        assert torch.equal(batch.labels, expected.labels)
+        assert torch.equal(batch.sequences["s"][0], expected.sequences["s"][0])
+
+
 def test_the_seed_decides_the_order() -> None:
     dataset = sample([1] * 100)
 

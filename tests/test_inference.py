@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -127,3 +128,33 @@ def test_what_is_wrong_is_refused() -> None:
     ids[1, 1] = 30
     with pytest.raises(IndexError, match="field 'item': id 30 at row 1"):
         model.compile_inference()(ids, *rest)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp64"])
+def test_requests_are_graphs_on_a_gpu(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the CPU or the device, of sizes that come again, more of them than graphs are kept."""
+    monkeypatch.setattr(inference, "GRAPHS", 2)
+    model, batch = build("stem")
+    exact, model = copy.deepcopy(model).double(), model.cuda()
+    compiled = model.compile_inference(precision)
+    bound = {"fp32": 1e-5, "bf16": 3e-2, "fp64": 1e-9}[precision]
+    for n in (5, 17, 5, 300, 5, 17):
+        ids, numeric, sequences = batch(n)
+        given = ids, numeric, sequences
+        if n == 17:
+            seen = tuple(part.cuda() for part in sequences["seen"])
+            given = ids.cuda(), numeric.cuda(), {"seen": seen, "tags": sequences["tags"].cuda()}
+        actual = compiled(*given)
+        assert actual.is_cuda
+        expected = exact.predict(ids, numeric.double(), sequences)
+        torch.testing.assert_close(actual.double().cpu(), expected, rtol=bound, atol=bound)
+    assert len(compiled.graphs) == 2
+    with torch.no_grad():
+        model.embedding.weight.mul_(2)
+        exact.embedding.weight.mul_(2)
+    if precision != "fp64":  # a copy of the model
+        expected = exact.predict(ids, numeric.double(), sequences)
+        actual = compiled(ids, numeric, sequences)
+        torch.testing.assert_close(actual.double().cpu(), expected, rtol=bound, atol=bound)

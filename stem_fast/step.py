@@ -1,0 +1,232 @@
+"""One step of training, step for step as the official code does; on CUDA as one graph.
+
+Source: ``fuxictr/pytorch/models/rank_model.py`` and ``multitask_model.py`` of LiangcaiSu/STEM.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stem_fast.config import TrainingConfig
+from stem_fast.data import Batch
+from stem_fast.model import STEMNet
+from stem_fast.optim import OPTIMIZERS, TableOptimizer
+from stem_fast.precision import autocast, tf32
+from stem_fast.schema import DataError
+
+WARM_UP = 3  # steps before a capture: kernels are compiled, and state is made
+FLUSH = 1000  # steps between two flushes of the tables; their schedules have more room
+
+
+def make_optimizers(model: STEMNet, config: TrainingConfig) -> list[torch.optim.Optimizer]:
+    """``config.embedding_optimizer`` for the embedding tables, dense Adam for all other weights."""
+    rest = [p for p in model.parameters() if p is not model.embedding.weight]
+    rate = config.learning_rate
+    # A graph cannot count the steps on the host.
+    options: dict[str, Any] = {"fused": True, "capturable": model.embedding.weight.is_cuda}
+    if config.embedding_optimizer == "dense_adam":
+        return [torch.optim.Adam(model.parameters(), lr=rate, **options)]
+    table = OPTIMIZERS[config.embedding_optimizer](model.embedding, lr=rate)
+    return [torch.optim.Adam(rest, lr=rate, **options), table]
+
+
+def train_step(
+    model: STEMNet,
+    optimizers: Sequence[torch.optim.Optimizer],
+    batch: Batch,
+    config: TrainingConfig,
+) -> Tensor:
+    """One official step: loss + L2, backward, clip to the global norm, update.
+
+    Returns the loss as a detached scalar on the model's device. The table's L2 term is in it where
+    the table is trained by a dense optimizer; the others never read the whole table.
+    """
+    if batch.labels is None:
+        raise DataError("the data was loaded without labels, so it cannot train.")
+    if config.precision == "fp64" and model.embedding.weight.dtype != torch.float64:
+        raise DataError("precision is 'fp64', and the model is not: call model.double() before.")
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    with tf32(config.precision):
+        loss = _backward(model, batch, config)
+    table, strength = model.embedding.weight, config.embedding_regularizer
+    if strength and table.grad is not None and not table.grad.is_sparse:
+        # The gradient of model.regularization, without tensors as large as the table.
+        table.grad.add_(table.detach(), alpha=strength)
+        with torch.no_grad():
+            loss = loss + model.regularization(strength, 0.0)
+    clipped = _clip(model, config)
+    for optimizer in optimizers:
+        if isinstance(optimizer, TableOptimizer):
+            # Clipping shrinks the L2 term of every row, of those in no sample too.
+            for group in optimizer.param_groups:
+                group["weight_decay"] = clipped * strength if strength else 0.0
+        optimizer.step()
+    return loss
+
+
+def _backward(model: STEMNet, batch: Batch, config: TrainingConfig) -> Tensor:
+    """The loss, the table's L2 term left out, as a detached scalar; and every gradient of it."""
+    # A subclass may have a forward without the option.
+    options = {"recompute": True} if config.recompute else {}
+    with autocast(config.precision, batch.ids.device):
+        logits = model(batch.ids, batch.numeric, batch.sequences, **options)
+    assert batch.labels is not None
+    loss = model.loss(
+        logits,
+        batch.labels,
+        task_weights=_task_weights(config.task_weights, logits.device),
+        sample_weights=batch.weight,
+    )
+    if config.net_regularizer:
+        loss = loss + model.regularization(0.0, config.net_regularizer)
+    loss.backward()
+    return loss.detach()
+
+
+@torch.no_grad()
+def _clip(model: STEMNet, config: TrainingConfig) -> Tensor | float:
+    """Clips all gradients to a global norm as torch's clip_grad_norm_ does; returns the factor.
+
+    Of a table with a sparse gradient the rows of the batch count, with their L2 term; that of all
+    other rows is below rounding and left out.
+    """
+    if not config.max_gradient_norm:
+        return 1.0
+    trained = [(p, p.grad) for p in model.parameters() if p.grad is not None]
+    dense = [parameter for parameter, grad in trained if not grad.is_sparse]
+    grads = [grad for _, grad in trained if not grad.is_sparse]
+    table = model.embedding.weight
+    sparse = table.grad if table.grad is not None and table.grad.is_sparse else None
+    if sparse is not None:
+        rows, values = model.embedding.row_gradients()
+        grads.append(table[rows].mul_(config.embedding_regularizer).add_(values))
+    norm = nn.utils.get_total_norm(grads)
+    nn.utils.clip_grads_with_norm_(dense, config.max_gradient_norm, norm)
+    factor = (config.max_gradient_norm / (norm + 1e-6)).clamp(max=1.0)
+    if sparse is not None:
+        sparse._values().mul_(factor)
+    return factor
+
+
+@functools.lru_cache(maxsize=8)
+def _task_weights(weights: tuple[float, ...] | None, device: torch.device) -> Tensor | None:
+    """Cached, because a copy to the device would make every step wait."""
+    return None if weights is None else torch.tensor(weights, device=device)
+
+
+class TrainStep:
+    """:func:`train_step`, on CUDA replayed from a CUDA graph.
+
+    The first ``WARM_UP`` batches of ``config.batch_size`` rows are trained as they are, the next is
+    captured; a change of an optimizer's options, of the numbers among them, captures anew. Other
+    batches (the last of an epoch), those of a model in evaluation mode, and all batches on the CPU
+    or with ``config.recompute`` are trained as they are always. The steps are the same either way.
+
+    Args:
+        model: on the device of its batches.
+        optimizers: of :func:`make_optimizers`, or others that can be captured
+            (``torch.optim.Adam(..., capturable=True)``).
+        config: as for train_step.
+    """
+
+    def __init__(
+        self,
+        model: STEMNet,
+        optimizers: Sequence[torch.optim.Optimizer],
+        config: TrainingConfig,
+    ) -> None:
+        self.model, self.optimizers, self.config = model, optimizers, config
+        self.made = 0  # steps since the last flush
+        self.seen = 0  # batches that could be captured
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.stream: torch.cuda.Stream | None = None
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """The loss of the step, as train_step's; errors too."""
+        self.made += 1
+        if self.made > FLUSH:
+            self.model.embedding.flush()
+            self.made = 1
+        if not self._capturable(batch):
+            return train_step(self.model, self.optimizers, batch, self.config)
+        self.seen += 1
+        if self.stream is None:
+            self.stream = torch.cuda.Stream(batch.ids.device)
+        if self.seen <= WARM_UP:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                loss = train_step(self.model, self.optimizers, batch, self.config)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return loss.clone()  # on this stream, whose memory it then is
+        options = self._options()
+        if self.graph is None or options != self.options or not self._fits(batch):
+            self._capture(batch, options)
+        self._copy(batch)
+        assert self.graph is not None
+        self.graph.replay()
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, TableOptimizer):
+                optimizer.replayed()
+        return self.loss.clone()
+
+    def _capturable(self, batch: Batch) -> bool:
+        config = self.config
+        return (
+            batch.ids.is_cuda
+            and len(batch.ids) == config.batch_size
+            and self.model.training
+            and not config.recompute
+        )
+
+    def _options(self) -> list[dict[str, Any]]:
+        """The options that a graph keeps as they were; weight_decay is set by every step."""
+        return [
+            {key: value for key, value in group.items() if key not in ("params", "weight_decay")}
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+        ]
+
+    def _fits(self, batch: Batch) -> bool:
+        """Whether the graph's own batch holds it: sequences may be longer than those captured."""
+        pairs = zip(self.batch, batch, strict=True)
+        return all((own is None) == (given is None) for own, given in pairs) and all(
+            len(values) <= len(self.batch.sequences[name][0])
+            for name, (values, _) in batch.sequences.items()
+        )
+
+    def _capture(self, batch: Batch, options: list[dict[str, Any]]) -> None:
+        self.graph = None  # its memory is free for the next
+        self.options = options
+        # The values of sequences get a fourth more room, so that few batches have more.
+        sequences = {
+            name: (values.new_zeros(len(values) + len(values) // 4 + 1), offsets.clone())
+            for name, (values, offsets) in batch.sequences.items()
+        }
+        self.batch = batch.map(torch.clone)._replace(sequences=sequences)
+        self.model.embedding.flush()
+        self.made = 1
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=self.stream):
+            self.loss = train_step(self.model, self.optimizers, self.batch, self.config)
+
+    def _copy(self, batch: Batch) -> None:
+        """Into the graph's own batch."""
+        own_batch = self.batch
+        for own, given in (
+            (own_batch.ids, batch.ids),
+            (own_batch.numeric, batch.numeric),
+            (own_batch.labels, batch.labels),
+            (own_batch.weight, batch.weight),
+        ):
+            if own is not None and given is not None:
+                own.copy_(given)
+        for name, (values, offsets) in batch.sequences.items():
+            own_values, own_offsets = own_batch.sequences[name]
+            own_values[: len(values)].copy_(values)  # what is past the offsets is nobody's
+            own_offsets.copy_(offsets)
