@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import sys
+import warnings
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,7 +33,9 @@ class _Commands(TyperGroup):
     def main(self, *args: Any, **extra: Any) -> Any:
         extra["standalone_mode"] = False  # else typer prints its own, longer, errors
         try:
-            code = super().main(*args, **extra)
+            with warnings.catch_warnings():
+                warnings.showwarning = report.warning
+                code = super().main(*args, **extra)
         except (DataError, training.TrainingError, OSError) as error:
             report.error(str(error))
             code = 2

@@ -44,8 +44,18 @@ def console(*, stderr: bool = False) -> Console:
 
 def error(message: str) -> None:
     """One line on stderr: a red "error:" and the message."""
+    _line(message, ("error:", "bold red"))
+
+
+def warning(message: Warning | str, *_: object, **__: object) -> None:
+    """One line on stderr: a yellow "warning:" and the message; takes the place of
+    ``warnings.showwarning``."""
+    _line(str(message), ("warning:", "bold yellow"))
+
+
+def _line(message: str, head: tuple[str, str]) -> None:
     line = " ".join(message.split())
-    console(stderr=True).print(Text.assemble(("error:", "bold red"), " ", line), soft_wrap=True)
+    console(stderr=True).print(Text.assemble(head, " ", line), soft_wrap=True)
 
 
 class FitReport:

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,18 @@ def test_evaluate_gives_what_fit_wrote() -> None:
     assert read("new/m.json") == read("run/metrics.json")
     auc = read("run/metrics.json")["tasks"]["long_view"]["auc"]
     assert f"{auc:.5f}" in result.stdout
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_warning_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def warned(data: Any, device: str, name: str) -> Any:
+        warnings.warn(f"the {name} data\nis large", stacklevel=2)
+        return data
+
+    monkeypatch.setattr("stem_fast.train._resident", warned)
+    result = fit(device="cpu")
+    assert "warning: the training data is large\n" in result.stderr
+    assert ".py:" not in result.stderr
 
 
 def test_a_run_keeps_its_precision() -> None:

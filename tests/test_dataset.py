@@ -182,9 +182,9 @@ def test_data_on_a_device_gives_the_same_batches(
     for expected, batch in pairs:
         for field in ("ids", "numeric", "labels", "weight"):
             assert torch.equal(getattr(batch, field), getattr(expected, field))
-        for own, given in zip(batch.sequences["s"], expected.sequences["s"], strict=True):
-            assert own.dtype == given.dtype
-            assert torch.equal(own, given)
+        for own, other in zip(batch.sequences["s"], expected.sequences["s"], strict=True):
+            assert own.dtype == other.dtype
+            assert torch.equal(own, other)
 
 
 def test_data_moves_to_a_device_whole() -> None:
