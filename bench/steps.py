@@ -51,10 +51,11 @@ class Steps:
 
     def start(self) -> Tensor:
         s = self.setting
-        draw = torch.Generator().manual_seed(1)
-        start = torch.empty(s.rows, s.spaces * s.dim).normal_(0, 1e-4, generator=draw)
+        draw = torch.Generator(self.device).manual_seed(1)
+        start = torch.empty(s.rows, s.spaces * s.dim, device=self.device)
+        start.normal_(0, 1e-4, generator=draw)
         start[:: s.rows // s.fields] = 0  # padding rows
-        return start.to(self.device)
+        return start
 
     def contender(
         self,
@@ -63,9 +64,12 @@ class Steps:
         *,
         dense: bool = False,
         row_wise: bool = False,
+        graph: bool = False,
     ) -> Contender:
-        """``step`` makes one step of the table with ids [B, F]."""
+        """``step`` makes one step of the table with ids [B, F]; ``graph``: on CUDA as a graph."""
         draw, made = torch.Generator().manual_seed(3), 0
+        if graph and self.device == "cuda":
+            step = captured(step)
 
         def batch() -> Tensor:
             s = self.setting
@@ -102,6 +106,31 @@ class Steps:
         torch.testing.assert_close(table[rows].double(), before - RATE * moved, rtol=0, atol=2e-6)
 
 
+def captured(step: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+    """A step that is replayed from a CUDA graph after the first few."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    own: list[Tensor] = []
+    seen = 0
+
+    def run(ids: Tensor) -> None:
+        nonlocal seen
+        seen += 1
+        if seen <= 3:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                step(ids)
+            torch.cuda.current_stream().wait_stream(stream)
+            return
+        if not own:
+            own.append(ids.clone())
+            with torch.cuda.graph(graph, stream=stream):
+                step(own[0])
+        own[0].copy_(ids)
+        graph.replay()
+
+    return run
+
+
 def embedding_step(setting: Setting, device: str, decay: float = 0.0) -> Case:
     """Ours keeps to dense Adam's trajectory; the peers that do less have it in their names."""
     steps = Steps(setting, device, decay)
@@ -120,7 +149,7 @@ def embedding_step(setting: Setting, device: str, decay: float = 0.0) -> Case:
             x.backward(steps.grad)
             optimizer.step()
 
-        return steps.contender(arena.weight.detach(), step)
+        return steps.contender(arena.weight.detach(), step, graph=True)
 
     def torchs(sparse: bool) -> Contender:
         if sparse and s.rows > 2_000_000:
@@ -131,7 +160,14 @@ def embedding_step(setting: Setting, device: str, decay: float = 0.0) -> Case:
             # It adds eps before the bias correction.
             torch.optim.SparseAdam(parameters, lr=RATE, eps=EPS * 0.001**0.5)
             if sparse
-            else torch.optim.Adam(parameters, lr=RATE, eps=EPS, weight_decay=decay, fused=True)
+            else torch.optim.Adam(
+                parameters,
+                lr=RATE,
+                eps=EPS,
+                weight_decay=decay,
+                fused=True,
+                capturable=device == "cuda",
+            )
         )
         grad = steps.grad.permute(1, 2, 0, 3).flatten(2).contiguous()
 
@@ -140,7 +176,7 @@ def embedding_step(setting: Setting, device: str, decay: float = 0.0) -> Case:
             table(ids + steps.offsets).backward(grad)
             optimizer.step()
 
-        return steps.contender(table.weight.detach(), step, dense=not sparse)
+        return steps.contender(table.weight.detach(), step, dense=not sparse, graph=not sparse)
 
     def row_wise() -> Contender:
         common, training = fbgemm(device)
