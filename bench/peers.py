@@ -6,7 +6,7 @@ with the nearest public models, and ours, side by side.
     python -m bench.peers --plot FILE.png --table FILE
 
 Everything runs on the same data, batches and sizes, on the CPU. First every contender is checked
-(bench/contenders.py); one that is wrong has no time. Then contenders take turns, each turn in a
+(bench/turns.py); one that is wrong has no time. Then contenders take turns, each turn in a
 process of its own, and the order rotates, so that a machine that slows down slows all. Each runs
 with the allocator as it comes and with a warm one (bench/run.py), eager and compiled. Memory is
 measured once, with an allocator that gives back what is freed (bench/memory.py). An epoch is one of
@@ -132,7 +132,7 @@ class Turns:
         """The result of one process; {"status": "failed", "note"} if it did not come to its end."""
         start, busy = time.perf_counter(), run.others_seconds()
         finished = subprocess.run(
-            [sys.executable, "-m", "bench.contenders", json.dumps({**self.common, **what})],
+            [sys.executable, "-m", "bench.turns", json.dumps({**self.common, **what})],
             cwd=run.ROOT,
             env={
                 **{k: v for k, v in os.environ.items() if k not in run.WARM},

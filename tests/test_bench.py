@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import cases, contenders, memory, peers, run, test_ops
+from bench import cases, contenders, memory, peers, run, test_ops, turns
 from stem_fast.model import MODELS, STEMNet
 
 ROOT = Path(__file__).parents[1]
@@ -271,19 +271,19 @@ def in_process(
     """Turns without processes, which take seconds to start; what they were asked for."""
     asked = []
 
-    def take(turns: peers.Turns, environment: Any, **what: Any) -> dict[str, Any]:
+    def take(self: peers.Turns, environment: Any, **what: Any) -> dict[str, Any]:
         asked.append({**what, "environment": environment})
-        turns.wall += 1
+        self.wall += 1
         threads = torch.get_num_threads()
         with contextlib.redirect_stdout(sys.stderr):
-            result = contenders.run({**turns.common, **what})
+            result = turns.run({**self.common, **what})
         torch.set_num_threads(threads)
         change(result)
         return {**json.loads(json.dumps(result)), "others_cores": 0.0}
 
     monkeypatch.setattr(peers.Turns, "take", take)
-    monkeypatch.setattr(contenders, "ceilings", lambda *_: {"rates": RATES})
-    monkeypatch.setattr(contenders, "REQUESTS", (1, 64))
+    monkeypatch.setattr(turns, "ceilings", lambda *_: {"rates": RATES})
+    monkeypatch.setattr(turns, "REQUESTS", (1, 64))
     monkeypatch.setattr(peers, "REQUESTS", (1, 64))
     return asked
 
@@ -422,9 +422,9 @@ def test_wrong_weights_after_a_step_are_seen() -> None:
                 self.model.towers.blocks[0].weight[0, 0, 0] += 1e-4
             return loss
 
-    contenders.agree(contenders.Ours(problem, start), contenders.Ours(problem, start), ids, labels)
+    turns.agree(contenders.Ours(problem, start), contenders.Ours(problem, start), ids, labels)
     with pytest.raises(AssertionError, match=r"after a step tower\.0\.mlp\.0\.weight differs"):
-        contenders.agree(Late(problem, start), contenders.Ours(problem, start), ids, labels)
+        turns.agree(Late(problem, start), contenders.Ours(problem, start), ids, labels)
 
 
 def test_low_precision_is_held_to_autocast() -> None:
@@ -451,19 +451,20 @@ def test_low_precision_is_held_to_autocast() -> None:
         return contenders.Ours(problem, start)
 
     with pytest.raises(AssertionError, match="differ by"):  # as float32 it would not do
-        contenders.agree(Low(problem, start), build(), ids, labels)
-    contenders.agree(Low(problem, start), build(), ids, labels, build())
+        turns.agree(Low(problem, start), build(), ids, labels)
+    turns.agree(Low(problem, start), build(), ids, labels, build())
     off = Low(problem, start)
     off.error = 0.1
     with pytest.raises(AssertionError, match="differ by"):
-        contenders.agree(off, build(), ids, labels, build())
+        turns.agree(off, build(), ids, labels, build())
 
 
 @linux
 def test_a_turn_is_a_process_with_its_own_allocator() -> None:
     options = peers.parse(["--json", "x", *PEERS])
-    turns = peers.Turns(options)
-    found = turns.take(memory.ALLOCATOR, what="memory", contender=cases.OURS, setting="tiny")
+    found = peers.Turns(options).take(
+        memory.ALLOCATOR, what="memory", contender=cases.OURS, setting="tiny"
+    )
     assert found["status"] == "ok", found
     # The table, its gradient's rows, and Adam's two numbers for each.
     table = 4 * TINY.rows * TINY.spaces * TINY.dim
