@@ -36,6 +36,7 @@ from stem_fast.config import TrainingConfig
 from stem_fast.data import Batch, Dataset
 from stem_fast.model import STEMNet
 from stem_fast.optim import TableOptimizer
+from stem_fast.precision import autocast, tf32
 from stem_fast.schema import Encoding
 
 SETTINGS = {
@@ -135,6 +136,7 @@ def kuairand(files: tuple[Path, Path]) -> tuple[Problem, Study]:
 class Contender:
     """A model with its optimizer. ``start``: first weights, as ``state`` gives them."""
 
+    device = "cpu"
     low = False  # less than float32 inside
     module: nn.Module
 
@@ -167,9 +169,13 @@ class Contender:
         """One epoch, from loading to evaluation: {"seconds", and metrics that it gives}."""
         raise NotImplementedError
 
+    def evaluation(self, batch: Any) -> object:
+        """What ``epoch`` does with a batch of validation rows."""
+        return self.outputs(batch)
+
     def compile(self) -> None:
         """As ``torch.compile(model)`` does, for whoever calls the model or its forward."""
-        setattr(self.module, "forward", cases.compiled(self.module.forward, "cpu"))  # noqa: B010
+        setattr(self.module, "forward", cases.compiled(self.module.forward, self.device))  # noqa: B010
 
     @property
     def expert_weights(self) -> int | None:
@@ -179,7 +185,8 @@ class Contender:
 
 class Ours(Contender):
     """stem_fast's public API. ``training``: options of TrainingConfig; ``inference``: options of
-    STEMNet.compile_inference, None for STEMNet.predict."""
+    STEMNet.compile_inference, None for STEMNet.predict. On CUDA both are in ``precision``, and
+    requests go to compile_inference."""
 
     def __init__(
         self,
@@ -189,33 +196,47 @@ class Ours(Contender):
         *,
         training: Mapping[str, Any] | None = None,
         inference: Mapping[str, Any] | None = None,
+        device: str = "cpu",
+        precision: str = "fp32",
     ) -> None:
         training = training or {}
+        if precision != "fp32":
+            training = {**training, "precision": precision}
+        if device == "cuda":
+            inference = {"precision": precision}
         self.config = dataclasses.replace(problem.config, **training)
         if start is None:
             self.module = STEMNet(problem.fields, problem.tasks, **problem.network)
         else:
             fields = list(problem.fields)
             self.module = STEMNet.from_official(start, tasks=problem.tasks, fields=fields)
-        self.model = self.module
-        self.low = "precision" in {**training, **(inference or {})}
-        self.answer: Callable[..., Tensor] = self.model.predict
-        if inference is not None:
-            self.answer = self.model.compile_inference(**inference)
+        self.model, self.device, self.inference = self.module.to(device), device, inference
+        given = [each["precision"] for each in (training, inference or {}) if "precision" in each]
+        self.low = given not in ([], ["fp32"])
+
+    @functools.cached_property
+    def answer(self) -> Callable[..., Tensor]:
+        if self.inference is None:
+            return self.model.predict
+        return self.model.compile_inference(**self.inference)
 
     @functools.cached_property
     def optimizers(self) -> list[torch.optim.Optimizer]:
         return train.make_optimizers(self.model, self.config)
 
+    @functools.cached_property
+    def step(self) -> Callable[[Batch], Tensor]:
+        return lambda batch: train.train_step(self.model, self.optimizers, batch, self.config)
+
     def batch(self, ids: Tensor, labels: Tensor) -> Batch:
-        return Batch(ids.int(), None, {}, labels, None)
+        return Batch(self.request(ids), None, {}, labels.to(self.device), None)
 
     def request(self, ids: Tensor) -> Tensor:
-        return ids.int()
+        return ids.to(self.device, torch.int32)
 
     def train_step(self, batch: Batch) -> Tensor:
         self.model.train()
-        return train.train_step(self.model, self.optimizers, batch, self.config)
+        return self.step(batch)
 
     def predict(self, request: Tensor) -> Tensor:
         return self.answer(request)
@@ -240,14 +261,16 @@ class Ours(Contender):
         batches = problem.draw(self.config.batch_size)
         for _ in range(2 if small else steps.WARM_UP):
             table.zero_grad()
-            x, _ = self.model.embedding(next(batches)[0])
+            x, _ = self.model.embedding(self.request(next(batches)[0]))
             x.backward(torch.full_like(x, 1e-6))
             table.step()
 
     def epoch(self, study: Study) -> dict[str, float]:
+        self.model.embedding.release()  # what a warm-up had
+        vars(self).pop("step", None), vars(self).pop("optimizers", None)
         start = time.perf_counter()
         splits = [data.load(file, study.encoding) for file in study.files]
-        (record,) = train.fit(self.model, splits[0], splits[1], self.config)
+        (record,) = train.fit(self.model, splits[0], splits[1], self.config, device=self.device)
         seconds = time.perf_counter() - start
         tasks = record.metrics["tasks"].values()
         means = {name: float(np.mean([task[name] for task in tasks])) for name in ("auc", "gauc")}
@@ -255,7 +278,12 @@ class Ours(Contender):
 
 
 class Official(Contender):
-    """The official code's own train_step, forward, loader and fit."""
+    """The official code's own train_step, forward, loader and fit. On CUDA its get_inputs and
+    get_labels move a batch that is not there yet.
+
+    In bf16 its forward runs under autocast. Its loss does not: CUDA's autocast refuses binary cross
+    entropy of probabilities.
+    """
 
     def __init__(
         self,
@@ -265,6 +293,8 @@ class Official(Contender):
         *,
         model: str = "STEM",
         compiled: bool = False,
+        device: str = "cpu",
+        precision: str = "fp32",
     ) -> None:
         if official is None:
             raise cases.NotInstalledError("the official code (--official PATH)")
@@ -280,15 +310,25 @@ class Official(Contender):
             embedding_regularizer=config.embedding_regularizer,
             # fit evaluates what it monitors.
             monitor={"AUC": 1, "gAUC": 0, "logloss": 0} if problem.grouped else "AUC",
+            gpu=0 if device == "cuda" else -1,
             **problem.network,
         )
         self.model: Any = self.module
+        self.device, self.precision, self.low = device, precision, precision != "fp32"
         self.config, self.compiled = config, compiled
         self.fields = list(problem.fields)
         if start is not None:
             self.model.load_state_dict(start)
         if compiled:
             self.compile()
+        forward = self.model.forward
+
+        def low(inputs: Tensor) -> dict[str, Tensor]:
+            with autocast(precision, device):
+                return {key: tensor.float() for key, tensor in forward(inputs).items()}
+
+        if precision == "bf16":
+            self.model.forward = low
 
     def batch(self, ids: Tensor, labels: Tensor | None = None) -> Tensor:
         columns = dict(zip(self.fields, ids.T, strict=True))
@@ -299,24 +339,32 @@ class Official(Contender):
 
     def train_step(self, batch: Tensor) -> Tensor:
         self.model.train()
-        loss: Tensor = self.model.train_step(batch)
+        with tf32(self.precision):
+            loss: Tensor = self.model.train_step(batch)
         return loss
 
     @torch.no_grad()
     def predict(self, request: Tensor) -> Any:
         self.model.eval()
-        return self.model.forward(request)
+        with tf32(self.precision):
+            return self.model.forward(request)
 
     @torch.no_grad()
     def outputs(self, batch: Tensor) -> dict[str, Tensor]:
-        self.model.eval()
+        model = self.model
+        # As a request: a compiled model need not be compiled for this alone.
+        predicted = self.predict(batch[:, : -len(model.feature_map.labels)].contiguous())
         # Without L2, of which its float32 loses up to 1e-3; the weights after a step tell of it.
-        with mock.patch.object(self.model, "_embedding_regularizer", None):
-            loss = adapter.loss(self.model, batch)
-        found = {"loss": loss, "probabilities": adapter.probabilities(self.model, batch)}
+        with mock.patch.object(model, "_embedding_regularizer", None):
+            loss = model.compute_loss(predicted, model.get_labels(batch))
+        found = {"loss": loss, "probabilities": torch.cat(list(predicted.values()), dim=1)}
         if not self.compiled:  # a compiled forward keeps its sigmoid
-            found["logits"] = adapter.logits(self.model, batch)
+            with tf32(self.precision):
+                found["logits"] = adapter.logits(model, batch)
         return found
+
+    def evaluation(self, batch: Tensor) -> object:
+        return self.predict(batch)
 
     def epoch(self, study: Study) -> dict[str, float]:
         for name in ("h5py", "pandas"):
@@ -350,12 +398,13 @@ class Official(Contender):
                 num_workers=WORKERS,
                 **files,
             ).make_iterator()
-            model.fit(
-                generators[0],
-                epochs=1,
-                validation_data=generators[1],
-                max_gradient_norm=self.config.max_gradient_norm,
-            )
+            with tf32(self.precision):
+                model.fit(
+                    generators[0],
+                    epochs=1,
+                    validation_data=generators[1],
+                    max_gradient_norm=self.config.max_gradient_norm,
+                )
             seconds = time.perf_counter() - start
         return {"seconds": seconds, "auc": float(logs["AUC"]), "gauc": float(logs["gAUC"])}
 
@@ -579,7 +628,7 @@ class DeepCTR(Library):
 
 
 class Entry(NamedTuple):
-    build: Callable[..., Contender]  # (problem, start, official path)
+    build: Callable[..., Contender]  # (problem, start, official path); on CUDA device and precision
     network: str  # "stem", "ple" or "mmoe", see bench.peers.cost
     reference: str | None = None  # the contender with whose numbers it must agree
     what: tuple[str, ...] = ("step", "epoch", "inference", "memory")
@@ -616,3 +665,12 @@ CONTENDERS: dict[str, Entry] = {
     **both("DeepCTR-Torch PLE", functools.partial(DeepCTR, model="PLE"), "ple"),
     **both("DeepCTR-Torch MMoE", functools.partial(DeepCTR, model="MMOE"), "mmoe"),
 }
+# On CUDA; the first four by default. torch.compile takes longest, and is last of these.
+ON_GPU = (
+    OURS,
+    "official",
+    "official PLE",
+    "official, compiled",
+    f"{OURS}, recompute",
+    "official PLE, compiled",
+)

@@ -2,7 +2,8 @@
 
     python -m bench.turns '{"what": "step", "contender": "official", ...}'
 
-It prints one line of JSON.
+It prints one line of JSON. On CUDA ("device", "precision") one process does all that "what" lists,
+because models are compiled and captured there before they are timed, and prints a line for each.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import itertools
 import json
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import numpy as np
@@ -25,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench import cases, memory
+from bench import run as bench_run
 from bench.contenders import (
     CONTENDERS,
     OURS,
@@ -39,51 +42,82 @@ from bench.contenders import (
     synthetic,
 )
 from stem_fast import ops
+from stem_fast.precision import tf32
 
 # Of a parameter, whose first step with Adam is 1e-3: 4 times what was seen where gradients agree to
-# float32's rounding.
-STEP_ERROR = 2e-6
+# float32's rounding. A GPU's sums over a batch are longer: there it is a hundredth of the step.
+STEP_ERROR = {"cpu": 2e-6, "cuda": 1e-5}
 CHECK_ROWS = 600_000  # a larger table is checked at this size: there are three copies of it
+# Before the time starts a model is compiled and captured. So many batches are ready, each its own.
+GPU_WARM_UP, GPU_ROUNDS = 10, 60
 
 # Correctness
 
 
-def check(name: str, problem: Problem, official: str | None) -> str:
-    """What ``name`` was compared with; AssertionError if it disagrees.
+class Autocast(Ours):
+    """Ours with PyTorch's own operations under its autocast: how far off bfloat16 is at best."""
+
+    @property
+    def answer(self) -> Callable[..., Tensor]:
+        return self.model.predict
+
+    @contextlib.contextmanager
+    def plain(self) -> Iterator[None]:
+        def unfused(experts: Any, inputs: Any, reads: Any, *rest: Any) -> Any:
+            return ops.mixture(experts(inputs, reads), *rest).unbind()
+
+        fused = mock.patch("stem_fast.model.expert_mixture", unfused)
+        with torch.autocast(self.device, torch.bfloat16), fused:
+            yield
+
+    def outputs(self, batch: Any) -> dict[str, Tensor]:
+        with self.plain():
+            return super().outputs(batch)
+
+    def train_step(self, batch: Any) -> Tensor:
+        with self.plain():
+            return super().train_step(batch)
+
+
+def check(name: str, problem: Problem, official: str | None, **where: Any) -> tuple[str, Contender]:
+    """What ``name`` was compared with, and what it was then; AssertionError if it disagrees.
+    ``where``: device and precision, if it isn't the CPU.
 
     From the same weights, outputs agree within 1e-5 of the largest, and the parameters after a
     training step within STEP_ERROR. Ours is compared with the official code; where there is none,
     with itself in float64. A compiled peer is compared with the eager one. An eager peer has
     nothing to be compared with but its sizes: it must have as many weights in its experts as the
-    setting has.
+    setting has. In low precision everything is compared with float32, see ``agree``.
     """
     torch.manual_seed(1)
     entry = CONTENDERS[name]
     ids, labels = next(problem.draw(problem.config.batch_size))
     reference = entry.reference
+    if reference is None and where.get("precision", "fp32") != "fp32":
+        reference = name
     if reference is None:
-        contender = entry.build(problem, None, official)
-        return sane(contender, problem, ids, labels)
+        contender = entry.build(problem, None, official, **where)
+        return sane(contender, problem, ids, labels), contender
     itself = reference == "official" and official is None
     build = Ours if itself else CONTENDERS[reference].build
     first = build(problem, None, official).state()
     # Tables as they are after some training: gates and gradients are far from uniform.
     start = {k: t * 1000 if "embed" in k else t for k, t in first.items()}
-    contender = entry.build(problem, start, official)
+    contender = entry.build(problem, start, official, **where)
     against = {k: t.double() for k, t in start.items()} if itself else start
-    agree(
-        contender,
-        build(problem, against, official),
-        ids,
-        labels,
-        Ours(problem, start) if contender.low else None,
-    )
-    return f"{OURS} in float64" if itself else reference
+    exact: dict[str, Any] = {**where, "precision": "fp32"} if where else {}
+    rounded: Contender | None = None
+    if isinstance(contender, Ours) and contender.low:
+        rounded = Autocast(problem, start, **exact)
+    elif contender.low:
+        rounded = build(problem, start, official, **{**where, "precision": "bf16"})
+    agree(contender, build(problem, against, official, **exact), ids, labels, rounded)
+    return f"{OURS} in float64" if itself else reference, contender
 
 
 def sane(contender: Contender, problem: Problem, ids: Tensor, labels: Tensor) -> str:
     """Experts of the setting's sizes, probabilities, and a step that moves the weights."""
-    batch = contender.batch(ids, labels)
+    batch = placed(contender, ids, labels)
     weights = contender.expert_weights
     if weights is not None:
         wanted = expert_weights(problem)
@@ -96,6 +130,11 @@ def sane(contender: Contender, problem: Problem, ids: Tensor, labels: Tensor) ->
     assert all(tensor.isfinite().all() for tensor in after.values()), "weights are not finite"
     assert any((after[key] != before[key]).any() for key in after), "a step moves nothing"
     return "its own sizes"
+
+
+def placed(contender: Contender, ids: Tensor, labels: Tensor) -> Any:
+    """A batch on the contender's device."""
+    return contender.batch(ids.to(contender.device), labels.to(contender.device))
 
 
 def expert_weights(problem: Problem) -> int:
@@ -122,22 +161,15 @@ def agree(
     low precision may make twice as much (of weights on average: the first step of Adam has a size,
     and rounding decides its sign where the gradient is next to 0)."""
 
-    def unfused(experts: Any, inputs: Any, reads: Any, *rest: Any) -> Any:
-        return ops.mixture(experts(inputs, reads), *rest).unbind()
-
     def results(model: Contender) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        batch = model.batch(ids, labels)
+        batch = placed(model, ids, labels)
         outputs = model.outputs(batch)
         model.train_step(batch)
         return outputs, model.state()
 
     expected = results(reference)
     actual = results(contender)
-    rounded = None
-    if autocast is not None:
-        plain = mock.patch("stem_fast.model.expert_mixture", unfused)
-        with torch.autocast("cpu", torch.bfloat16), plain:
-            rounded = results(autocast)
+    rounded = None if autocast is None else results(autocast)
     compared = actual[0].keys() & expected[0].keys()
     assert compared
     for key in sorted(compared):
@@ -150,7 +182,9 @@ def agree(
     if rounded is None:
         for key, tensor in expected[1].items():
             worst = distance(actual[1][key], tensor)
-            assert worst <= STEP_ERROR, f"after a step {key} differs by {worst:.1e}"
+            assert worst <= STEP_ERROR[contender.device], (
+                f"after a step {key} differs by {worst:.1e}"
+            )
         return
     moved, own = (
         sum(distance(state[key], tensor, mean=True) for key, tensor in expected[1].items())
@@ -233,12 +267,10 @@ def peak_memory(build: Callable[[Problem], Contender], problem: Problem) -> dict
 
 def epoch(contender: Contender, problem: Problem, study: Study, compiled: bool) -> dict[str, Any]:
     if compiled:  # for each size of batch, before the time starts
-        size = problem.config.batch_size
-        for split in study.splits:
+        size, works = problem.config.batch_size, (contender.train_step, contender.evaluation)
+        for split, work in zip(study.splits, works, strict=True):
             for rows in {size, len(split) % size or size}:
-                batch = contender.batch(*next(problem.draw(rows)))
-                contender.train_step(batch)
-                contender.outputs(batch)
+                work(contender.batch(*next(problem.draw(rows))))
     return {**contender.epoch(study), "samples": len(study.splits[0])}
 
 
@@ -286,11 +318,135 @@ def timed(work: Callable[..., object], layers: list[Any], seconds: float) -> flo
     return float(np.median(rounds(once, seconds, 5)))
 
 
+# On CUDA
+
+
+def gpu_memory(contender: Contender, problem: Problem, _: float) -> dict[str, Any]:
+    """Bytes of torch's allocator: weights, optimizer, gradients, and all that a step needs, its
+    capture included; CUDA's own context is not in them. ``reserved``: with what is kept unused."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    batches = problem.draw(problem.config.batch_size)
+    for _ in range(GPU_WARM_UP):
+        contender.train_step(placed(contender, *next(batches)))
+    parameters = sum(p.numel() * p.element_size() for p in contender.module.parameters())
+    return {
+        "peak": torch.cuda.max_memory_allocated(),
+        "reserved": torch.cuda.max_memory_reserved(),
+        "parameters": parameters,
+    }
+
+
+def gpu_step(contender: Contender, problem: Problem, seconds: float) -> dict[str, Any]:
+    """Seconds of each step, one after the other without waiting, on batches that are there."""
+    drawn = problem.draw(problem.config.batch_size)
+    batches = itertools.cycle([placed(contender, *next(drawn)) for _ in range(GPU_ROUNDS)])
+    found = gpu_rounds(lambda: contender.train_step(next(batches)), seconds)
+    return {"rounds": found, "gpu_state": bench_run.gpu_state()}
+
+
+def gpu_inference(contender: Contender, problem: Problem, seconds: float) -> dict[str, Any]:
+    """Seconds of each request of each size, from a GPU that has nothing to do to the answer."""
+    found = {}
+    for rows in REQUESTS:
+        drawn = problem.draw(rows)
+        ids = [next(drawn)[0].to(contender.device) for _ in range(16)]
+        requests = itertools.cycle([contender.request(each) for each in ids])
+
+        def once(requests: Iterator[Any] = requests) -> object:
+            return contender.predict(next(requests))
+
+        found[str(rows)] = gpu_rounds(once, seconds / len(REQUESTS), alone=True)
+    return {"rounds": found}
+
+
+def gpu_rounds(once: Callable[[], object], seconds: float, alone: bool = False) -> list[float]:
+    """GPU_ROUNDS, and as many again until they have taken ``seconds``, after a warm-up. ``alone``:
+    each waits for the one before, so that what the host does first is in its time."""
+    event = functools.partial(torch.cuda.Event, enable_timing=True)
+    for _ in range(GPU_WARM_UP):
+        once()
+    gc.collect()
+    gc.disable()
+    found: list[float] = []
+    while not found or sum(found) < seconds:
+        events = [(event(), event()) for _ in range(GPU_ROUNDS)]
+        torch.cuda.synchronize()
+        for start, end in events:
+            start.record()
+            once()
+            end.record()
+            if alone:
+                end.synchronize()
+        torch.cuda.synchronize()
+        found += [start.elapsed_time(end) / 1000 for start, end in events]
+    gc.enable()
+    return found
+
+
+def gpu_ceilings(seconds: float) -> dict[str, Any]:
+    """FLOP/s of a large product in each precision, and bytes/s of a large copy."""
+    size, work = 8192, {}
+    for name, precision in (("float32", "fp32"), ("tf32", "tf32"), ("bfloat16", "bf16")):
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        x, w, y = (torch.randn(size, size, dtype=dtype, device="cuda") for _ in range(3))
+        with tf32(precision):
+            times = gpu_rounds(functools.partial(torch.mm, x, w, out=y), seconds / 4)
+        work[name] = 2 * size**3 / float(np.median(times))
+    source = torch.ones(1 << 28, device="cuda")
+    target = torch.empty_like(source)
+    times = gpu_rounds(lambda: target.copy_(source), seconds / 4)
+    return {"rates": {**work, "copy": 2 * 4 * source.numel() / float(np.median(times))}}
+
+
+def on_gpu(options: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The check, then all that is asked for, of one contender in one precision: (what, result)."""
+    torch.set_num_threads(options["threads"])
+    name, seconds, official = (options[key] for key in ("contender", "seconds", "official"))
+    where = {key: options[key] for key in ("device", "precision")}
+    problem, study = data_of(options)
+    found: list[Contender] = []
+
+    def checked() -> dict[str, Any]:
+        compared_with, contender = check(name, problem, official, **where)
+        found.append(contender)
+        return {"compared_with": compared_with}
+
+    verdict = attempt(checked)
+    yield "check", verdict
+    if verdict["status"] != "ok":
+        return
+    contender = found.pop()
+    # After the check tables are large. To our optimizer that matters; to peers' steps it doesn't,
+    # and they would have to be compiled again.
+    if study is not None or isinstance(contender, Ours):
+        torch.manual_seed(2)
+        contender = CONTENDERS[name].build(problem, None, official, **where)
+    if "step" in options["what"]:
+        contender.age(problem)  # before a step of it is captured
+    works: dict[str, Callable[..., dict[str, Any]]] = {
+        "memory": gpu_memory,
+        "step": gpu_step,
+        "inference": gpu_inference,
+        "epoch": lambda *_: epoch(contender, problem, cast(Study, study), True),
+    }
+    for what in options["what"]:
+        yield what, attempt(functools.partial(works[what], contender, problem, seconds))
+
+
+# The process
+
+
 def run(options: Mapping[str, Any]) -> dict[str, Any]:
     """What one process does: {"status", and what was measured or why nothing was}."""
     torch.set_num_threads(options["threads"])
+    return attempt(functools.partial(measured, options))
+
+
+def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
-        return {"status": "ok", **measured(options)}
+        return {"status": "ok", **work()}
     except cases.NotInstalledError as missing:
         return {"status": "not installed", "note": str(missing)}
     except NotAvailableError as missing:
@@ -305,17 +461,16 @@ def run(options: Mapping[str, Any]) -> dict[str, Any]:
 def measured(options: Mapping[str, Any]) -> dict[str, Any]:
     what, seconds = options["what"], options["seconds"]
     if what == "ceilings":
+        if options.get("device") == "cuda":
+            return gpu_ceilings(seconds)
         return ceilings(SETTINGS[options["setting"]], seconds)
-    name, official, study = options["contender"], options["official"], None
-    if options["setting"] == "kuairand":
-        problem, study = kuairand((Path(options["train"]), Path(options["valid"])))
-    else:
-        problem = synthetic(SETTINGS[options["setting"]])
+    name, official = options["contender"], options["official"]
+    problem, study = data_of(options)
     if what == "check":
         if study is None:
             setting = SETTINGS[options["setting"]]
             problem = synthetic(setting._replace(rows=min(setting.rows, CHECK_ROWS)))
-        return {"compared_with": check(name, problem, official)}
+        return {"compared_with": check(name, problem, official)[0]}
     torch.manual_seed(2)
     build = functools.partial(CONTENDERS[name].build, start=None, official=official)
     if what == "memory":
@@ -327,11 +482,20 @@ def measured(options: Mapping[str, Any]) -> dict[str, Any]:
     return {"step": step, "inference": inference}[what](contender, problem, seconds)
 
 
+def data_of(options: Mapping[str, Any]) -> tuple[Problem, Study | None]:
+    if options["setting"] == "kuairand":
+        return kuairand((Path(options["train"]), Path(options["valid"])))
+    return synthetic(SETTINGS[options["setting"]]), None
+
+
 def main() -> None:
-    options = json.loads(sys.argv[1])
+    options, out = json.loads(sys.argv[1]), sys.stdout
     with contextlib.redirect_stdout(sys.stderr):  # the libraries print
-        result = run(options)
-    print(json.dumps(result))
+        if isinstance(options["what"], str):
+            print(json.dumps(run(options)), file=out)
+        else:
+            for what, result in on_gpu(options):
+                print(json.dumps({what: result}), file=out, flush=True)
 
 
 if __name__ == "__main__":
