@@ -3,29 +3,21 @@
 Every contender trains and predicts as its own code does it; what our harness adds is outside of the
 time, or noted here. The official code and the two libraries are optional: where one is absent, its
 contenders raise NotInstalledError. What keeps a library from running is bridged at run time, here
-and nowhere else, and listed in SHIMS. Each runs in a process of its own,
-
-    python -m bench.contenders '{"what": "step", "contender": "official", ...}'
-
-which prints one line of JSON.
+and nowhere else, and listed in SHIMS. bench/turns.py checks and times them.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import functools
-import gc
 import importlib
 import importlib.metadata
 import importlib.util
-import json
 import sys
 import tempfile
 import threading
 import time
-import traceback
 import types
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -37,13 +29,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bench import cases, memory, parity, steps
+from bench import cases, parity, steps
 from bench import official as adapter
-from stem_fast import data, ops, train
+from stem_fast import data, train
 from stem_fast.config import TrainingConfig
 from stem_fast.data import Batch, Dataset
 from stem_fast.model import STEMNet
 from stem_fast.optim import TableOptimizer
+from stem_fast.precision import autocast, tf32
 from stem_fast.schema import Encoding
 
 SETTINGS = {
@@ -63,10 +56,6 @@ TRAINING: dict[str, Any] = {
 REQUESTS = (1, 64, 512, 4096)  # rows of a request
 WORKERS = 3  # of the official loader: config/model_config.yaml, Base, num_workers
 GROUP = "group"  # the official loader's column of the groups of gAUC
-# Of a parameter, whose first step with Adam is 1e-3: 4 times what was seen where gradients agree to
-# float32's rounding.
-STEP_ERROR = 2e-6
-CHECK_ROWS = 600_000  # a larger table is checked at this size: there are three copies of it
 SHIMS = {
     "deepctr-torch": (
         "its thread that asks a server for newer versions is not started",
@@ -147,6 +136,7 @@ def kuairand(files: tuple[Path, Path]) -> tuple[Problem, Study]:
 class Contender:
     """A model with its optimizer. ``start``: first weights, as ``state`` gives them."""
 
+    device = "cpu"
     low = False  # less than float32 inside
     module: nn.Module
 
@@ -179,9 +169,13 @@ class Contender:
         """One epoch, from loading to evaluation: {"seconds", and metrics that it gives}."""
         raise NotImplementedError
 
+    def evaluation(self, batch: Any) -> object:
+        """What ``epoch`` does with a batch of validation rows."""
+        return self.outputs(batch)
+
     def compile(self) -> None:
         """As ``torch.compile(model)`` does, for whoever calls the model or its forward."""
-        setattr(self.module, "forward", cases.compiled(self.module.forward, "cpu"))  # noqa: B010
+        setattr(self.module, "forward", cases.compiled(self.module.forward, self.device))  # noqa: B010
 
     @property
     def expert_weights(self) -> int | None:
@@ -191,7 +185,8 @@ class Contender:
 
 class Ours(Contender):
     """stem_fast's public API. ``training``: options of TrainingConfig; ``inference``: options of
-    STEMNet.compile_inference, None for STEMNet.predict."""
+    STEMNet.compile_inference, None for STEMNet.predict. On CUDA both are in ``precision``, and
+    requests go to compile_inference."""
 
     def __init__(
         self,
@@ -201,33 +196,47 @@ class Ours(Contender):
         *,
         training: Mapping[str, Any] | None = None,
         inference: Mapping[str, Any] | None = None,
+        device: str = "cpu",
+        precision: str = "fp32",
     ) -> None:
         training = training or {}
+        if precision != "fp32":
+            training = {**training, "precision": precision}
+        if device == "cuda":
+            inference = {"precision": precision}
         self.config = dataclasses.replace(problem.config, **training)
         if start is None:
             self.module = STEMNet(problem.fields, problem.tasks, **problem.network)
         else:
             fields = list(problem.fields)
             self.module = STEMNet.from_official(start, tasks=problem.tasks, fields=fields)
-        self.model = self.module
-        self.low = "precision" in {**training, **(inference or {})}
-        self.answer: Callable[..., Tensor] = self.model.predict
-        if inference is not None:
-            self.answer = self.model.compile_inference(**inference)
+        self.model, self.device, self.inference = self.module.to(device), device, inference
+        given = [each["precision"] for each in (training, inference or {}) if "precision" in each]
+        self.low = given not in ([], ["fp32"])
+
+    @functools.cached_property
+    def answer(self) -> Callable[..., Tensor]:
+        if self.inference is None:
+            return self.model.predict
+        return self.model.compile_inference(**self.inference)
 
     @functools.cached_property
     def optimizers(self) -> list[torch.optim.Optimizer]:
         return train.make_optimizers(self.model, self.config)
 
+    @functools.cached_property
+    def step(self) -> Callable[[Batch], Tensor]:
+        return lambda batch: train.train_step(self.model, self.optimizers, batch, self.config)
+
     def batch(self, ids: Tensor, labels: Tensor) -> Batch:
-        return Batch(ids.int(), None, {}, labels, None)
+        return Batch(self.request(ids), None, {}, labels.to(self.device), None)
 
     def request(self, ids: Tensor) -> Tensor:
-        return ids.int()
+        return ids.to(self.device, torch.int32)
 
     def train_step(self, batch: Batch) -> Tensor:
         self.model.train()
-        return train.train_step(self.model, self.optimizers, batch, self.config)
+        return self.step(batch)
 
     def predict(self, request: Tensor) -> Tensor:
         return self.answer(request)
@@ -252,14 +261,16 @@ class Ours(Contender):
         batches = problem.draw(self.config.batch_size)
         for _ in range(2 if small else steps.WARM_UP):
             table.zero_grad()
-            x, _ = self.model.embedding(next(batches)[0])
+            x, _ = self.model.embedding(self.request(next(batches)[0]))
             x.backward(torch.full_like(x, 1e-6))
             table.step()
 
     def epoch(self, study: Study) -> dict[str, float]:
+        self.model.embedding.release()  # what a warm-up had
+        vars(self).pop("step", None), vars(self).pop("optimizers", None)
         start = time.perf_counter()
         splits = [data.load(file, study.encoding) for file in study.files]
-        (record,) = train.fit(self.model, splits[0], splits[1], self.config)
+        (record,) = train.fit(self.model, splits[0], splits[1], self.config, device=self.device)
         seconds = time.perf_counter() - start
         tasks = record.metrics["tasks"].values()
         means = {name: float(np.mean([task[name] for task in tasks])) for name in ("auc", "gauc")}
@@ -267,7 +278,12 @@ class Ours(Contender):
 
 
 class Official(Contender):
-    """The official code's own train_step, forward, loader and fit."""
+    """The official code's own train_step, forward, loader and fit. On CUDA its get_inputs and
+    get_labels move a batch that is not there yet.
+
+    In bf16 its forward runs under autocast. Its loss does not: CUDA's autocast refuses binary cross
+    entropy of probabilities.
+    """
 
     def __init__(
         self,
@@ -277,6 +293,8 @@ class Official(Contender):
         *,
         model: str = "STEM",
         compiled: bool = False,
+        device: str = "cpu",
+        precision: str = "fp32",
     ) -> None:
         if official is None:
             raise cases.NotInstalledError("the official code (--official PATH)")
@@ -292,15 +310,25 @@ class Official(Contender):
             embedding_regularizer=config.embedding_regularizer,
             # fit evaluates what it monitors.
             monitor={"AUC": 1, "gAUC": 0, "logloss": 0} if problem.grouped else "AUC",
+            gpu=0 if device == "cuda" else -1,
             **problem.network,
         )
         self.model: Any = self.module
+        self.device, self.precision, self.low = device, precision, precision != "fp32"
         self.config, self.compiled = config, compiled
         self.fields = list(problem.fields)
         if start is not None:
             self.model.load_state_dict(start)
         if compiled:
             self.compile()
+        forward = self.model.forward
+
+        def low(inputs: Tensor) -> dict[str, Tensor]:
+            with autocast(precision, device):
+                return {key: tensor.float() for key, tensor in forward(inputs).items()}
+
+        if precision == "bf16":
+            self.model.forward = low
 
     def batch(self, ids: Tensor, labels: Tensor | None = None) -> Tensor:
         columns = dict(zip(self.fields, ids.T, strict=True))
@@ -311,24 +339,32 @@ class Official(Contender):
 
     def train_step(self, batch: Tensor) -> Tensor:
         self.model.train()
-        loss: Tensor = self.model.train_step(batch)
+        with tf32(self.precision):
+            loss: Tensor = self.model.train_step(batch)
         return loss
 
     @torch.no_grad()
     def predict(self, request: Tensor) -> Any:
         self.model.eval()
-        return self.model.forward(request)
+        with tf32(self.precision):
+            return self.model.forward(request)
 
     @torch.no_grad()
     def outputs(self, batch: Tensor) -> dict[str, Tensor]:
-        self.model.eval()
+        model = self.model
+        # As a request: a compiled model need not be compiled for this alone.
+        predicted = self.predict(batch[:, : -len(model.feature_map.labels)].contiguous())
         # Without L2, of which its float32 loses up to 1e-3; the weights after a step tell of it.
-        with mock.patch.object(self.model, "_embedding_regularizer", None):
-            loss = adapter.loss(self.model, batch)
-        found = {"loss": loss, "probabilities": adapter.probabilities(self.model, batch)}
+        with mock.patch.object(model, "_embedding_regularizer", None):
+            loss = model.compute_loss(predicted, model.get_labels(batch))
+        found = {"loss": loss, "probabilities": torch.cat(list(predicted.values()), dim=1)}
         if not self.compiled:  # a compiled forward keeps its sigmoid
-            found["logits"] = adapter.logits(self.model, batch)
+            with tf32(self.precision):
+                found["logits"] = adapter.logits(model, batch)
         return found
+
+    def evaluation(self, batch: Tensor) -> object:
+        return self.predict(batch)
 
     def epoch(self, study: Study) -> dict[str, float]:
         for name in ("h5py", "pandas"):
@@ -362,12 +398,13 @@ class Official(Contender):
                 num_workers=WORKERS,
                 **files,
             ).make_iterator()
-            model.fit(
-                generators[0],
-                epochs=1,
-                validation_data=generators[1],
-                max_gradient_norm=self.config.max_gradient_norm,
-            )
+            with tf32(self.precision):
+                model.fit(
+                    generators[0],
+                    epochs=1,
+                    validation_data=generators[1],
+                    max_gradient_norm=self.config.max_gradient_norm,
+                )
             seconds = time.perf_counter() - start
         return {"seconds": seconds, "auc": float(logs["AUC"]), "gauc": float(logs["gAUC"])}
 
@@ -591,7 +628,7 @@ class DeepCTR(Library):
 
 
 class Entry(NamedTuple):
-    build: Callable[..., Contender]  # (problem, start, official path)
+    build: Callable[..., Contender]  # (problem, start, official path); on CUDA device and precision
     network: str  # "stem", "ple" or "mmoe", see bench.peers.cost
     reference: str | None = None  # the contender with whose numbers it must agree
     what: tuple[str, ...] = ("step", "epoch", "inference", "memory")
@@ -628,296 +665,12 @@ CONTENDERS: dict[str, Entry] = {
     **both("DeepCTR-Torch PLE", functools.partial(DeepCTR, model="PLE"), "ple"),
     **both("DeepCTR-Torch MMoE", functools.partial(DeepCTR, model="MMOE"), "mmoe"),
 }
-
-
-# Correctness
-
-
-def check(name: str, problem: Problem, official: str | None) -> str:
-    """What ``name`` was compared with; AssertionError if it disagrees.
-
-    From the same weights, outputs agree within 1e-5 of the largest, and the parameters after a
-    training step within STEP_ERROR. Ours is compared with the official code; where there is none,
-    with itself in float64. A compiled peer is compared with the eager one. An eager peer has
-    nothing to be compared with but its sizes: it must have as many weights in its experts as the
-    setting has.
-    """
-    torch.manual_seed(1)
-    entry = CONTENDERS[name]
-    ids, labels = next(problem.draw(problem.config.batch_size))
-    reference = entry.reference
-    if reference is None:
-        contender = entry.build(problem, None, official)
-        return sane(contender, problem, ids, labels)
-    itself = reference == "official" and official is None
-    build = Ours if itself else CONTENDERS[reference].build
-    first = build(problem, None, official).state()
-    # Tables as they are after some training: gates and gradients are far from uniform.
-    start = {k: t * 1000 if "embed" in k else t for k, t in first.items()}
-    contender = entry.build(problem, start, official)
-    against = {k: t.double() for k, t in start.items()} if itself else start
-    agree(
-        contender,
-        build(problem, against, official),
-        ids,
-        labels,
-        Ours(problem, start) if contender.low else None,
-    )
-    return f"{OURS} in float64" if itself else reference
-
-
-def sane(contender: Contender, problem: Problem, ids: Tensor, labels: Tensor) -> str:
-    """Experts of the setting's sizes, probabilities, and a step that moves the weights."""
-    batch = contender.batch(ids, labels)
-    weights = contender.expert_weights
-    if weights is not None:
-        wanted = expert_weights(problem)
-        assert weights == wanted, f"its experts have {weights} weights, not {wanted}"
-    before = contender.state()
-    for key, tensor in contender.outputs(batch).items():
-        assert tensor.isfinite().all(), f"{key} are not finite"
-    contender.train_step(batch)
-    after = contender.state()
-    assert all(tensor.isfinite().all() for tensor in after.values()), "weights are not finite"
-    assert any((after[key] != before[key]).any() for key in after), "a step moves nothing"
-    return "its own sizes"
-
-
-def expert_weights(problem: Problem) -> int:
-    """In the matrices of all experts of all layers."""
-    n = problem.network
-    experts = n["num_shared_experts"] + n["num_specific_experts"] * len(problem.tasks)
-    units, total = n["expert_hidden_units"], 0
-    inputs = n["embedding_dim"] * len(problem.fields)
-    for _ in range(n["num_layers"]):
-        for width in units:
-            total += experts * inputs * width
-            inputs = width
-    return total
-
-
-def agree(
-    contender: Contender,
-    reference: Contender,
-    ids: Tensor,
-    labels: Tensor,
-    autocast: Contender | None = None,
-) -> None:
-    """``autocast``: the same model, for PyTorch's own error in bfloat16, of which a contender in
-    low precision may make twice as much (of weights on average: the first step of Adam has a size,
-    and rounding decides its sign where the gradient is next to 0)."""
-
-    def unfused(experts: Any, inputs: Any, reads: Any, *rest: Any) -> Any:
-        return ops.mixture(experts(inputs, reads), *rest).unbind()
-
-    def results(model: Contender) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        batch = model.batch(ids, labels)
-        outputs = model.outputs(batch)
-        model.train_step(batch)
-        return outputs, model.state()
-
-    expected = results(reference)
-    actual = results(contender)
-    rounded = None
-    if autocast is not None:
-        plain = mock.patch("stem_fast.model.expert_mixture", unfused)
-        with torch.autocast("cpu", torch.bfloat16), plain:
-            rounded = results(autocast)
-    compared = actual[0].keys() & expected[0].keys()
-    assert compared
-    for key in sorted(compared):
-        worst = distance(actual[0][key], expected[0][key])
-        allowed = 1e-5 * float(expected[0][key].abs().max())
-        if rounded is not None:
-            allowed = 2 * distance(rounded[0][key], expected[0][key])
-        assert worst <= allowed, f"{key} differ by {worst:.1e}, more than {allowed:.1e}"
-    assert actual[1].keys() == expected[1].keys()
-    if rounded is None:
-        for key, tensor in expected[1].items():
-            worst = distance(actual[1][key], tensor)
-            assert worst <= STEP_ERROR, f"after a step {key} differs by {worst:.1e}"
-        return
-    moved, own = (
-        sum(distance(state[key], tensor, mean=True) for key, tensor in expected[1].items())
-        for state in (actual[1], rounded[1])
-    )
-    assert moved <= 2 * own, f"after a step tensors differ by {moved:.1e}, autocast's by {own:.1e}"
-
-
-def distance(actual: Tensor, expected: Tensor, mean: bool = False) -> float:
-    """Largest, or mean, absolute difference; NaN is infinitely far."""
-    if not actual.numel():
-        return 0.0
-    apart = (actual.double() - expected.double()).abs().nan_to_num(nan=torch.inf)
-    return float(apart.mean() if mean else apart.max())
-
-
-# What is measured
-
-
-def step(contender: Contender, problem: Problem, seconds: float) -> dict[str, Any]:
-    """Seconds of each step, every one on a batch of its own."""
-    contender.age(problem)
-    batches = problem.draw(problem.config.batch_size)
-
-    def once() -> float:
-        batch = contender.batch(*next(batches))
-        start = time.perf_counter()
-        contender.train_step(batch)
-        return time.perf_counter() - start
-
-    return {"rounds": rounds(once, seconds, 3)}
-
-
-def rounds(once: Callable[[], float], seconds: float, least: int) -> list[float]:
-    """Repeats for ``seconds``, at least ``least`` times, after two that do not count."""
-    once(), once()
-    gc.collect()
-    gc.disable()
-    found: list[float] = []
-    while len(found) < least or sum(found) < seconds:
-        found.append(once())
-    gc.enable()
-    return found
-
-
-def inference(contender: Contender, problem: Problem, seconds: float) -> dict[str, Any]:
-    """Seconds of each request of each size, one after the other, every one of other rows."""
-    found = {}
-    for rows in REQUESTS:
-        batches = problem.draw(rows)
-        requests = [contender.request(next(batches)[0]) for _ in range(16)]
-
-        def once(requests: list[Any] = requests) -> float:
-            requests.append(requests.pop(0))
-            start = time.perf_counter()
-            contender.predict(requests[0])
-            return time.perf_counter() - start
-
-        found[str(rows)] = rounds(once, seconds / len(REQUESTS), 5)
-    return {"rounds": found}
-
-
-def peak_memory(build: Callable[[Problem], Contender], problem: Problem) -> dict[str, Any]:
-    """Bytes that building and training add to a process that has trained a tiny one before."""
-
-    def trained(of: Problem, steps: int) -> Contender:
-        contender, batches = build(of), of.draw(of.config.batch_size)
-        for _ in range(steps):
-            contender.train_step(contender.batch(*next(batches)))
-        return contender
-
-    trained(synthetic(SETTINGS["tiny"]), 1)
-    gc.collect()
-    before = memory.status("VmRSS")
-    memory.reset_peak()
-    contender = trained(problem, memory.STEPS)
-    parameters = sum(p.numel() * p.element_size() for p in contender.module.parameters())
-    return {"peak": memory.status("VmHWM") - before, "parameters": parameters}
-
-
-def epoch(contender: Contender, problem: Problem, study: Study, compiled: bool) -> dict[str, Any]:
-    if compiled:  # for each size of batch, before the time starts
-        size = problem.config.batch_size
-        for split in study.splits:
-            for rows in {size, len(split) % size or size}:
-                batch = contender.batch(*next(problem.draw(rows)))
-                contender.train_step(batch)
-                contender.outputs(batch)
-    return {**contender.epoch(study), "samples": len(study.splits[0])}
-
-
-def ceilings(setting: cases.Setting, seconds: float) -> dict[str, Any]:
-    """FLOP/s of products at the experts' shapes, into buffers that are there already, and bytes/s
-    of a copy: of each the best way that PyTorch has."""
-    s = setting
-    shapes = [(s.fields * s.dim, s.width), (s.width, s.width), (s.width, s.width)]
-    found: dict[str, float] = {}
-    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-        layers = [
-            (
-                torch.randn(s.batch, inputs, dtype=dtype),
-                torch.randn(outputs, inputs, dtype=dtype),
-                torch.randn(outputs, dtype=dtype),
-                torch.empty(s.batch, outputs, dtype=dtype),
-            )
-            for inputs, outputs in shapes
-        ]
-        ways: list[Callable[..., object]] = [
-            lambda x, w, b, y: torch.addmm(b, x, w.T, out=y),
-            lambda x, w, b, y: F.linear(x, w, b),
-        ]
-        if torch.backends.mkldnn.is_available():
-            ways.append(
-                lambda x, w, b, y: torch.ops.mkldnn._linear_pointwise(x, w, b, "relu", [], "")
-            )
-        flops = 2 * s.batch * sum(i * o for i, o in shapes)
-        found[name] = flops / min(timed(way, layers, seconds / 8) for way in ways)
-    source = torch.ones(1 << 26)
-    target = torch.empty_like(source)
-    copied = timed(lambda: target.copy_(source), [()], seconds / 4)
-    return {"rates": {**found, "copy": 2 * 4 * source.numel() / copied}}
-
-
-def timed(work: Callable[..., object], layers: list[Any], seconds: float) -> float:
-    """Median seconds of ``work`` on all layers."""
-
-    def once() -> float:
-        start = time.perf_counter()
-        for layer in layers:
-            work(*layer)
-        return time.perf_counter() - start
-
-    return float(np.median(rounds(once, seconds, 5)))
-
-
-def run(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What one process does: {"status", and what was measured or why nothing was}."""
-    torch.set_num_threads(options["threads"])
-    try:
-        return {"status": "ok", **measured(options)}
-    except cases.NotInstalledError as missing:
-        return {"status": "not installed", "note": str(missing)}
-    except NotAvailableError as missing:
-        return {"status": "not available", "note": str(missing)}
-    except Exception as error:
-        traceback.print_exc()
-        wrong = isinstance(error, AssertionError)
-        note = " ".join(f"{type(error).__name__}: {error}".split())[:500]
-        return {"status": "wrong" if wrong else "failed", "note": note}
-
-
-def measured(options: Mapping[str, Any]) -> dict[str, Any]:
-    what, seconds = options["what"], options["seconds"]
-    if what == "ceilings":
-        return ceilings(SETTINGS[options["setting"]], seconds)
-    name, official, study = options["contender"], options["official"], None
-    if options["setting"] == "kuairand":
-        problem, study = kuairand((Path(options["train"]), Path(options["valid"])))
-    else:
-        problem = synthetic(SETTINGS[options["setting"]])
-    if what == "check":
-        if study is None:
-            setting = SETTINGS[options["setting"]]
-            problem = synthetic(setting._replace(rows=min(setting.rows, CHECK_ROWS)))
-        return {"compared_with": check(name, problem, official)}
-    torch.manual_seed(2)
-    build = functools.partial(CONTENDERS[name].build, start=None, official=official)
-    if what == "memory":
-        return peak_memory(build, problem)
-    contender = build(problem)
-    if what == "epoch":
-        assert study is not None
-        return epoch(contender, problem, study, name.endswith(", compiled"))
-    return {"step": step, "inference": inference}[what](contender, problem, seconds)
-
-
-def main() -> None:
-    options = json.loads(sys.argv[1])
-    with contextlib.redirect_stdout(sys.stderr):  # the libraries print
-        result = run(options)
-    print(json.dumps(result))
-
-
-if __name__ == "__main__":
-    main()
+# On CUDA; the first four by default. torch.compile takes longest, and is last of these.
+ON_GPU = (
+    OURS,
+    "official",
+    "official PLE",
+    "official, compiled",
+    f"{OURS}, recompute",
+    "official PLE, compiled",
+)

@@ -4,13 +4,18 @@ with the nearest public models, and ours, side by side.
     python -m bench.peers --official PATH --json FILE [--train A --valid B]
     python -m bench.peers --table FILE
     python -m bench.peers --plot FILE.png --table FILE
+    python -m bench.peers --device cuda --official PATH --json FILE [--runs fp32 tf32 bf16]
 
-Everything runs on the same data, batches and sizes, on the CPU. First every contender is checked
-(bench/contenders.py); one that is wrong has no time. Then contenders take turns, each turn in a
+Everything runs on the same data, batches and sizes. First every contender is checked
+(bench/turns.py); one that is wrong has no time. Then contenders take turns, each turn in a
 process of its own, and the order rotates, so that a machine that slows down slows all. Each runs
 with the allocator as it comes and with a warm one (bench/run.py), eager and compiled. Memory is
 measured once, with an allocator that gives back what is freed (bench/memory.py). An epoch is one of
 KuaiRand (bench/parity.py), from loading encoded data to AUC and gAUC; the libraries know no gAUC.
+
+On CUDA the official code and ours run, each in fp32, tf32 and bf16, in one process for each that
+checks, warms up and times it by CUDA's events, on batches that lie on the GPU; an epoch is timed by
+the clock. Memory is what torch's allocator gave out at the most.
 
 A time is the median of all rounds, with the least and the largest median of a turn beside it. The
 roofline is the time that the products, or the bytes, of an ideal implementation take at the best
@@ -28,6 +33,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
@@ -38,11 +44,34 @@ import torch
 
 from bench import cases, contenders, memory, parity, run
 from bench import official as adapter
-from bench.contenders import CONTENDERS, GATES, OURS, REQUESTS, SETTINGS, TOWERS
+from bench.contenders import CONTENDERS, GATES, ON_GPU, OURS, REQUESTS, SETTINGS, TOWERS
 
 WHAT = ("step", "inference", "memory", "epoch")
 DEFAULT_SETTINGS = ("tiktok", "2m_rows", "10m_rows", "4_tasks", "2_layers")
 ALLOCATORS: dict[str, dict[str, str]] = run.RUNS["cpu"]
+# On CUDA there is a column for each precision, where on the CPU there is one for each allocator.
+PRECISIONS = {"fp32": "float32", "tf32": "tf32", "bf16": "bfloat16"}  # and the names of their rates
+# What depends on the device, where it isn't given.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "cpu": {
+        "settings": list(DEFAULT_SETTINGS),
+        "contenders": list(CONTENDERS),
+        "runs": list(ALLOCATORS),
+        "threads": 2,
+        "blocks": 3,
+        "seconds": 4.0,
+        "limit": None,
+    },
+    "cuda": {
+        "settings": ["tiktok"],
+        "contenders": list(ON_GPU[:4]),
+        "runs": list(PRECISIONS),
+        "threads": os.cpu_count(),
+        "blocks": 1,
+        "seconds": 1.0,
+        "limit": 150.0,
+    },
+}
 MEMORY = {"gives back": memory.ALLOCATOR}
 PACKAGES = (*run.PACKAGES, "torch-rechub", "deepctr-torch", "pandas", "h5py", "scikit-learn")
 KEY = ("setting", "what", "contender", "allocator")
@@ -125,31 +154,56 @@ class Turns:
             "valid": options.valid and str(options.valid.resolve()),
             "threads": options.threads,
             "seconds": options.seconds,
+            **({"device": "cuda"} if options.device == "cuda" else {}),
         }
+        self.limit = options.limit
         self.wall = self.others = 0.0
 
     def take(self, environment: Mapping[str, str], **what: Any) -> dict[str, Any]:
         """The result of one process; {"status": "failed", "note"} if it did not come to its end."""
+        lines, end, others = self.process(environment, what)
+        if end or not lines:
+            return {"status": "failed", "note": end or "its process ended with 0"}
+        return {**json.loads(lines[-1]), "others_cores": others}
+
+    def parts(self, wanted: Sequence[str], **what: Any) -> dict[str, dict[str, Any]]:
+        """The result of each part of one process on the GPU, the check and those ``wanted``; as
+        "failed" those that it did not come to."""
+        lines, end, others = self.process({}, {"what": wanted, **what})
+        found: dict[str, dict[str, Any]] = {}
+        for line in lines:
+            found |= json.loads(line)
+        for name in ("check", *wanted):
+            lost = {"status": "failed", "note": end or "its process ended without it"}
+            found[name] = {**found.get(name, lost), "others_cores": others}
+        return found
+
+    def process(
+        self, environment: Mapping[str, str], what: Mapping[str, Any]
+    ) -> tuple[list[str], str, float]:
+        """(what it printed, how it ended if not well, the cores that others kept busy)."""
         start, busy = time.perf_counter(), run.others_seconds()
-        finished = subprocess.run(
-            [sys.executable, "-m", "bench.contenders", json.dumps({**self.common, **what})],
-            cwd=run.ROOT,
-            env={
-                **{k: v for k, v in os.environ.items() if k not in run.WARM},
-                **environment,
-                "OMP_NUM_THREADS": str(self.common["threads"]),
-                "TQDM_DISABLE": "1",  # no progress bars in the time
-            },
-            stdout=subprocess.PIPE,
-            text=True,
-            check=False,
-        )
+        command = [sys.executable, "-m", "bench.turns", json.dumps({**self.common, **what})]
+        variables = {
+            **{k: v for k, v in os.environ.items() if k not in run.WARM},
+            **environment,
+            "OMP_NUM_THREADS": str(self.common["threads"]),
+            "TQDM_DISABLE": "1",  # no progress bars in the time
+        }
+        end = ""
+        with tempfile.TemporaryFile("w+") as output:  # what came before a timeout is in it too
+            try:
+                code = subprocess.run(
+                    command, cwd=run.ROOT, env=variables, stdout=output, timeout=self.limit
+                ).returncode
+                end = f"its process ended with {code}" if code else ""
+            except subprocess.TimeoutExpired:
+                end = f"its process took more than {self.limit:g} s"
+            output.seek(0)
+            lines = output.read().splitlines()
         wall, others = time.perf_counter() - start, run.others_seconds() - busy
         self.wall, self.others = self.wall + wall, self.others + others
-        lines = finished.stdout.splitlines()
-        if finished.returncode or not lines:
-            return {"status": "failed", "note": f"its process ended with {finished.returncode}"}
-        return {**json.loads(lines[-1]), "others_cores": round(max(others / wall, 0.0), 2)}
+        return lines, end, round(max(others / wall, 0.0), 2)
 
 
 def rotated(items: Sequence[Any], block: int) -> list[Any]:
@@ -160,9 +214,7 @@ def rotated(items: Sequence[Any], block: int) -> list[Any]:
 def measure(options: argparse.Namespace, report: dict[str, Any]) -> Iterator[None]:
     """Fills the report; yields whenever there is more in it."""
     turns, checked, results = Turns(options), report["checks"], report["results"]
-    settings = list(options.settings) if set(options.what) != {"epoch"} else []
-    settings += ["kuairand"] if "epoch" in options.what else []
-    for setting in settings:
+    for setting in settings(options):
         checks = checked.setdefault(setting, {})
         for name in options.contenders:
             checks[name] = turns.take({}, what="check", contender=name, setting=setting)
@@ -190,6 +242,49 @@ def measure(options: argparse.Namespace, report: dict[str, Any]) -> Iterator[Non
                         summarise(each, report)
                     report["others_cores"] = round(max(turns.others / turns.wall, 0.0), 2)
                     yield
+
+
+def settings(options: argparse.Namespace) -> list[str]:
+    found = list(options.settings) if set(options.what) != {"epoch"} else []
+    return found + (["kuairand"] if "epoch" in options.what else [])
+
+
+def measure_on_gpu(options: argparse.Namespace, report: dict[str, Any]) -> Iterator[None]:
+    """As ``measure``, in a process for each contender and precision."""
+    turns, results = Turns(options), report["results"]
+    for setting in settings(options):
+        # Memory comes before there is anything else of a model on the GPU.
+        order = ("epoch",) if setting == "kuairand" else ("memory", "step", "inference")
+        found: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+        for name in options.contenders:
+            wanted = [w for w in order if w in options.what and w in CONTENDERS[name].what]
+            for precision in options.runs if wanted else ():
+                key = {"setting": setting, "contender": name, "precision": precision}
+                found[name, precision] = {
+                    what: {**key, "what": what, "status": "ok", "turns": []} for what in wanted
+                }
+        results += [result for each in found.values() for result in each.values()]
+        checks, ceilings = (report[key].setdefault(setting, {}) for key in ("checks", "ceilings"))
+        for block in range(options.blocks):
+            if setting != "kuairand":
+                turn = turns.take({}, what="ceilings", setting=setting)
+                if turn["status"] != "ok":
+                    sys.exit(f"no ceilings: {turn['note']}")
+                ceilings |= {k: max(v, ceilings.get(k, 0.0)) for k, v in turn["rates"].items()}
+            for (name, precision), own in rotated(list(found.items()), block):
+                going = [what for what, result in own.items() if result["status"] == "ok"]
+                if not going:
+                    continue
+                where = {"contender": name, "precision": precision}
+                parts = turns.parts(going, setting=setting, **where)
+                check = checks[f"{name}, {precision}"] = parts["check"]
+                verdict: dict[str, Any] = {k: check[k] for k in ("status", "note") if k in check}
+                for what in going:
+                    add(own[what], parts[what] if check["status"] == "ok" else verdict)
+                for each in results:
+                    summarise(each, report)
+                report["others_cores"] = round(max(turns.others / turns.wall, 0.0), 2)
+                yield
 
 
 def entries(
@@ -239,7 +334,8 @@ def summarise(result: dict[str, Any], report: Mapping[str, Any]) -> None:
     setting = SETTINGS.get(result["setting"])
     result["others_cores"] = max(turn["others_cores"] for turn in turns)
     if result["what"] == "memory":
-        result |= {key: turns[0][key] for key in ("peak", "parameters")}
+        memories = ("peak", "reserved", "parameters")
+        result |= {key: turns[0][key] for key in memories if key in turns[0]}
     elif result["what"] == "epoch":
         result |= spread([[turn["seconds"]] for turn in turns])
         result["samples_per_s"] = turns[0]["samples"] / result["seconds"]
@@ -251,11 +347,14 @@ def summarise(result: dict[str, Any], report: Mapping[str, Any]) -> None:
         rates = report["ceilings"][result["setting"]]
         network = CONTENDERS[result["contender"]].network
         dtype = "bfloat16" if "bf16" in result["contender"] else "float32"
+        dtype = PRECISIONS[result["precision"]] if "precision" in result else dtype
         if result["what"] == "step":
             ideal = cost(setting, setting.batch, network, True, dtype)
             result |= spread([turn["rounds"] for turn in turns])
             result |= roofline(ideal, rates, dtype, result["seconds"])
             result["samples_per_s"] = setting.batch / result["seconds"]
+            if "gpu_state" in turns[-1]:
+                result["gpu_state"] = turns[-1]["gpu_state"]
         else:
             result["requests"] = {}
             for rows in REQUESTS:
@@ -299,18 +398,23 @@ def tables(report: Mapping[str, Any]) -> list[list[list[str]]]:
     return [table for table in found if len(table) > 1]
 
 
+def column(result: Mapping[str, Any]) -> str:
+    """An allocator, or on CUDA a precision."""
+    return str(result["precision" if "precision" in result else "allocator"])
+
+
 def grouped(results: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
-    """(setting, contender) -> allocator -> result."""
+    """(setting, contender) -> column -> result."""
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for result in results:
         key = result["setting"], result["contender"]
-        found.setdefault(key, {})[result["allocator"]] = result
+        found.setdefault(key, {})[column(result)] = result
     return found
 
 
 def time_rows(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """Of steps, or of requests of each size."""
-    allocators = list(dict.fromkeys(r["allocator"] for r in results))
+    allocators = list(dict.fromkeys(map(column, results)))
     inference = results[0]["what"] == "inference"
     head = ["setting", *(["rows of a request"] if inference else []), "contender"]
     for allocator in allocators:
@@ -362,25 +466,38 @@ def status(result: Mapping[str, Any] | None) -> str:
 
 
 def memory_rows(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    table = [["setting", "contender", "peak MB of training", "MB of parameters", "of ours"]]
-    for (setting, name), found in grouped(results).items():
-        (result,) = found.values()
-        ours: Mapping[str, Any] = next(iter(grouped(results).get((setting, OURS), {}).values()), {})
-        cells = [status(result), "", ""]
-        if "peak" in result:
-            cells = [f"{result['peak'] / 1e6:.0f}", f"{result['parameters'] / 1e6:.0f}", ""]
-            if name != OURS and "peak" in ours:
-                cells[2] = f"{result['peak'] / ours['peak']:.2f}x"
-        table.append([setting, name, *cells])
+    columns = list(dict.fromkeys(map(column, results)))
+    table = [["setting", "contender"]]
+    for each in columns:
+        of = "" if each in MEMORY else f", {each}"
+        table[0] += [f"peak MB of training{of}", "MB of parameters", "of ours"]
+    by_contender = grouped(results)
+    for (setting, name), found in by_contender.items():
+        line = [setting, name]
+        for each in columns:
+            result = found.get(each)
+            ours = by_contender.get((setting, OURS), {}).get(each, {})
+            cells = [status(result), "", ""]
+            if result is not None and "peak" in result:
+                cells = [f"{result['peak'] / 1e6:.0f}", f"{result['parameters'] / 1e6:.0f}", ""]
+                if name != OURS and "peak" in ours:
+                    cells[2] = f"{result['peak'] / ours['peak']:.2f}x"
+            line += cells
+        table.append(line)
     return table
 
 
 def epoch_rows(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    allocators = list(dict.fromkeys(r["allocator"] for r in results))
+    allocators = list(dict.fromkeys(map(column, results)))
     head = ["setting", "contender"]
     for allocator in allocators:
         head += [f"samples/s of an epoch, {allocator}", "ours is faster"]
-    table = [[*head, "AUC", "gAUC"]]
+    # An allocator changes no metric; a precision does.
+    told = [each for each in allocators if each in PRECISIONS] or allocators[-1:]
+    for each in told:
+        of = f", {each}" if each in PRECISIONS else ""
+        head += [f"AUC{of}", f"gAUC{of}"]
+    table = [head]
     by_contender = grouped(results)
     for (setting, name), found in by_contender.items():
         line = [setting, name]
@@ -393,16 +510,20 @@ def epoch_rows(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
             faster = ours.get("samples_per_s", 0.0) / result["samples_per_s"]
             shown = f"{faster:.2f}x" if faster and name != OURS else ""
             line += [f"{result['samples_per_s']:,.0f}", shown]
-        last = found[allocators[-1]]
-        table.append([*line, *(f"{last[m]:.4f}" if m in last else "" for m in ("auc", "gauc"))])
+        for each in told:
+            last = found.get(each, {})
+            line += [f"{last[m]:.4f}" if m in last else "" for m in ("auc", "gauc")]
+        table.append(line)
     return table
 
 
 def ceiling_rows(ceilings: Mapping[str, Any]) -> list[list[str]]:
-    table = [["setting", "GFLOP/s, float32", "GFLOP/s, bfloat16", "GB/s of a copy"]]
+    known = {name for found in ceilings.values() for name in found}
+    names = [name for name in PRECISIONS.values() if name in known]
+    table = [["setting", *(f"GFLOP/s, {name}" for name in names), "GB/s of a copy"]]
     for setting, found in ceilings.items():
         if found:
-            rates = [found[name] / 1e9 for name in ("float32", "bfloat16", "copy")]
+            rates = [found[name] / 1e9 for name in (*names, "copy")]
             table.append([setting, *(f"{rate:.0f}" for rate in rates)])
     return table
 
@@ -436,7 +557,7 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
     figure, axes = pyplot.subplots(
         down, across, figsize=(5.5 * across, (0.32 * len(names) + 1.3) * down), squeeze=False
     )
-    allocators = list(dict.fromkeys(r["allocator"] for p in panels.values() for r in p))
+    allocators = list(dict.fromkeys(column(r) for p in panels.values() for r in p))
     height = 0.8 / len(allocators)
     for axis, ((setting, rows), results) in zip(axes.flat, panels.items(), strict=False):
         longest = 0.0
@@ -444,12 +565,13 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
             found = times(result, rows)
             if found is None or found["status"] != "ok" or "seconds" not in found:
                 continue
-            name, turn = result["contender"], allocators.index(result["allocator"])
+            name, turn = result["contender"], allocators.index(column(result))
             milliseconds = 1000 * found["seconds"]
             longest = max(longest, milliseconds)
             place = names.index(name) + height * turn
             colour = "#c44e52" if name.startswith(OURS) else "#7f8fa6"
-            axis.barh(place, milliseconds, height, color=colour, alpha=0.5 + 0.5 * (turn > 0))
+            shade = 0.5 + 0.5 * turn / max(len(allocators) - 1, 1)
+            axis.barh(place, milliseconds, height, color=colour, alpha=shade)
             axis.text(milliseconds, place, f" {milliseconds:.3g}", va="center", fontsize=6)
             if result["contender"] in (OURS, "official"):
                 axis.axvline(1000 * found["roofline_seconds"], color="black", ls="--", lw=1)
@@ -461,7 +583,7 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
         axis.set_title(f"{setting}: ms of {what}", fontsize=9)
     for axis in list(axes.flat)[len(panels) :]:
         axis.set_visible(False)
-    shades = " ".join(f"{'dark' if turn else 'light'}: {a}." for turn, a in enumerate(allocators))
+    shades = f"From light to dark: {', '.join(allocators)}."
     figure.suptitle(
         f"{run.title(report, report['others_cores'])}\n{shades} Dashed: STEM's roofline.",
         fontsize=8,
@@ -484,25 +606,36 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--table", type=Path, help="print Markdown from a result file")
     parser.add_argument("--plot", type=Path, help="draw the --json or --table file to this .png")
     parser.add_argument("--official", help="a checkout of the official code")
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(DEFAULT_SETTINGS))
+    parser.add_argument("--device", choices=DEFAULTS, default="cpu")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS)
     parser.add_argument("--what", nargs="+", choices=WHAT, help="default: all there is data for")
     parser.add_argument(
         "--contenders",
         nargs="+",
         choices=CONTENDERS,
-        default=list(CONTENDERS),
         metavar="NAME",
-        help=f"of {'; '.join(CONTENDERS)}",
+        help=f"of {'; '.join(CONTENDERS)}; on CUDA of {'; '.join(ON_GPU)}",
     )
-    parser.add_argument("--runs", nargs="+", choices=ALLOCATORS, default=list(ALLOCATORS))
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--blocks", type=int, default=3, help="turns of each contender")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of rounds in each turn")
+    parser.add_argument("--runs", nargs="+", help="allocators, or on CUDA precisions; default: all")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--blocks", type=int, help="turns of each contender")
+    parser.add_argument("--seconds", type=float, help="of rounds in each turn")
+    parser.add_argument("--limit", type=float, help="seconds after which a process is ended")
     parser.add_argument("--train", type=Path, help="KuaiRand's training Parquet file, for epochs")
     parser.add_argument("--valid", type=Path, help="and its validation file")
     options = parser.parse_args(arguments)
     if (options.json is None) == (options.table is None):
         parser.error("give --json to run or --table to print")
+    for name, default in DEFAULTS[options.device].items():
+        if getattr(options, name) is None:
+            setattr(options, name, default)
+    gpu = options.device == "cuda"
+    names, runs = list(ON_GPU if gpu else CONTENDERS), list(PRECISIONS if gpu else ALLOCATORS)
+    for name, known in (("contenders", names), ("runs", runs)):
+        if not set(getattr(options, name)) <= set(known):
+            parser.error(f"--{name} on {options.device} are {'; '.join(known)}")
+    if gpu and options.json and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device")
     files = options.train is not None and options.valid is not None
     if options.what is None:
         options.what = [what for what in WHAT if files or what != "epoch"]
@@ -529,11 +662,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "repository": adapter.REPOSITORY,
                 "commit": options.official and adapter.commit(Path(options.official)),
             },
-            "machine": run.machine("cpu", options.threads),
+            "machine": run.machine(options.device, options.threads),
             "versions": run.versions(PACKAGES),
             "shims": contenders.SHIMS,
             "settings": {name: SETTINGS[name]._asdict() for name in options.settings},
-            "environments": {**ALLOCATORS, **MEMORY},
+            "environments": {**ALLOCATORS, **MEMORY} if options.device == "cpu" else {},
             "others_cores": 0.0,
             "ceilings": {},
             "checks": {},
@@ -541,7 +674,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }
         if "epoch" in options.what:
             report["settings"]["kuairand"] = describe(options.train, options.valid)
-        for _ in measure(options, report):
+        for _ in (measure if options.device == "cpu" else measure_on_gpu)(options, report):
             parity.write(options.json, without_rounds(report))
         print(text(report))
     if options.plot:

@@ -8,6 +8,7 @@ import os
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import cases, contenders, memory, peers, run, test_ops
+from bench import cases, contenders, memory, peers, run, test_ops, turns
 from stem_fast.model import MODELS, STEMNet
 
 ROOT = Path(__file__).parents[1]
@@ -271,19 +272,19 @@ def in_process(
     """Turns without processes, which take seconds to start; what they were asked for."""
     asked = []
 
-    def take(turns: peers.Turns, environment: Any, **what: Any) -> dict[str, Any]:
+    def take(self: peers.Turns, environment: Any, **what: Any) -> dict[str, Any]:
         asked.append({**what, "environment": environment})
-        turns.wall += 1
+        self.wall += 1
         threads = torch.get_num_threads()
         with contextlib.redirect_stdout(sys.stderr):
-            result = contenders.run({**turns.common, **what})
+            result = turns.run({**self.common, **what})
         torch.set_num_threads(threads)
         change(result)
         return {**json.loads(json.dumps(result)), "others_cores": 0.0}
 
     monkeypatch.setattr(peers.Turns, "take", take)
-    monkeypatch.setattr(contenders, "ceilings", lambda *_: {"rates": RATES})
-    monkeypatch.setattr(contenders, "REQUESTS", (1, 64))
+    monkeypatch.setattr(turns, "ceilings", lambda *_: {"rates": RATES})
+    monkeypatch.setattr(turns, "REQUESTS", (1, 64))
     monkeypatch.setattr(peers, "REQUESTS", (1, 64))
     return asked
 
@@ -389,6 +390,98 @@ def test_peers_end_to_end(
     assert capsys.readouterr().out == table
 
 
+class Moment:
+    """In the place of a CUDA event."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def synchronize(self) -> None: ...
+
+    def elapsed_time(self, end: Moment) -> float:
+        return 1000 * (end.at - self.at)
+
+
+def test_peers_on_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All but the GPU: models stay on the CPU, and the last contender's process dies early."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Event", Moment)
+    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    for name in ("max_memory_allocated", "max_memory_reserved"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 4_000_000)
+    monkeypatch.setattr(run, "machine", lambda device, _: {"gpu": device})
+    monkeypatch.setattr(run, "gpu_state", lambda: {"power_w": 700.0})
+    monkeypatch.setattr(turns, "gpu_ceilings", lambda _: {"rates": {**RATES, "tf32": 1.5e11}})
+    in_process(monkeypatch)
+
+    def process(self: peers.Turns, _: Any, what: Any) -> tuple[list[str], str, float]:
+        self.wall += 1
+        options = {**self.common, **what, "device": "cpu"}
+        with contextlib.redirect_stdout(sys.stderr):
+            lines = [json.dumps({part: found}) for part, found in turns.on_gpu(options)]
+        recompute = "recompute" in what["contender"]
+        return (lines[:2], "its process ended with -6", 0.0) if recompute else (lines, "", 0.0)
+
+    monkeypatch.setattr(peers.Turns, "process", process)
+    threads = torch.get_num_threads()
+    names = [cases.OURS, "official", f"{cases.OURS}, recompute"]
+    arguments = ["--device", "cuda", "--json", str(tmp_path / "peers.json"), "--runs", "fp32"]
+    arguments += ["bf16", "--settings", "tiny", "--seconds", "0.01", "--contenders", *names]
+    if OFFICIAL:
+        arguments += ["--official", OFFICIAL]
+    assert peers.main(arguments) == 1
+    torch.set_num_threads(threads)
+    table = capsys.readouterr().out
+    report = json.loads((tmp_path / "peers.json").read_text())
+    results = {(r["what"], r["contender"], r["precision"]): r for r in report["results"]}
+    for precision, rate in (("fp32", RATES["float32"]), ("bf16", RATES["bfloat16"])):
+        for name in names[: 2 if OFFICIAL else 1]:
+            step = results["step", name, precision]
+            assert step["status"] == "ok", step
+            assert step["rounds"] >= turns.GPU_ROUNDS
+            assert step["gpu_state"] == {"power_w": 700.0}
+            least = max(step["flops"] / rate, step["bytes"] / RATES["copy"])
+            assert step["of_roofline"] == pytest.approx(least / step["seconds"])
+            requests = results["inference", name, precision]["requests"]
+            assert list(requests) == ["1", "64"]
+            assert requests["1"]["p99_seconds"] >= requests["1"]["seconds"]
+            assert results["memory", name, precision]["peak"] == 4_000_000
+            assert report["checks"]["tiny"][f"{name}, {precision}"]["status"] == "ok"
+        assert results["memory", names[2], precision]["status"] == "ok"
+        died = results["step", names[2], precision]
+        assert (died["status"], died["note"]) == ("failed", "its process ended with -6")
+    assert "| ms of a step, fp32 | of the roofline | ours is faster | ms of a step, bf16 |" in table
+    assert "| peak MB of training, fp32 | MB of parameters | of ours |" in table
+    assert "| tiny | 100 | 150 | 200 | 10 |" in table
+
+
+@pytest.mark.skipif(not OFFICIAL, reason="needs the official code")
+def test_the_official_code_in_bf16() -> None:
+    problem = contenders.synthetic(TINY)
+    compared, low = turns.check("official", problem, OFFICIAL, device="cpu", precision="bf16")
+    assert compared == "official"
+    exact = contenders.Official(problem, low.state(), OFFICIAL)
+    ids, labels = next(problem.draw(TINY.batch))
+    found, right = (each.outputs(each.batch(ids, labels)) for each in (low, exact))
+    assert found["probabilities"].dtype == torch.float32
+    apart = turns.distance(found["probabilities"], right["probabilities"])
+    assert 1e-5 < apart < 0.02
+    assert {p.dtype for p in low.module.parameters()} == {torch.float32}
+
+
+def test_a_process_that_takes_too_long() -> None:
+    options = peers.parse(["--json", "x", *PEERS, "--limit", "0.01"])
+    found = peers.Turns(options).parts(["step"], contender=cases.OURS, setting="tiny")
+    assert found["check"]["status"] == found["step"]["status"] == "failed"
+    assert found["step"]["note"] == "its process took more than 0.01 s"
+
+
 def test_a_peer_that_is_wrong_gets_no_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -422,9 +515,9 @@ def test_wrong_weights_after_a_step_are_seen() -> None:
                 self.model.towers.blocks[0].weight[0, 0, 0] += 1e-4
             return loss
 
-    contenders.agree(contenders.Ours(problem, start), contenders.Ours(problem, start), ids, labels)
+    turns.agree(contenders.Ours(problem, start), contenders.Ours(problem, start), ids, labels)
     with pytest.raises(AssertionError, match=r"after a step tower\.0\.mlp\.0\.weight differs"):
-        contenders.agree(Late(problem, start), contenders.Ours(problem, start), ids, labels)
+        turns.agree(Late(problem, start), contenders.Ours(problem, start), ids, labels)
 
 
 def test_low_precision_is_held_to_autocast() -> None:
@@ -451,19 +544,21 @@ def test_low_precision_is_held_to_autocast() -> None:
         return contenders.Ours(problem, start)
 
     with pytest.raises(AssertionError, match="differ by"):  # as float32 it would not do
-        contenders.agree(Low(problem, start), build(), ids, labels)
-    contenders.agree(Low(problem, start), build(), ids, labels, build())
+        turns.agree(Low(problem, start), build(), ids, labels)
+    autocast = turns.Autocast(problem, start)
+    turns.agree(Low(problem, start), build(), ids, labels, autocast)
     off = Low(problem, start)
     off.error = 0.1
     with pytest.raises(AssertionError, match="differ by"):
-        contenders.agree(off, build(), ids, labels, build())
+        turns.agree(off, build(), ids, labels, turns.Autocast(problem, start))
 
 
 @linux
 def test_a_turn_is_a_process_with_its_own_allocator() -> None:
     options = peers.parse(["--json", "x", *PEERS])
-    turns = peers.Turns(options)
-    found = turns.take(memory.ALLOCATOR, what="memory", contender=cases.OURS, setting="tiny")
+    found = peers.Turns(options).take(
+        memory.ALLOCATOR, what="memory", contender=cases.OURS, setting="tiny"
+    )
     assert found["status"] == "ok", found
     # The table, its gradient's rows, and Adam's two numbers for each.
     table = 4 * TINY.rows * TINY.spaces * TINY.dim
@@ -471,11 +566,17 @@ def test_a_turn_is_a_process_with_its_own_allocator() -> None:
     assert 3 * found["parameters"] < found["peak"] < 64e6
 
 
-def test_what_peers_refuse(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_peers_refuse(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for arguments, message in (
         ([], "give --json to run or --table to print"),
         (["--json", "x", "--what", "epoch"], "--what epoch needs --train and --valid"),
         (["--json", "x", "--blocks", "0"], "--blocks is 0"),
+        (["--json", "x", "--device", "cuda"], "--device cuda: torch sees no CUDA device"),
+        (["--json", "x", "--device", "cuda", "--runs", "warm allocator"], "are fp32; tf32; bf16"),
+        (["--json", "x", "--device", "cuda", "--contenders", "torch-rechub PLE"], "on cuda are"),
     ):
         with pytest.raises(SystemExit):
             peers.main(arguments)
