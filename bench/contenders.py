@@ -38,6 +38,7 @@ from stem_fast.model import STEMNet
 from stem_fast.optim import TableOptimizer
 from stem_fast.precision import autocast, tf32
 from stem_fast.schema import Encoding
+from stem_fast.step import TrainStep
 
 SETTINGS = {
     "tiktok": cases.SETTINGS["tiktok"],
@@ -226,7 +227,7 @@ class Ours(Contender):
 
     @functools.cached_property
     def step(self) -> Callable[[Batch], Tensor]:
-        return lambda batch: train.train_step(self.model, self.optimizers, batch, self.config)
+        return TrainStep(self.model, self.optimizers, self.config)
 
     def batch(self, ids: Tensor, labels: Tensor) -> Batch:
         return Batch(self.request(ids), None, {}, labels.to(self.device), None)

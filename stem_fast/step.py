@@ -150,7 +150,7 @@ class TrainStep:
     def __call__(self, batch: Batch) -> Tensor:
         """The loss of the step, as train_step's; errors too."""
         self.made += 1
-        if self.made > FLUSH:
+        if self.made > FLUSH and self.graph is not None:  # a schedule that grew would be another
             self.model.embedding.flush()
             self.made = 1
         if not self._capturable(batch):
