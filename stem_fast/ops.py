@@ -49,6 +49,7 @@ SCHEMAS = {
     " float beta2, float eps, bool decoupled, bool l2) -> ()",
     "adam_schedule": "(Tensor(a!) steps, Tensor(b!) clock, Tensor options, float beta1,"
     " float beta2, float eps, bool decoupled, bool l2) -> ()",
+    "adam_leap": "(Tensor steps, Tensor(a!) leaps, Tensor clock, float beta1, float beta2) -> ()",
     "sgd_rows": "(Tensor(a!) weight, Tensor(b!)? momentum_buffer, Tensor(c!) last, Tensor? rows,"
     " Tensor? grad, Tensor steps, Tensor clock) -> ()",
     "adagrad_rows": "(Tensor(a!) weight, Tensor(b!) sum, Tensor? rows, Tensor grad, Tensor options,"
@@ -284,7 +285,7 @@ def _adam_rows_fake(*arguments: Any) -> None:
     """Everything is changed in place."""
 
 
-_adam_schedule_fake = _sgd_rows_fake = _adagrad_rows_fake = _adam_rows_fake
+_adam_schedule_fake = _adam_leap_fake = _sgd_rows_fake = _adagrad_rows_fake = _adam_rows_fake
 
 
 def _mixture_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -370,7 +371,7 @@ def _load_triton() -> str:
         (lookup, ("lookup", "row_gradients", "check_ids")),
         (row_plan, ("row_plan",)),
         (mixture, ("mixture", "mixture_backward")),
-        (adam, ("adam_rows", "adam_schedule")),
+        (adam, ("adam_rows", "adam_schedule", "adam_leap")),
         (sgd, ("sgd_rows",)),
         (adagrad, ("adagrad_rows",)),
     ):

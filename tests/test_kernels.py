@@ -15,6 +15,7 @@ import torch
 from cases import (
     ADAGRADS,
     ADAMS,
+    LEAPS,
     LOOKUPS,
     MIXTURES,
     SCHEDULES,
@@ -27,6 +28,7 @@ from cases import (
     SgdCase,
     assert_within,
     check_adagrad_rows,
+    check_adam_leap,
     check_adam_rows,
     check_adam_schedule,
     check_sgd_rows,
@@ -134,6 +136,24 @@ def test_adam_schedule(case: ScheduleCase) -> None:
     check_adam_schedule(adam.adam_schedule, case, DEVICE)
 
 
+def test_adam_schedule_that_is_full_says_so() -> None:
+    steps = torch.zeros(3, 17, dtype=torch.float64, device=DEVICE)
+    clock = torch.tensor([5, 5], device=DEVICE)
+    options = torch.tensor([1e-3, 0.0], dtype=torch.float64, device=DEVICE)
+    steps[0, 3].fill_(1)
+    for step in range(3):
+        assert steps[0, 3] == 1
+        before = steps.clone()
+        adam.adam_schedule(steps, clock, options, 0.9, 0.999, 1e-8, False, False)
+    before[0, 3].fill_(0)
+    assert torch.equal(steps, before), "nothing else is written"
+
+
+@pytest.mark.parametrize("case", LEAPS.values(), ids=LEAPS.keys())
+def test_adam_leap(case: ScheduleCase) -> None:
+    check_adam_leap(adam.adam_leap, case, DEVICE)
+
+
 @pytest.mark.parametrize("case", SGDS.values(), ids=SGDS.keys())
 @pytest.mark.parametrize("grads", [False, True])
 @dtypes
@@ -167,7 +187,17 @@ def test_every_kernel_compiles_and_none_spills(tmp_path: Path) -> None:
         if isinstance(value, triton.runtime.interpreter.InterpretedFunction | triton.JITFunction)
     }
     parts = {"_alive", "_coast", "_column", "_leap", "_load", "_make_step", "_polynomial", "_read"}
-    parts |= {"_extend", "_four", "_product", "_store_four", "_value", "_wake"}
+    parts |= {
+        "_at",
+        "_lagged",
+        "_second_order",
+        "_extend",
+        "_four",
+        "_product",
+        "_store_four",
+        "_value",
+        "_wake",
+    }
     parts |= {"_replay", "_series", "_terms", "_weights", "_write"}
     for kernel in kernels - parts:
         for arch in (80, 90, 100):
