@@ -388,10 +388,16 @@ def _load_cuda() -> str:
     state = _load_library("_cuda", "no nvcc was found at installation")
     if state:
         return state
-    from stem_fast.kernels.row_plan import row_plan  # sorting is torch's
-
-    _library.impl("row_plan", row_plan, "CUDA")
     _library.impl("lookup_backward", _lookup_backward, "CUDA")
+    try:
+        from stem_fast.kernels import adam, row_plan
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        return "in use on cuda"  # what follows has no C++: the reference waits for the device
+    _library.impl("row_plan", row_plan.row_plan, "CUDA")
+    for name in ("adam_schedule", "adam_leap"):
+        _library.impl(name, getattr(adam, name), "CUDA")
     return "in use on cuda"
 
 
