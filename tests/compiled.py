@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import triton
-from stem_fast.kernels import adagrad, adam, lookup, mixture, sgd
+from stem_fast.kernels import adagrad, adam, lookup, mixture, row_plan, sgd
 from stem_fast.kernels.rows import row_constants
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
@@ -52,6 +52,19 @@ def sources() -> dict[str, tuple[ASTSource, int]]:
                     found[f"{title} sizes 1"] = source(kernel, pointers, ones), warps
         check = source(lookup._check_ids, pointers | {"out": ids}, {"BLOCK": 256})
         found[f"_check_ids {ids}"] = check, 4
+        tensors = dict.fromkeys(("offsets", "keys", "order", "slots", "rows"), "*i64")
+        tensors |= dict.fromkeys(("counts", "segments", "sources"), "*i32") | {"ids": ids}
+        for kernel, bags in (
+            (row_plan._row_keys, False),
+            (row_plan._count_rows, False),
+            (row_plan._write_plan, False),
+            (row_plan._write_plan, True),
+        ):
+            constants = {"BLOCK": row_plan.BLOCK, "BAGS": bags}
+            title = f"{kernel.fn.__name__} {ids} bags={bags}"
+            found[title] = source(kernel, tensors, constants), 4
+            ones = constants | {"count": 1, "fields": 1}
+            found[f"{title} sizes 1"] = source(kernel, tensors, ones), 4
         for width, grads, l2 in (
             (48, False, True),
             (48, False, False),

@@ -60,6 +60,19 @@ def poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+def check_row_plan(*arguments: Any) -> tuple[Any, Any]:
+    """The plan, and the reference's, which it begins with."""
+    plan, expected = row_plan.row_plan(*arguments), reference.row_plan(*arguments)
+    unique, read = len(expected[0]), len(expected[2])
+    assert torch.equal(plan[0][:unique], expected[0])
+    assert torch.equal(plan[1][: unique + 1], expected[1])
+    assert torch.equal(plan[2][:read], expected[2])
+    torch.testing.assert_close(plan[3][: len(expected[3])], expected[3])
+    assert not plan[0][unique:].any(), "rows past the last are padding"
+    assert (plan[1][unique:] == read).all()
+    return plan, expected
+
+
 @pytest.mark.parametrize("case", LOOKUPS.values(), ids=LOOKUPS.keys())
 @dtypes
 def test_lookup_and_its_gradients(case: LookupCase, dtype: torch.dtype) -> None:
@@ -69,15 +82,8 @@ def test_lookup_and_its_gradients(case: LookupCase, dtype: torch.dtype) -> None:
     same(lookup.lookup(weight, *rest), reference.lookup(weight, *rest), exact)
 
     ids, offsets, _, sums, bags, mean = rest
-    plan = row_plan.row_plan(ids, offsets, bags, mean)
-    expected = reference.row_plan(ids, offsets, bags, mean)
-    unique, read = len(expected[0]), len(expected[2])
-    assert torch.equal(plan[0][:unique], expected[0])
-    assert torch.equal(plan[1][: unique + 1], expected[1])
-    assert torch.equal(plan[2][:read], expected[2])
-    torch.testing.assert_close(plan[3][: len(expected[3])], expected[3])
-    assert not plan[0][unique:].any(), "rows past the last are padding"
-    assert (plan[1][unique:] == read).all()
+    plan, expected = check_row_plan(ids, offsets, bags, mean)
+    unique = len(expected[0])
 
     grads = [torch.randn_like(part).to(dtype) for part in exact]
     actual = lookup.row_gradients(*grads, sums, *plan[1:], case.dim)
@@ -86,6 +92,14 @@ def test_lookup_and_its_gradients(case: LookupCase, dtype: torch.dtype) -> None:
     right = reference.row_gradients(*wide, sums, *expected[1:], case.dim)
     assert_within(actual[:unique], own, right)
     assert not actual[unique:].any()
+
+
+@pytest.mark.parametrize("name", ["many rows", "sequences"])
+def test_row_plan_of_many_blocks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More of them than a block has places: their counts are added up in several turns."""
+    monkeypatch.setattr(row_plan, "BLOCK", 4)
+    _, ids, offsets, _, _, bags, mean = to(DEVICE, LOOKUPS[name].arguments())
+    check_row_plan(ids, offsets, bags, mean)
 
 
 def test_padding_of_sequences_is_never_read() -> None:
@@ -182,7 +196,7 @@ def test_every_kernel_compiles_and_none_spills(tmp_path: Path) -> None:
     used = json.loads(result.stdout)
     kernels = {
         name
-        for module in (adagrad, adam, lookup, mixture, sgd)
+        for module in (adagrad, adam, lookup, mixture, row_plan, sgd)
         for name, value in vars(module).items()
         if isinstance(value, triton.runtime.interpreter.InterpretedFunction | triton.JITFunction)
     }
