@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 BLOCK = 1024
-PADDING = tl.constexpr(2**63 - 1)  # sorts after every row
 
 
 @triton.jit
@@ -22,17 +21,19 @@ def _row_keys(
     keys,  # [B * fields]
     count,  # B * fields
     fields,
+    PADDING: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     i = tl.load(ids + at, mask=inside, other=0).to(tl.int64)
     row = i + tl.load(offsets + at % fields, mask=inside, other=0)
-    tl.store(keys + at, tl.where(i == 0, PADDING, row), mask=inside)
+    key = tl.where(i == 0, PADDING, row)
+    tl.store(keys + at, key.to(keys.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _first_of_row(keys, at, count):
+def _first_of_row(keys, at, count, PADDING):
     """The sorted keys at some places, and whether each is the first of its row."""
     key = tl.load(keys + at, mask=at < count, other=PADDING)
     before = tl.load(keys + at - 1, mask=(at > 0) & (at < count), other=PADDING)
@@ -44,10 +45,12 @@ def _count_rows(
     keys,  # [count], sorted
     counts,  # [2, blocks], of each block's rows that begin in it and of its slots
     count,
+    PADDING: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     block = tl.program_id(0)
-    key, new = _first_of_row(keys, block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK), count)
+    at = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    key, new = _first_of_row(keys, at, count, PADDING)
     tl.store(counts + block, tl.sum(new.to(tl.int32)))
     tl.store(counts + tl.num_programs(0) + block, tl.sum((key != PADDING).to(tl.int32)))
 
@@ -62,6 +65,7 @@ def _write_plan(
     segments,  # [count + 1]
     sources,  # [count]
     count,
+    PADDING: tl.constexpr,
     BAGS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -77,9 +81,9 @@ def _write_plan(
         read += tl.load(counts + blocks + other, mask=other < blocks, other=0)
     at = block.to(tl.int64) * BLOCK + lane
     inside = at < count
-    key, new = _first_of_row(keys, at, count)
+    key, new = _first_of_row(keys, at, count, PADDING)
     place = tl.sum(earlier) + tl.cumsum(new.to(tl.int32), 0) - 1
-    tl.store(rows + place, key, mask=new)
+    tl.store(rows + place, key.to(tl.int64), mask=new)
     tl.store(segments + place, at.to(tl.int32), mask=new)
     past = at >= tl.sum(begun)
     tl.store(rows + at, tl.zeros([BLOCK], tl.int64), mask=past & inside)
@@ -96,28 +100,34 @@ def row_plan(
     """:func:`stem_fast.reference.row_plan` without waiting for the device: sizes depend on shapes
     alone, and rows past the last are row 0 with empty segments."""
     batch, fields = ids.shape
-    keys = ids.new_empty(batch * fields, dtype=torch.int64)
-    slot = order = keys
-    scale = None
+    keys = ids.new_empty(batch * fields, dtype=offsets.dtype)
+    constants = {"PADDING": _padding(keys), "BLOCK": BLOCK}
+    slot = keys  # without bags not read
     with torch.cuda.device_of(ids):
         if len(keys):
             _row_keys[(triton.cdiv(len(keys), BLOCK),)](
-                ids.contiguous(), offsets.contiguous(), keys, len(keys), fields, BLOCK=BLOCK
+                ids.contiguous(), offsets.contiguous(), keys, len(keys), fields, **constants
             )
+        scale = None
         if bags:
             keys, slot, scale = _with_bags(keys, batch, fields, bags, mean)
         count = len(keys)
         keys, order = torch.sort(keys, stable=True)
-        rows, sources = torch.empty_like(keys), torch.empty_like(keys, dtype=torch.int32)
+        rows, sources = torch.empty_like(order), torch.empty_like(order, dtype=torch.int32)
         segments = sources.new_empty(count + 1)
         blocks = triton.cdiv(count + 1, BLOCK)
         counts = sources.new_empty(2, blocks)
-        _count_rows[(blocks,)](keys, counts, count, BLOCK=BLOCK)
+        _count_rows[(blocks,)](keys, counts, count, **constants)
         _write_plan[(blocks,)](
-            keys, order, slot, counts, rows, segments, sources, count, BAGS=bool(bags), BLOCK=BLOCK
+            keys, order, slot, counts, rows, segments, sources, count, BAGS=bool(bags), **constants
         )
     scales = ids.new_empty(0, dtype=torch.float64) if scale is None else scale[order]
     return rows, segments, sources, scales
+
+
+def _padding(keys: Tensor) -> int:
+    """What sorts after every row."""
+    return torch.iinfo(keys.dtype).max
 
 
 def _with_bags(
@@ -142,6 +152,6 @@ def _with_bags(
         factor = torch.where(here, share, factor)
     if len(bags) > 2:
         factor = factor * bags[2]
-    bag_keys = torch.where((rows == 0) | (owner < 0), PADDING.value, rows.long())
+    bag_keys = torch.where((rows == 0) | (owner < 0), _padding(keys), rows.to(keys.dtype))
     scale = torch.cat([torch.ones_like(keys, dtype=torch.float64), factor])
     return torch.cat([keys, bag_keys]), torch.cat([slot, owner]), scale

@@ -97,9 +97,21 @@ def lookup(
     return _SparseLookup.apply(plan, *arguments)
 
 
-def row_plan(ids: Tensor, offsets: Tensor, bags: Sequence[Tensor] = (), mean: int = 0) -> RowPlan:
-    """Which arena rows a batch reads, and where; see :func:`reference.row_plan`."""
+def row_plan(
+    ids: Tensor, offsets: Tensor, bags: Sequence[Tensor] = (), mean: int = 0, rows: int = 2**63
+) -> RowPlan:
+    """Which arena rows a batch reads, and where; see :func:`reference.row_plan`.
+
+    ``rows`` are the arena's; where it has fewer than 2^31, CUDA sorts half as many bits.
+    """
+    if ids.is_cuda:
+        offsets = _narrow(offsets, rows)
     return RowPlan(*torch.ops.stem_fast.row_plan(ids, offsets, list(bags), mean))
+
+
+def _narrow(offsets: Tensor, rows: int) -> Tensor:
+    """Offsets as int32, if that holds every row and one number more."""
+    return offsets.int() if rows < 2**31 else offsets
 
 
 def check_ids(ids: Tensor, sizes: Tensor, bad: Tensor) -> Tensor:
@@ -330,7 +342,7 @@ def _lookup_backward(
 ) -> Tensor:
     """:func:`reference.lookup_backward` by the device's own plan and row gradients."""
     fields = ids.shape[1] + (len(bags[1]) if bags else 0)
-    named, *plan = torch.ops.stem_fast.row_plan(ids, offsets, bags, mean)
+    named, *plan = torch.ops.stem_fast.row_plan(ids, _narrow(offsets, rows), bags, mean)
     values = torch.ops.stem_fast.row_gradients(
         grad_x, grad_z, sums, *plan, grad_x.shape[2] // fields
     )

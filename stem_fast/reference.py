@@ -108,7 +108,8 @@ def row_plan(
     A slot is one place of the lookup's output: slot ``b * (F+S) + f`` is field f of sample b.
 
     Args:
-        ids, offsets, bags, mean: as in :func:`lookup`.
+        ids, offsets, bags, mean: as in :func:`lookup`; on CUDA offsets may be int32, where every
+            row is below 2^31 - 1.
 
     Returns:
         rows: int64 [U], the arena rows that the batch trains, ascending. No padding rows, except
@@ -121,7 +122,7 @@ def row_plan(
     batch, categorical = ids.shape
     fields = categorical + (len(bags[1]) if bags else 0)
     first = torch.arange(batch, device=ids.device) * fields
-    row = torch.where(ids == 0, 0, ids + offsets).flatten()
+    row = torch.where(ids == 0, 0, ids + offsets).long().flatten()
     slot = (first[:, None] + torch.arange(categorical, device=ids.device)).flatten()
     occurrences = [(row, slot, torch.ones_like(row, dtype=torch.float64))]
     for s in range(fields - categorical):

@@ -52,7 +52,8 @@ def sources() -> dict[str, tuple[ASTSource, int]]:
                     found[f"{title} sizes 1"] = source(kernel, pointers, ones), warps
         check = source(lookup._check_ids, pointers | {"out": ids}, {"BLOCK": 256})
         found[f"_check_ids {ids}"] = check, 4
-        tensors = dict.fromkeys(("offsets", "keys", "order", "slots", "rows"), "*i64")
+        tensors = dict.fromkeys(("order", "slots", "rows"), "*i64")
+        tensors |= dict.fromkeys(("offsets", "keys"), ids)
         tensors |= dict.fromkeys(("counts", "segments", "sources"), "*i32") | {"ids": ids}
         for kernel, bags in (
             (row_plan._row_keys, False),
@@ -60,7 +61,8 @@ def sources() -> dict[str, tuple[ASTSource, int]]:
             (row_plan._write_plan, False),
             (row_plan._write_plan, True),
         ):
-            constants = {"BLOCK": row_plan.BLOCK, "BAGS": bags}
+            padding = 2**63 - 1 if ids == "*i64" else 2**31 - 1
+            constants = {"PADDING": padding, "BLOCK": row_plan.BLOCK, "BAGS": bags}
             title = f"{kernel.fn.__name__} {ids} bags={bags}"
             found[title] = source(kernel, tensors, constants), 4
             ones = constants | {"count": 1, "fields": 1}

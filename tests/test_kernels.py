@@ -70,6 +70,9 @@ def check_row_plan(*arguments: Any) -> tuple[Any, Any]:
     torch.testing.assert_close(plan[3][: len(expected[3])], expected[3])
     assert not plan[0][unique:].any(), "rows past the last are padding"
     assert (plan[1][unique:] == read).all()
+    ids, offsets, *rest = arguments
+    narrow = row_plan.row_plan(ids, offsets.int(), *rest)
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(narrow, plan, strict=True))
     return plan, expected
 
 
@@ -155,7 +158,7 @@ def test_adam_schedule_that_is_full_says_so() -> None:
     clock = torch.tensor([5, 5], device=DEVICE)
     options = torch.tensor([1e-3, 0.0], dtype=torch.float64, device=DEVICE)
     steps[0, 3].fill_(1)
-    for step in range(3):
+    for _ in range(3):
         assert steps[0, 3] == 1
         before = steps.clone()
         adam.adam_schedule(steps, clock, options, 0.9, 0.999, 1e-8, False, False)
