@@ -4,12 +4,13 @@
 #     bash bench/gpu_check.sh
 #
 # builds the CUDA library, runs the tests marked gpu (gradients among them) with each backend, checks
-# both with compute-sanitizer on small shapes, and runs the benchmarks. A stage that fails is noted
-# and the others still run. Leaves gpu_<device>_<date>.json, written anew after every stage, and the
-# log beside it, in $OUT (default bench/results). Exits with 1 if a stage failed.
+# both with compute-sanitizer on small shapes, and runs the benchmarks. The backends' tests and
+# checks run side by side; the benchmarks run alone. A stage that fails is noted and the others still
+# run. Leaves gpu_<device>_<date>.json, written anew after every stage, and the log beside it, in
+# $OUT (default bench/results). Exits with 1 if a stage failed.
 #
 # Needs python3 (or $PYTHON) with a CUDA build of torch, setuptools, pytest, pytest-benchmark, the
-# package's own dependencies, nvcc, and compute-sanitizer.
+# package's own dependencies, nvcc, and compute-sanitizer. With pytest-xdist the tests are faster.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -33,8 +34,8 @@ import datetime, json, os, pathlib, sys
 
 scratch, target, device = sys.argv[1:]
 stages = []
-for line in pathlib.Path(scratch, "stages").read_text().splitlines():
-    stage, code, seconds = line.split("\t")
+for file in sorted(pathlib.Path(scratch, "stages").iterdir()):
+    stage, code, seconds = file.read_text().strip().split("\t")
     outcome = {0: "passed", 124: "ran out of time", 137: "ran out of time"}.get(int(code), "failed")
     stages.append({"stage": stage, "outcome": outcome, "exit": int(code), "seconds": int(seconds)})
 found = {
@@ -54,21 +55,39 @@ os.replace(target + ".new", target)
 PYTHON
 }
 
-# stage NAME SECONDS COMMAND...: run it within its seconds and those left of all.
-stage() {
-  local title=$1 seconds=$2 start=$SECONDS code
-  shift 2
+# run NUMBER NAME SECONDS COMMAND...: run it within its seconds and those left of all.
+run() {
+  local number=$1 title=$2 seconds=$3 start=$SECONDS code
+  shift 3
   if ((seconds > limit - SECONDS)); then seconds=$((limit - SECONDS)); fi
   echo "=== $title"
   if ((seconds > 0)); then
-    timeout --kill-after=5 "$seconds" "$@"
+    # Every line says whose it is: stages may run side by side.
+    timeout --kill-after=5 "$seconds" "$@" 2>&1 | sed -u "s/^/$title: /"
     code=$?
   else
     code=124
   fi
-  if ((code != 0)); then failed=1; fi
   echo "=== $title: exit $code after $((SECONDS - start)) s"
-  printf '%s\t%s\t%s\n' "$title" "$code" "$((SECONDS - start))" >>"$scratch/stages"
+  printf '%s\t%s\t%s\n' "$title" "$code" "$((SECONDS - start))" >"$scratch/stages/$number"
+}
+
+# stage NAME SECONDS COMMAND...: a stage alone.
+stage() {
+  stages=$((stages + 1))
+  run "$stages" "$@"
+  report
+}
+
+# beside NAME SECONDS COMMAND...: a stage beside those that began since the last "together".
+beside() {
+  stages=$((stages + 1))
+  run "$stages" "$@" &
+}
+
+# together: wait for them.
+together() {
+  wait
   report
 }
 
@@ -83,32 +102,36 @@ about() {
 # sanitize TOOL BACKEND
 sanitize() {
   # Without torch's caching allocator every tensor has bounds of its own.
-  stage "$1, $2" 45 env STEM_FAST_BACKEND="$2" PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+  beside "$1, $2" 45 env STEM_FAST_BACKEND="$2" PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
     compute-sanitizer --tool "$1" --error-exitcode 9 --target-processes all \
     "$python" -m pytest tests/test_ops.py -x -W default -m gpu -k odd
 }
 
 check() {
-  local failed=0 backend tool
-  : >"$scratch/stages"
+  local stages=10 backend tool workers=() # numbers of two digits: their names are in order
+  mkdir "$scratch/stages"
   about
   # For this device alone: other architectures only take time here.
   export TORCH_CUDA_ARCH_LIST
   TORCH_CUDA_ARCH_LIST=$("$python" -c \
     'import torch; print("%d.%d" % torch.cuda.get_device_capability(0))')
+  # pytest-benchmark, which no test of these needs, warns beside xdist.
+  if "$python" -c 'import xdist' 2>/dev/null; then workers=(-n 6 -p no:benchmark); fi
   stage build 150 "$python" -m pip install --no-index --no-build-isolation --no-deps -v -e .
   for backend in triton cuda; do
-    stage "tests, $backend" 90 env STEM_FAST_BACKEND="$backend" \
-      "$python" -m pytest tests -W default -m gpu --durations=5
+    beside "tests, $backend" 150 env STEM_FAST_BACKEND="$backend" \
+      "$python" -m pytest tests -W default -m gpu --durations=5 "${workers[@]}"
   done
+  together
   for tool in memcheck racecheck; do
     for backend in triton cuda; do sanitize "$tool" "$backend"; done
+    together
   done
   stage benchmarks 240 "$python" -m bench.run --device cuda --seconds 0.2 --threads "$(nproc)" \
     --json "$scratch/bench.json"
   stage steps 100 "$python" -m bench.run --device cuda --seconds 0.2 --threads "$(nproc)" \
     --settings tall --ops embedding_step embedding_step_l2 catch_up_l2 --blocks 1 --json "$scratch/steps.json"
-  return "$failed"
+  awk -F '\t' '$2 != 0 { failed = 1 } END { exit failed }' "$scratch"/stages/*
 }
 
 check 2>&1 | tee "$out/$name.log"

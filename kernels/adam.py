@@ -287,7 +287,9 @@ def _adam_schedule(
     now = tl.load(clock + 1) + 1
     line = now - tl.load(clock)
     tl.store(clock + 1, now)
-    if line < lines:
+    if line >= lines:
+        tl.store(steps + 3, 0.0)  # Schedule.advance looks there
+    else:
         own = steps + line * COLUMNS
         lr, decay = tl.load(lr_decay), tl.load(lr_decay + 1)
         t = now.to(tl.float64)
@@ -325,6 +327,82 @@ def _adam_schedule(
                     sums = at + MOMENTS + p
                     tl.store(sums, tl.load(sums, mask=inside, other=0.0) + term, mask=inside)
                     term *= distance
+
+
+@triton.jit
+def _lagged(lag, values):
+    """lag [LEAP, LEAP] times values [LEAP]."""
+    return tl.sum(lag * values[None, :], 1)
+
+
+@triton.jit
+def _second_order(lag, momentum, decay, j):
+    """What weight_decay [LEAP] adds to the second order in c: to w and m of w, then of m."""
+    earlier = tl.where(j[None, :] < j[:, None], 1.0, 0.0)
+    of_w = _lagged(lag, decay * _lagged(earlier, _lagged(lag, decay)))
+    of_m = _lagged(lag, decay * _lagged(earlier, momentum))
+    last = j == LEAP
+    return tl.sum(of_w), _at(of_w, last), tl.sum(of_m), _at(of_m, last)
+
+
+@triton.jit
+def _at(values, here):
+    return tl.sum(tl.where(here, values, 0.0))
+
+
+@triton.jit
+def _adam_leap(
+    steps,  # [N, COLUMNS]
+    leaps,  # [POLYNOMIALS + N // LEAP, LEAP_COLUMNS]
+    clock,  # [2]
+    lines,  # N
+    BETA1: tl.constexpr,
+    LOG1: tl.constexpr,
+    LOG2: tl.constexpr,
+):
+    newest = tl.load(clock + 1) - tl.load(clock)
+    if (newest % LEAP == 0) & (newest > 0) & (newest < lines):
+        j = tl.arange(0, LEAP) + 1
+        age = j.to(tl.float64)
+        own = steps + (newest - LEAP + j) * COLUMNS
+        size, root, decay = tl.load(own), tl.load(own + 1), tl.load(own + 2)
+        momentum = tl.exp2(LOG1 * age)
+        behind = age[:, None] - age[None, :]
+        lag = tl.where(behind >= 0, (1 - BETA1) * tl.exp2(LOG1 * tl.maximum(behind, 0.0)), 0.0)
+        middle = age - (LEAP + 1) / 2
+        slope = middle / tl.sum(middle * middle)
+        total = tl.sum(size)
+        share = tl.where(total > 0, size / tl.where(total > 0, total, 1.0), 1.0 / LEAP)
+        x = root * tl.exp2(0.5 * LOG2 * age)
+        mean_x = tl.sum(share * x)
+        d = x / mean_x - 1
+        mean, bend, l2 = total / LEAP, tl.sum(size * d * d) / LEAP, tl.sum(share * decay)
+        lagged = _lagged(lag, decay)
+        left, spent = tl.sum(momentum), tl.sum(1 - momentum)
+        line = leaps + (POLYNOMIALS + newest // LEAP - 1) * LEAP_COLUMNS
+        tl.store(line, mean_x)
+        tl.store(line + 1, mean)
+        tl.store(line + 2, bend)
+        fast, pull = size * momentum, size * lagged
+        for p in tl.static_range(4):
+            # What c at its mean makes of them is in the powers of the matrix.
+            constant = mean if p == 0 else (bend if p == 2 else mean * 0)
+            tl.store(line + 3 + p, tl.sum(fast) - left * constant)
+            tl.store(line + 7 + p, tl.sum(pull) - l2 * spent * constant)
+            fast *= d
+            pull *= d
+        last = j == LEAP
+        tl.store(line + 11, l2)
+        tl.store(line + 12, _at(lagged, last) - l2 * (1 - _at(momentum, last)))
+        tl.store(line + 13, tl.sum(decay * decay) / LEAP)
+        tl.store(line + 14, tl.max(tl.abs(d)))
+        tl.store(line + 15, tl.sum(slope * share) * LEAP)
+        tl.store(line + 16, tl.sum(slope * d))
+        tl.store(line + 17, tl.max(tl.abs(share * LEAP - 1)))
+        own_second = _second_order(lag, momentum, decay, j)
+        even_second = _second_order(lag, momentum, tl.zeros_like(decay) + l2, j)
+        for i in tl.static_range(4):
+            tl.store(line + 18 + i, own_second[i] - even_second[i])
 
 
 @triton.jit
@@ -482,3 +560,19 @@ def adam_schedule(
     with torch.cuda.device_of(steps):
         constants = _schedule_constants(beta1, beta2, eps, decoupled, l2)
         _adam_schedule[(1,)](steps, clock, options, lines=len(steps), **constants)
+
+
+def _leap_constants(beta1: float, beta2: float) -> dict[str, object]:
+    return {
+        "BETA1": beta1,
+        "LOG1": math.log2(max(beta1, 1e-300)),
+        "LOG2": math.log2(max(beta2, 1e-300)),
+        "num_warps": 1,
+    }
+
+
+def adam_leap(steps: Tensor, leaps: Tensor, clock: Tensor, beta1: float, beta2: float) -> None:
+    """Triton version of :func:`stem_fast.reference.adam_leap`."""
+    with torch.cuda.device_of(steps):
+        constants = _leap_constants(beta1, beta2)
+        _adam_leap[(1,)](steps, leaps, clock, lines=len(steps), **constants)

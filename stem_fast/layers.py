@@ -151,7 +151,7 @@ class EmbeddingArena(nn.Module):
         bags, mean = self._bags(sequences or {}, len(ids), ids.dtype)
         plan = None
         if self.sparse and self.weight.requires_grad and torch.is_grad_enabled():
-            plan = ops.row_plan(ids, self.offsets, bags, mean)
+            plan = ops.row_plan(ids, self.offsets, bags, mean, len(self.weight))
             self.planned = len(plan.rows)
         if self.optimizer is not None:
             self.optimizer.catch_up(self.weight, None if plan is None else plan.rows)

@@ -49,6 +49,7 @@ SCHEMAS = {
     " float beta2, float eps, bool decoupled, bool l2) -> ()",
     "adam_schedule": "(Tensor(a!) steps, Tensor(b!) clock, Tensor options, float beta1,"
     " float beta2, float eps, bool decoupled, bool l2) -> ()",
+    "adam_leap": "(Tensor steps, Tensor(a!) leaps, Tensor clock, float beta1, float beta2) -> ()",
     "sgd_rows": "(Tensor(a!) weight, Tensor(b!)? momentum_buffer, Tensor(c!) last, Tensor? rows,"
     " Tensor? grad, Tensor steps, Tensor clock) -> ()",
     "adagrad_rows": "(Tensor(a!) weight, Tensor(b!) sum, Tensor? rows, Tensor grad, Tensor options,"
@@ -96,9 +97,21 @@ def lookup(
     return _SparseLookup.apply(plan, *arguments)
 
 
-def row_plan(ids: Tensor, offsets: Tensor, bags: Sequence[Tensor] = (), mean: int = 0) -> RowPlan:
-    """Which arena rows a batch reads, and where; see :func:`reference.row_plan`."""
+def row_plan(
+    ids: Tensor, offsets: Tensor, bags: Sequence[Tensor] = (), mean: int = 0, rows: int = 2**63
+) -> RowPlan:
+    """Which arena rows a batch reads, and where; see :func:`reference.row_plan`.
+
+    ``rows`` are the arena's; where it has fewer than 2^31, CUDA sorts half as many bits.
+    """
+    if ids.is_cuda:
+        offsets = _narrow(offsets, rows)
     return RowPlan(*torch.ops.stem_fast.row_plan(ids, offsets, list(bags), mean))
+
+
+def _narrow(offsets: Tensor, rows: int) -> Tensor:
+    """Offsets as int32, if that holds every row and one number more."""
+    return offsets.int() if rows < 2**31 else offsets
 
 
 def check_ids(ids: Tensor, sizes: Tensor, bad: Tensor) -> Tensor:
@@ -284,7 +297,7 @@ def _adam_rows_fake(*arguments: Any) -> None:
     """Everything is changed in place."""
 
 
-_adam_schedule_fake = _sgd_rows_fake = _adagrad_rows_fake = _adam_rows_fake
+_adam_schedule_fake = _adam_leap_fake = _sgd_rows_fake = _adagrad_rows_fake = _adam_rows_fake
 
 
 def _mixture_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -329,7 +342,7 @@ def _lookup_backward(
 ) -> Tensor:
     """:func:`reference.lookup_backward` by the device's own plan and row gradients."""
     fields = ids.shape[1] + (len(bags[1]) if bags else 0)
-    named, *plan = torch.ops.stem_fast.row_plan(ids, offsets, bags, mean)
+    named, *plan = torch.ops.stem_fast.row_plan(ids, _narrow(offsets, rows), bags, mean)
     values = torch.ops.stem_fast.row_gradients(
         grad_x, grad_z, sums, *plan, grad_x.shape[2] // fields
     )
@@ -370,7 +383,7 @@ def _load_triton() -> str:
         (lookup, ("lookup", "row_gradients", "check_ids")),
         (row_plan, ("row_plan",)),
         (mixture, ("mixture", "mixture_backward")),
-        (adam, ("adam_rows", "adam_schedule")),
+        (adam, ("adam_rows", "adam_schedule", "adam_leap")),
         (sgd, ("sgd_rows",)),
         (adagrad, ("adagrad_rows",)),
     ):
@@ -387,10 +400,16 @@ def _load_cuda() -> str:
     state = _load_library("_cuda", "no nvcc was found at installation")
     if state:
         return state
-    from stem_fast.kernels.row_plan import row_plan  # sorting is torch's
-
-    _library.impl("row_plan", row_plan, "CUDA")
     _library.impl("lookup_backward", _lookup_backward, "CUDA")
+    try:
+        from stem_fast.kernels import adam, row_plan
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        return "in use on cuda"  # what follows has no C++: the reference waits for the device
+    _library.impl("row_plan", row_plan.row_plan, "CUDA")
+    for name in ("adam_schedule", "adam_leap"):
+        _library.impl(name, getattr(adam, name), "CUDA")
     return "in use on cuda"
 
 

@@ -45,10 +45,9 @@ from torch import Tensor
 
 from stem_fast import ops, reference
 from stem_fast.layers import EmbeddingArena
+from stem_fast.reference import LEAP, POLYNOMIALS
 
-LEAP = 16  # steps
 TERMS = 8  # of a polynomial of leaps; what is left out is below float32's rounding
-POLYNOMIALS = 3
 LEAP_COLUMNS = 22
 TORCHS_ALONE = ("amsgrad", "maximize", "nesterov", "dampening", "lr_decay")  # options
 
@@ -61,7 +60,8 @@ class Schedule:
     0  ``lr / (1 - beta1^t)``
     1  ``1 / sqrt(1 - beta2^t)``
     2  ``weight_decay``; decoupled: ``1 - lr * weight_decay``
-    3  decoupled: the product of column 2 since ``base``; else 1
+    3  decoupled: the product of column 2 since ``base``; else 1. On CUDA that of line 0 is 0 after
+       a step for which there is no line
     4 .. 10  for rows that made step t and none since, the sums over j of ``a_j * (x_j - x_1)^p``,
        p = 0 .. 6, decoupled: of ``a_j`` over the product up to there
     4 .. 16  with L2, in their place: what :func:`stem_fast.reference.new_rows` makes of rows that
@@ -98,12 +98,6 @@ class Schedule:
         self.made = 0  # steps since the flush, as far as the host knows
         self.hidden = False  # whether a CUDA graph makes steps that the host does not count
         self.l2 = False  # whether coupled weight decay was above 0 in one of them
-        age = torch.arange(1, LEAP + 1, dtype=torch.float64, device=device)
-        self._leap_momentum, self._leap_root = betas[0] ** age, betas[1] ** (age / 2)
-        lag = age[:, None] - age
-        middle = age - age.mean()
-        self._leap_slope = middle / middle.square().sum()
-        self._leap_lag = torch.where(lag >= 0, (1 - betas[0]) * betas[0] ** lag.clamp(min=0), 0)
 
     def advance(
         self, lr: float | Tensor, weight_decay: float | Tensor, eps: float, *, decoupled: bool
@@ -121,47 +115,10 @@ class Schedule:
             self.steps, self.clock, options, *self.betas, eps, decoupled, self.l2
         )
         if self.clock.is_cuda:  # a CUDA graph does not count its steps
-            room = self.clock[1] - self.clock[0] < len(self.steps)
-            torch._assert_async(room, "flush the table: its schedule is full")
-        # Nor does it end a leap: there the newest leap is written while it grows.
+            torch._assert_async(self.steps[0, 3], "flush the table: its schedule is full")
+        # Nor does the host know there which step ends a leap.
         if self.l2 and (self.made % LEAP == 0 or self.clock.is_cuda):
-            # Not a scalar: an index of those would be waited for.
-            self._write_leap(self.clock[1:] - self.clock[:1])
-
-    def _write_leap(self, line: Tensor) -> None:
-        """The leap that a line [1] belongs to."""
-        number = (line - 1) // LEAP
-        lines = number * LEAP + torch.arange(1, LEAP + 1, device=line.device)
-        size, root, decay = self.steps[lines.clamp(max=len(self.steps) - 1), :3].unbind(1)
-        total = size.sum()
-        share = torch.where(total > 0, size / total, 1 / LEAP)
-        x = root * self._leap_root
-        mean_x = (share * x).sum()
-        d = x / mean_x - 1
-        mean, bend, l2 = total / LEAP, (size * d * d).sum() / LEAP, (share * decay).sum()
-        powers = d[:, None] ** torch.arange(4, device=d.device)
-        lagged = self._leap_lag @ decay
-        fast, pull = (size * self._leap_momentum) @ powers, (size * lagged) @ powers
-        # What c at its mean makes of them is in the powers of the matrix.
-        constant = torch.stack([mean, bend.new_zeros(()), bend, bend.new_zeros(())])
-        momentum = self._leap_momentum.sum()
-        fast, pull = fast - momentum * constant, pull - l2 * (LEAP - momentum) * constant
-        late = lagged[-1] - l2 * (1 - self._leap_momentum[-1])
-        uneven = LEAP * share
-        slopes = self._leap_slope @ torch.stack([uneven, d], 1)
-        ends = torch.stack([l2, late, decay.square().mean(), d.abs().amax()])
-        uneven = (uneven - 1).abs().amax(0, keepdim=True)
-        second = self._leap_second(decay) - self._leap_second(l2.expand(LEAP))
-        parts = torch.stack([mean_x, mean, bend]), fast, pull, ends, slopes, uneven, second
-        found = torch.cat(parts)
-        self.leaps.index_copy_(0, POLYNOMIALS + number, found[None])
-
-    def _leap_second(self, decay: Tensor) -> Tensor:
-        """The terms of second order in c, [4], of a leap with weight_decay [16] and c = 1."""
-        lagged = self._leap_lag @ decay
-        before = torch.stack([lagged, self._leap_momentum], 1)  # what w has lost per w, per m
-        after = self._leap_lag @ (decay[:, None] * (before.cumsum(0) - before))
-        return torch.stack([after.sum(0), after[-1]], 1).flatten()
+            torch.ops.stem_fast.adam_leap(self.steps, self.leaps, self.clock, *self.betas)
 
     def flushed(self) -> None:
         """Every row has made every step: the table begins anew."""
@@ -628,8 +585,10 @@ def _captured(tensor: Tensor) -> bool:
 
 def _options(like: Tensor, *options: float | Tensor) -> Tensor:
     """Options of a step as float64 on the device of ``like``, which nothing waits for."""
-    zero = like.new_zeros(1, dtype=torch.float64)
-    return torch.cat([zero + option for option in options])
+    found = like.new_empty(len(options), dtype=torch.float64)
+    for place, option in zip(found, options, strict=True):
+        place.fill_(option.reshape(()) if isinstance(option, Tensor) else option)
+    return found
 
 
 def _check(options: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ K gates, I and O the widths of a layer's input and output, H the width of an exp
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -25,6 +26,8 @@ STEEPEST, UNKNOWN = (
     2.0**100,
 )  # the most of these series, and its place where they are not known
 SPENT = 2.0**-60  # momentum of which so little is left moves nothing
+LEAP = 16  # steps with L2 alone that are made at once, see adam_leap
+POLYNOMIALS = 3  # the first lines of the table of leaps
 
 
 def lookup(
@@ -105,7 +108,8 @@ def row_plan(
     A slot is one place of the lookup's output: slot ``b * (F+S) + f`` is field f of sample b.
 
     Args:
-        ids, offsets, bags, mean: as in :func:`lookup`.
+        ids, offsets, bags, mean: as in :func:`lookup`; on CUDA offsets may be int32, where every
+            row is below 2^31 - 1.
 
     Returns:
         rows: int64 [U], the arena rows that the batch trains, ascending. No padding rows, except
@@ -118,7 +122,7 @@ def row_plan(
     batch, categorical = ids.shape
     fields = categorical + (len(bags[1]) if bags else 0)
     first = torch.arange(batch, device=ids.device) * fields
-    row = torch.where(ids == 0, 0, ids + offsets).flatten()
+    row = torch.where(ids == 0, 0, ids + offsets).long().flatten()
     slot = (first[:, None] + torch.arange(categorical, device=ids.device)).flatten()
     occurrences = [(row, slot, torch.ones_like(row, dtype=torch.float64))]
     for s in range(fields - categorical):
@@ -520,6 +524,63 @@ def new_rows(
     unknown = torch.zeros_like(before)
     unknown[-1].fill_(UNKNOWN)
     return torch.where(most <= STEEPEST, torch.cat([w, m, v, most]), unknown)
+
+
+def adam_leap(steps: Tensor, leaps: Tensor, clock: Tensor, beta1: float, beta2: float) -> None:
+    """The line of the sixteen steps with L2 that end with the newest one; where none end there,
+    nothing is written. What the columns are is told by :class:`stem_fast.optim.Schedule`.
+
+    Args:
+        steps: float64 [N, 17], with the newest step's line.
+        leaps: float64 [3 + N // 16, 22]: line ``3 + i // 16`` is written after step ``i + 16``.
+        clock: int64 [2], (base, now).
+        beta1, beta2: as in ``torch.optim.Adam``.
+    """
+    momentum, root, slope, lag = _leap_constants(beta1, beta2, steps.device)
+    line = clock[1:] - clock[:1]  # not a scalar: an index of those would be waited for
+    number = (line - 1) // LEAP
+    lines = number * LEAP + torch.arange(1, LEAP + 1, device=line.device)
+    size, x, decay = steps[lines.clamp(max=len(steps) - 1), :3].unbind(1)
+    total = size.sum()
+    share = torch.where(total > 0, size / total, 1 / LEAP)
+    x = x * root
+    mean_x = (share * x).sum()
+    d = x / mean_x - 1
+    mean, bend, l2 = total / LEAP, (size * d * d).sum() / LEAP, (share * decay).sum()
+    powers = d[:, None] ** torch.arange(4, device=d.device)
+    lagged = lag @ decay
+    fast, pull = (size * momentum) @ powers, (size * lagged) @ powers
+    # What c at its mean makes of them is in the powers of the matrix.
+    constant = torch.stack([mean, bend.new_zeros(()), bend, bend.new_zeros(())])
+    left = momentum.sum()
+    fast, pull = fast - left * constant, pull - l2 * (LEAP - left) * constant
+    late = lagged[-1] - l2 * (1 - momentum[-1])
+    uneven = LEAP * share
+    slopes = slope @ torch.stack([uneven, d], 1)
+    ends = torch.stack([l2, late, decay.square().mean(), d.abs().amax()])
+    uneven = (uneven - 1).abs().amax(0, keepdim=True)
+
+    def second_order(decay: Tensor) -> Tensor:
+        """The terms of second order in c, [4], with weight_decay [16] and c = 1."""
+        before = torch.stack([lag @ decay, momentum], 1)  # what w has lost per w, per m
+        after = lag @ (decay[:, None] * (before.cumsum(0) - before))
+        return torch.stack([after.sum(0), after[-1]], 1).flatten()
+
+    second = second_order(decay) - second_order(l2.expand(LEAP))
+    parts = torch.stack([mean_x, mean, bend]), fast, pull, ends, slopes, uneven, second
+    found = torch.where(line % LEAP == 0, torch.cat(parts), leaps[POLYNOMIALS + number])
+    leaps.index_copy_(0, POLYNOMIALS + number, found)
+
+
+@functools.lru_cache(maxsize=8)
+def _leap_constants(beta1: float, beta2: float, device: torch.device) -> tuple[Tensor, ...]:
+    """For the j-th of 16 steps ``beta1^j``, ``beta2^(j/2)`` and the weights of a slope, [16]; and
+    [16, 16], what m has of the gradients of steps before. Kept: they are as costly as the rest."""
+    age = torch.arange(1, LEAP + 1, dtype=torch.float64, device=device)
+    middle = age - age.mean()
+    lag = age[:, None] - age
+    lag = torch.where(lag >= 0, (1 - beta1) * beta1 ** lag.clamp(min=0), 0)
+    return beta1**age, beta2 ** (age / 2), middle / middle.square().sum(), lag
 
 
 def sgd_rows(

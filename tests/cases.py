@@ -267,6 +267,7 @@ class ScheduleCase(NamedTuple):
     decoupled: bool = False
     l2_from: int = 0  # the first step that has L2, where decay is above 0
     eps: float = 1e-8
+    rate: float = 1e-3
 
 
 SCHEDULES = {
@@ -294,7 +295,7 @@ def check_adam_schedule(run: Any, case: ScheduleCase, device: str) -> None:
                 clock[0], steps[0], steps[0, 3] = clock[1], 0, 1
             l2 = case.decay > 0 and not case.decoupled and step >= case.l2_from
             decay = case.decay * (1 + step % 2) if l2 or case.decoupled else 0.0
-            options = torch.tensor([1e-3 * (1 + step % 3), decay], dtype=torch.float64)
+            options = torch.tensor([case.rate * (1 + step % 3), decay], dtype=torch.float64)
             with np.errstate(all="ignore"):  # Triton's interpreter has numpy divide by 0
                 make(steps, clock, options.to(device), *case.betas, case.eps, case.decoupled, l2)
         assert clock.tolist() == [case.base + case.steps, case.base + 2 * case.steps]
@@ -303,6 +304,46 @@ def check_adam_schedule(run: Any, case: ScheduleCase, device: str) -> None:
     scale = expected.abs().amax(0).clamp(min=1e-200)
     assert ((actual - expected) / scale).abs().max() <= 1e-11
     torch.testing.assert_close(actual[:, 16], expected[:, 16], rtol=1e-11, atol=0)
+
+
+LEAPS = {
+    "plain": ScheduleCase(40, decay=1e-6),
+    "late": ScheduleCase(35, 3000, decay=1e-2),
+    "no momentum": ScheduleCase(33, 5, (0.0, 0.9), decay=1e-3),
+    "momentum lives long": ScheduleCase(50, 20, (0.99, 0.9), decay=1e-3),
+    "no rate": ScheduleCase(16, 20, decay=1e-3, rate=0.0),
+    "too short": ScheduleCase(15, decay=1e-3),
+}
+
+
+def check_adam_leap(run: Any, case: ScheduleCase, device: str) -> None:
+    """An implementation's adam_leap against the reference's: called after every step, it writes the
+    lines of whole leaps alone."""
+    steps = torch.zeros(64, 17, dtype=torch.float64, device=device)
+    clock = torch.tensor([case.base, case.base], device=device)
+    tables = [torch.full((3 + 64 // 16, 22), 7.0, dtype=torch.float64, device=device) for _ in "ab"]
+    for step in range(case.steps):
+        rate, decay = case.rate * (1 + step % 3), case.decay * (1 + step % 5)
+        options = torch.tensor([rate, decay], dtype=torch.float64, device=device)
+        reference.adam_schedule(steps, clock, options, *case.betas, case.eps, False, True)
+        for make, leaps in zip((run, reference.adam_leap), tables, strict=True):
+            make(steps, leaps, clock, *case.betas)
+    actual, expected = (leaps.cpu() for leaps in tables)
+    whole = torch.arange(len(expected)) - 3
+    whole = (whole >= 0) & (whole < case.steps // 16)
+    assert (expected[whole] != 7).all()
+    for leaps in (actual, expected):
+        assert (leaps[~whole] == 7).all()
+    # Differences are as exact as what they are made of.
+    mean, l2 = 16 * expected[whole, 1], 16 * expected[whole, 11]
+    scale = expected[whole].abs()
+    scale[:, 2:7] += mean[:, None]
+    scale[:, 7:11] += (mean * l2)[:, None]
+    scale[:, 12] += l2
+    scale[:, 14:18] += 1
+    scale[:, 18:20] += (l2 * l2)[:, None]
+    scale[:, 20:] += l2[:, None]
+    assert ((actual - expected)[whole].abs() <= 1e-13 * scale).all()
 
 
 class SgdCase(NamedTuple):

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import triton
-from stem_fast.kernels import adagrad, adam, lookup, mixture, sgd
+from stem_fast.kernels import adagrad, adam, lookup, mixture, row_plan, sgd
 from stem_fast.kernels.rows import row_constants
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
@@ -52,6 +52,21 @@ def sources() -> dict[str, tuple[ASTSource, int]]:
                     found[f"{title} sizes 1"] = source(kernel, pointers, ones), warps
         check = source(lookup._check_ids, pointers | {"out": ids}, {"BLOCK": 256})
         found[f"_check_ids {ids}"] = check, 4
+        tensors = dict.fromkeys(("order", "slots", "rows"), "*i64")
+        tensors |= dict.fromkeys(("offsets", "keys"), ids)
+        tensors |= dict.fromkeys(("counts", "segments", "sources"), "*i32") | {"ids": ids}
+        for kernel, bags in (
+            (row_plan._row_keys, False),
+            (row_plan._count_rows, False),
+            (row_plan._write_plan, False),
+            (row_plan._write_plan, True),
+        ):
+            padding = 2**63 - 1 if ids == "*i64" else 2**31 - 1
+            constants = {"PADDING": padding, "BLOCK": row_plan.BLOCK, "BAGS": bags}
+            title = f"{kernel.fn.__name__} {ids} bags={bags}"
+            found[title] = source(kernel, tensors, constants), 4
+            ones = constants | {"count": 1, "fields": 1}
+            found[f"{title} sizes 1"] = source(kernel, tensors, ones), 4
         for width, grads, l2 in (
             (48, False, True),
             (48, False, False),
@@ -78,6 +93,10 @@ def sources() -> dict[str, tuple[ASTSource, int]]:
             warps = constants.pop("num_warps")
             code = source(adam._adam_schedule, tensors, constants)
             found[f"_adam_schedule beta1={beta1} decoupled={decoupled} l2={l2}"] = code, warps
+        constants = adam._leap_constants(0.9, 0.999)
+        warps = constants.pop("num_warps")
+        tensors = {"steps": "*fp64", "leaps": "*fp64", "clock": "*i64"}
+        found["_adam_leap beta1=0.9"] = source(adam._adam_leap, tensors, constants), warps
         for width, grads, flag in ((48, False, True), (48, True, False), (576, True, True)):
             tensors = dict.fromkeys(("weight", "grad"), name)
             tensors |= dict.fromkeys(("momentum_buffer", "sums"), "*fp32")

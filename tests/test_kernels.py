@@ -15,6 +15,7 @@ import torch
 from cases import (
     ADAGRADS,
     ADAMS,
+    LEAPS,
     LOOKUPS,
     MIXTURES,
     SCHEDULES,
@@ -27,6 +28,7 @@ from cases import (
     SgdCase,
     assert_within,
     check_adagrad_rows,
+    check_adam_leap,
     check_adam_rows,
     check_adam_schedule,
     check_sgd_rows,
@@ -58,6 +60,22 @@ def poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+def check_row_plan(*arguments: Any) -> tuple[Any, Any]:
+    """The plan, and the reference's, which it begins with."""
+    plan, expected = row_plan.row_plan(*arguments), reference.row_plan(*arguments)
+    unique, read = len(expected[0]), len(expected[2])
+    assert torch.equal(plan[0][:unique], expected[0])
+    assert torch.equal(plan[1][: unique + 1], expected[1])
+    assert torch.equal(plan[2][:read], expected[2])
+    torch.testing.assert_close(plan[3][: len(expected[3])], expected[3])
+    assert not plan[0][unique:].any(), "rows past the last are padding"
+    assert (plan[1][unique:] == read).all()
+    ids, offsets, *rest = arguments
+    narrow = row_plan.row_plan(ids, offsets.int(), *rest)
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(narrow, plan, strict=True))
+    return plan, expected
+
+
 @pytest.mark.parametrize("case", LOOKUPS.values(), ids=LOOKUPS.keys())
 @dtypes
 def test_lookup_and_its_gradients(case: LookupCase, dtype: torch.dtype) -> None:
@@ -67,15 +85,8 @@ def test_lookup_and_its_gradients(case: LookupCase, dtype: torch.dtype) -> None:
     same(lookup.lookup(weight, *rest), reference.lookup(weight, *rest), exact)
 
     ids, offsets, _, sums, bags, mean = rest
-    plan = row_plan.row_plan(ids, offsets, bags, mean)
-    expected = reference.row_plan(ids, offsets, bags, mean)
-    unique, read = len(expected[0]), len(expected[2])
-    assert torch.equal(plan[0][:unique], expected[0])
-    assert torch.equal(plan[1][: unique + 1], expected[1])
-    assert torch.equal(plan[2][:read], expected[2])
-    torch.testing.assert_close(plan[3][: len(expected[3])], expected[3])
-    assert not plan[0][unique:].any(), "rows past the last are padding"
-    assert (plan[1][unique:] == read).all()
+    plan, expected = check_row_plan(ids, offsets, bags, mean)
+    unique = len(expected[0])
 
     grads = [torch.randn_like(part).to(dtype) for part in exact]
     actual = lookup.row_gradients(*grads, sums, *plan[1:], case.dim)
@@ -84,6 +95,14 @@ def test_lookup_and_its_gradients(case: LookupCase, dtype: torch.dtype) -> None:
     right = reference.row_gradients(*wide, sums, *expected[1:], case.dim)
     assert_within(actual[:unique], own, right)
     assert not actual[unique:].any()
+
+
+@pytest.mark.parametrize("name", ["many rows", "sequences"])
+def test_row_plan_of_many_blocks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More of them than a block has places: their counts are added up in several turns."""
+    monkeypatch.setattr(row_plan, "BLOCK", 4)
+    _, ids, offsets, _, _, bags, mean = to(DEVICE, LOOKUPS[name].arguments())
+    check_row_plan(ids, offsets, bags, mean)
 
 
 def test_padding_of_sequences_is_never_read() -> None:
@@ -134,6 +153,24 @@ def test_adam_schedule(case: ScheduleCase) -> None:
     check_adam_schedule(adam.adam_schedule, case, DEVICE)
 
 
+def test_adam_schedule_that_is_full_says_so() -> None:
+    steps = torch.zeros(3, 17, dtype=torch.float64, device=DEVICE)
+    clock = torch.tensor([5, 5], device=DEVICE)
+    options = torch.tensor([1e-3, 0.0], dtype=torch.float64, device=DEVICE)
+    steps[0, 3].fill_(1)
+    for _ in range(3):
+        assert steps[0, 3] == 1
+        before = steps.clone()
+        adam.adam_schedule(steps, clock, options, 0.9, 0.999, 1e-8, False, False)
+    before[0, 3].fill_(0)
+    assert torch.equal(steps, before), "nothing else is written"
+
+
+@pytest.mark.parametrize("case", LEAPS.values(), ids=LEAPS.keys())
+def test_adam_leap(case: ScheduleCase) -> None:
+    check_adam_leap(adam.adam_leap, case, DEVICE)
+
+
 @pytest.mark.parametrize("case", SGDS.values(), ids=SGDS.keys())
 @pytest.mark.parametrize("grads", [False, True])
 @dtypes
@@ -162,12 +199,13 @@ def test_every_kernel_compiles_and_none_spills(tmp_path: Path) -> None:
     used = json.loads(result.stdout)
     kernels = {
         name
-        for module in (adagrad, adam, lookup, mixture, sgd)
+        for module in (adagrad, adam, lookup, mixture, row_plan, sgd)
         for name, value in vars(module).items()
         if isinstance(value, triton.runtime.interpreter.InterpretedFunction | triton.JITFunction)
     }
     parts = {"_alive", "_coast", "_column", "_leap", "_load", "_make_step", "_polynomial", "_read"}
     parts |= {"_extend", "_four", "_product", "_store_four", "_value", "_wake"}
+    parts |= {"_at", "_first_of_row", "_lagged", "_second_order"}
     parts |= {"_replay", "_series", "_terms", "_weights", "_write"}
     for kernel in kernels - parts:
         for arch in (80, 90, 100):

@@ -16,6 +16,7 @@ from cases import (
     ADAGRADS,
     ADAMS,
     DEVICES,
+    LEAPS,
     LOOKUPS,
     MIXTURES,
     SCHEDULES,
@@ -28,6 +29,7 @@ from cases import (
     SgdCase,
     assert_within,
     check_adagrad_rows,
+    check_adam_leap,
     check_adam_rows,
     check_adam_schedule,
     check_sgd_rows,
@@ -276,6 +278,12 @@ def test_adam_rows(case: AdamCase, grads: bool, dtype: torch.dtype, device: str)
 @pytest.mark.parametrize("case", SCHEDULES.values(), ids=SCHEDULES.keys())
 def test_adam_schedule(case: ScheduleCase, device: str) -> None:
     check_adam_schedule(torch.ops.stem_fast.adam_schedule, case, device)
+
+
+@devices
+@pytest.mark.parametrize("case", LEAPS.values(), ids=LEAPS.keys())
+def test_adam_leap(case: ScheduleCase, device: str) -> None:
+    check_adam_leap(torch.ops.stem_fast.adam_leap, case, device)
 
 
 @cpp
@@ -696,6 +704,7 @@ def test_opcheck(name: str, device: str) -> None:
         options = torch.tensor([1e-3, 1e-6], dtype=torch.float64, device=device)
         schedule = (adam[6], adam[8], options, 0.9, 0.999, 1e-8, False, grads)
         torch.library.opcheck(library.adam_schedule.default, schedule)
+        torch.library.opcheck(library.adam_leap.default, (*adam[6:9], 0.9, 0.999))
         for case in ("momentum and l2", "l2 alone"):
             sgd = to(device, SGDS[case].arguments(grads=grads))
             torch.library.opcheck(library.sgd_rows.default, sgd)
