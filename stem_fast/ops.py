@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from stem_fast import reference
 
 MAX_EXPERTS, MAX_GATES = 64, 16  # what every backend of the mixture takes
+LINEAR = ("bias_relu", "relu_backward", "grouped_linear")  # Triton's; CUDA C++ has none of its own
 
 _library = torch.library.Library("stem_fast", "DEF")
 SCHEMAS = {
@@ -43,6 +44,7 @@ SCHEMAS = {
     "mixture_expert_backward": "(Tensor[] grads, Tensor y, Tensor p, int[] learn, int e)"
     " -> (Tensor, Tensor)",
     "relu_backward": "(Tensor(a!) grad, Tensor y) -> Tensor",
+    "bias_relu": "(Tensor(a!) y, Tensor bias, bool relu) -> ()",
     "grouped_linear": "(Tensor x, int[] reads, Tensor weight, Tensor bias, bool relu) -> Tensor",
     "adam_rows": "(Tensor(a!) weight, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) last,"
     " Tensor? rows, Tensor? grad, Tensor steps, Tensor leaps, Tensor clock, float beta1,"
@@ -271,7 +273,12 @@ def _mixture_expert_backward_fake(
 
 
 def _relu_backward_fake(grad: Tensor, y: Tensor) -> Tensor:
-    return y.new_empty(y.shape[1], dtype=torch.promote_types(y.dtype, torch.float32))
+    size = [*y.shape[:-2], y.shape[-1]]
+    return y.new_empty(size, dtype=torch.promote_types(y.dtype, torch.float32))
+
+
+def _bias_relu_fake(y: Tensor, bias: Tensor, relu: bool) -> None:
+    """y is changed in place."""
 
 
 def _grouped_linear_fake(
@@ -360,7 +367,7 @@ def _load_triton() -> str:
     if not interpreted and not torch.cuda.is_available():
         return "no CUDA device"
     try:
-        from stem_fast.kernels import adagrad, adam, lookup, mixture, row_plan, sgd
+        from stem_fast.kernels import adagrad, adam, linear, lookup, mixture, row_plan, sgd
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
@@ -370,6 +377,7 @@ def _load_triton() -> str:
         (lookup, ("lookup", "row_gradients", "check_ids")),
         (row_plan, ("row_plan",)),
         (mixture, ("mixture", "mixture_backward")),
+        (linear, LINEAR),
         (adam, ("adam_rows", "adam_schedule")),
         (sgd, ("sgd_rows",)),
         (adagrad, ("adagrad_rows",)),
@@ -391,6 +399,14 @@ def _load_cuda() -> str:
 
     _library.impl("row_plan", row_plan, "CUDA")
     _library.impl("lookup_backward", _lookup_backward, "CUDA")
+    try:
+        from stem_fast.kernels import linear
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        return "in use on cuda, linear layers by torch (triton is not installed)"
+    for name in LINEAR:
+        _library.impl(name, getattr(linear, name), "CUDA")
     return "in use on cuda"
 
 

@@ -16,6 +16,8 @@ from cases import (
     ADAGRADS,
     ADAMS,
     DEVICES,
+    GROUPS,
+    LINEARS,
     LOOKUPS,
     MIXTURES,
     SCHEDULES,
@@ -30,6 +32,9 @@ from cases import (
     check_adagrad_rows,
     check_adam_rows,
     check_adam_schedule,
+    check_bias_relu,
+    check_grouped_linear,
+    check_relu_backward,
     check_sgd_rows,
     to,
 )
@@ -415,20 +420,21 @@ def test_sgd_and_adagrad_rows_are_the_same_with_one_thread() -> None:
 @dtypes
 @pytest.mark.parametrize("shape", [(0, 3), (1, 1), (5, 20), (131, 37), (300, 512)])
 def test_relu_backward(shape: tuple[int, int], dtype: torch.dtype, device: str) -> None:
-    torch.manual_seed(4)
-    y = torch.randn(shape, dtype=torch.float64, device=device).clamp(min=0).to(dtype)
-    grad = torch.randn(shape, dtype=torch.float64, device=device).to(dtype)
-    actual, own, exact = grad.clone(), grad.clone(), grad.double()
-    sums = (
-        torch.ops.stem_fast.relu_backward(actual, y),
-        reference.relu_backward(own, y),
-        reference.relu_backward(exact, y.double()),
-    )
-    assert torch.equal(actual, own)
-    assert_within(*sums)
-    x = torch.where(y > 0, y, -1).double().requires_grad_()
-    (right,) = torch.autograd.grad(x.relu(), x, grad.double())
-    assert torch.equal(exact, right)
+    check_relu_backward(torch.ops.stem_fast.relu_backward, shape, dtype, device)
+
+
+@pytest.mark.parametrize("device", DEVICES[1:])
+@dtypes
+@pytest.mark.parametrize("shape", GROUPS)
+def test_relu_backward_of_groups(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
+    check_relu_backward(torch.ops.stem_fast.relu_backward, shape, dtype, device)
+
+
+@devices
+@dtypes
+@pytest.mark.parametrize("shape", GROUPS)
+def test_bias_relu(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
+    check_bias_relu(torch.ops.stem_fast.bias_relu, shape, dtype, device)
 
 
 @cpp
@@ -461,27 +467,11 @@ def test_relu_backward_refuses_other_shapes_and_types(grad: torch.Tensor, messag
 @devices
 @dtypes
 @pytest.mark.parametrize("relu", [False, True])
-@pytest.mark.parametrize(
-    ("batch", "inputs", "outputs", "reads"),
-    [(0, 3, 2, [0]), (1, 1, 1, [1, 0]), (3, 5, 0, [0]), (2, 0, 3, [1]), (7, 77, 19, [1, 1, 0, 1])],
-)
+@pytest.mark.parametrize(("sizes", "reads"), LINEARS)
 def test_grouped_linear(
-    batch: int,
-    inputs: int,
-    outputs: int,
-    reads: list[int],
-    relu: bool,
-    dtype: torch.dtype,
-    device: str,
+    sizes: tuple[int, int, int], reads: list[int], relu: bool, dtype: torch.dtype, device: str
 ) -> None:
-    torch.manual_seed(5)
-    sizes = (2, batch, inputs), (5, outputs, inputs), (5, outputs)
-    x, weight, bias = (torch.randn(s, device=device, dtype=torch.float64).to(dtype) for s in sizes)
-    strided = x.mT.contiguous().mT, weight.mT.contiguous().mT, bias.T.contiguous().T
-    actual = torch.ops.stem_fast.grouped_linear(strided[0], reads, *strided[1:], relu)
-    own = reference.grouped_linear(x, reads, weight, bias, relu)
-    exact = reference.grouped_linear(x.double(), reads, weight.double(), bias.double(), relu)
-    assert_within(actual, own, exact)
+    check_grouped_linear(torch.ops.stem_fast.grouped_linear, sizes, reads, relu, dtype, device)
 
 
 @cpp
@@ -688,6 +678,10 @@ def test_opcheck(name: str, device: str) -> None:
     one = (list(grad), y[0], reference.gate_weights(logits, see), learn, 0)
     torch.library.opcheck(library.mixture_expert_backward.default, one)
     torch.library.opcheck(library.relu_backward.default, (grad[0].contiguous(), y[0].contiguous()))
+    if device == "cuda":
+        torch.library.opcheck(library.relu_backward.default, (torch.randn_like(y), y))
+    bias = y.new_ones(len(y), y.shape[2])
+    torch.library.opcheck(library.bias_relu.default, (y.clone(), bias, True))
     arguments = (y, [1, 0], grad[:, :3].contiguous(), grad[:, :3, 0].contiguous(), True)
     torch.library.opcheck(library.grouped_linear.default, arguments)
     for grads in (False, True):
