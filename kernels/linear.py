@@ -9,12 +9,14 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from stem_fast.kernels import bit_masks
+from stem_fast.kernels import bit_masks, mixture
+from stem_fast.kernels.mixture import _weights
 from torch import Tensor
 
 from stem_fast import reference
 
 TILE = 1024  # values of a tile, 8 a thread of four warps: 16 bytes of bfloat16
+GATES = 4  # that expert_mixture_inference has the registers for
 TILES = 16  # that one program of relu_backward adds up
 
 
@@ -78,8 +80,8 @@ def _relu_backward(
 
 @triton.jit
 def _product(
-    x,  # [B, I]
-    weight,  # [O, I]
+    x,  # [rows, I]
+    weight,  # [columns, I]
     rows,
     columns,
     inputs,
@@ -91,23 +93,25 @@ def _product(
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """x @ weight^T of rows and columns that are there, in float32 [ROWS, COLUMNS]."""
+    """x @ weight^T in float32 [ROWS, COLUMNS]; beyond rows and columns the last ones again, which
+    takes no mask."""
     inner = tl.arange(0, INNER)
-    a = x + rows[:, None] * stride + inner[None, :]
-    b = weight + columns[None, :] * inputs + inner[:, None]
+    # Of 32 bits, from pointers that move: 64-bit addresses of whole tiles would not fit registers.
+    a = tl.minimum(tl.arange(0, ROWS), rows - 1)[:, None] * stride + inner[None, :]
+    b = tl.minimum(tl.arange(0, COLUMNS), columns - 1)[None, :] * inputs + inner[:, None]
     total = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
     for start in range(0, inputs, INNER):
         if EVEN:
-            left, right = tl.load(a), tl.load(b)
+            left, right = tl.load(x + a), tl.load(weight + b)
         else:
             inside = inner < inputs - start
-            left = tl.load(a, mask=inside[None, :], other=0.0)
-            right = tl.load(b, mask=inside[:, None], other=0.0)
+            left = tl.load(x + a, mask=inside[None, :], other=0.0)
+            right = tl.load(weight + b, mask=inside[:, None], other=0.0)
         if INTERPRETED:  # the interpreter takes bfloat16 for integers here
             left, right = left.to(tl.float32), right.to(tl.float32)
         total = tl.dot(left, right, total, input_precision=PRECISION)
-        a += INNER
-        b += INNER
+        x += INNER
+        weight += INNER
     return total
 
 
@@ -138,15 +142,13 @@ def _grouped_linear(
     band = tl.program_id(0) // (BAND * across)
     high = tl.minimum(down - band * BAND, BAND)
     place = tl.program_id(0) % (BAND * across)
-    rows = (band * BAND + place % high).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    columns = place // high * COLUMNS + tl.arange(0, COLUMNS)
-    inside = (rows < batch)[:, None] & (columns < outputs)[None, :]
-    # Beyond the edge the last row and column are read again, which needs no mask.
+    row, column = (band * BAND + place % high).to(tl.int64) * ROWS, place // high * COLUMNS
+    rows, columns = (batch - row).to(tl.int32), outputs - column  # that are left
     value = _product(
-        x + tl.load(reads + e) * stride_n,
-        weight + e * outputs * inputs,
-        tl.minimum(rows, batch - 1),
-        tl.minimum(columns, outputs - 1),
+        x + tl.load(reads + e) * stride_n + row * stride_b,
+        weight + (e * outputs + column) * inputs,
+        rows,
+        columns,
         inputs,
         stride_b,
         ROWS,
@@ -156,12 +158,112 @@ def _grouped_linear(
         PRECISION,
         INTERPRETED,
     )
-    added = tl.load(bias + e * outputs + columns, mask=columns < outputs, other=0.0)
+    r, c = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    added = tl.load(bias + e * outputs + column + c, mask=c < columns, other=0.0)
     value += added.to(tl.float32)[None, :]
     if RELU:
         value = tl.where(value < 0, 0.0, value)
-    at = (e * batch + rows)[:, None] * outputs + columns[None, :]
-    tl.store(y + at, value.to(y.dtype.element_ty), mask=inside)
+    at = y + (e * batch + row) * outputs + column + (r[:, None] * outputs + c[None, :])
+    inside = (r < rows)[:, None] & (c < columns)[None, :]
+    tl.store(at, value.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _shares(
+    logits,  # [K, B, E]
+    see,  # [K]
+    p,  # [E, K, B]
+    batch,
+    experts,
+    gates,
+    KP: tl.constexpr,
+    EP: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Weights of the experts, laid out so that those of one expert and gate are read at once."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    value, _, inside = _weights(logits, see, rows, batch, experts, gates, KP, EP, tl.float32)
+    gate = tl.arange(0, KP)[:, None, None]
+    expert = tl.arange(0, EP)[None, None, :].to(tl.int64)
+    tl.store(p + (expert * gates + gate) * batch + rows[None, :, None], value, mask=inside)
+
+
+@triton.jit
+def _expert_mixture_inference(
+    x,  # [N, B, I]
+    reads,  # [E]
+    weight,  # [E, O, I]
+    bias,  # [E, O]
+    p,  # [E, GATES, B]
+    out,  # [GATES, B, O]
+    batch,
+    inputs,
+    outputs,
+    experts,
+    stride_n,
+    stride_b,
+    GATES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    # Programs side by side share their rows: x is the larger one, all weights fit the cache.
+    across = tl.cdiv(outputs, COLUMNS)
+    row = (tl.program_id(0) // across).to(tl.int64) * ROWS
+    column = tl.program_id(0) % across * COLUMNS
+    rows, columns = (batch - row).to(tl.int32), outputs - column  # that are left
+    r, c = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    x += row * stride_b
+    weight += tl.cast(column, tl.int64) * inputs
+    bias += column
+    p += row
+    # A tile for each gate there may be; those of gates that there are not cost nothing.
+    sum0 = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    sum1 = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    sum2 = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    sum3 = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    for _ in range(experts):
+        value = _product(
+            x + tl.load(reads) * stride_n,
+            weight,
+            rows,
+            columns,
+            inputs,
+            stride_b,
+            ROWS,
+            COLUMNS,
+            INNER,
+            EVEN,
+            PRECISION,
+            INTERPRETED,
+        )
+        value += tl.load(bias + c, mask=c < columns, other=0.0).to(tl.float32)[None, :]
+        value = tl.where(value < 0, 0.0, value)
+        sum0 += tl.load(p + r, mask=r < rows, other=0.0)[:, None] * value
+        if GATES > 1:
+            sum1 += tl.load(p + batch + r, mask=r < rows, other=0.0)[:, None] * value
+        if GATES > 2:
+            sum2 += tl.load(p + 2 * batch + r, mask=r < rows, other=0.0)[:, None] * value
+        if GATES > 3:
+            sum3 += tl.load(p + 3 * batch + r, mask=r < rows, other=0.0)[:, None] * value
+        reads += 1
+        weight += outputs * inputs
+        bias += outputs
+        p += GATES * batch
+    inside = (r < rows)[:, None] & (c < columns)[None, :]
+    place = r[:, None] * outputs + c[None, :]
+    out += row * outputs + column
+    stride = tl.cast(batch, tl.int64) * outputs
+    tl.store(out + place, sum0.to(out.dtype.element_ty), mask=inside)
+    if GATES > 1:
+        tl.store(out + stride + place, sum1.to(out.dtype.element_ty), mask=inside)
+    if GATES > 2:
+        tl.store(out + 2 * stride + place, sum2.to(out.dtype.element_ty), mask=inside)
+    if GATES > 3:
+        tl.store(out + 3 * stride + place, sum3.to(out.dtype.element_ty), mask=inside)
 
 
 def _tile(y: Tensor) -> dict[str, Any]:
@@ -223,7 +325,7 @@ def _product_tile(x: Tensor, outputs: int) -> dict[str, Any]:
         "EVEN": x.shape[2] % inner == 0,
         "PRECISION": "ieee" if exact else "tf32",
         "INTERPRETED": x.is_cpu,
-        "num_warps": 8 if columns > 32 else 4,
+        "num_warps": 8,
         "num_stages": 3,
     }
 
@@ -263,3 +365,63 @@ def grouped_linear(
                 **tile,
             )
     return y
+
+
+def _share_sizes(logits: Tensor) -> dict[str, int]:
+    """Constants of _shares, for logits [K, B, E]."""
+    kp, ep = (triton.next_power_of_2(logits.shape[i]) for i in (0, 2))
+    return {"KP": kp, "EP": ep, "ROWS": max(1, TILE // (kp * ep))}
+
+
+def _mixture_tile(x: Tensor, outputs: int, gates: int) -> dict[str, Any]:
+    """Constants of _expert_mixture_inference: a product's, and room for the gates' sums."""
+    tile = _product_tile(x, outputs)
+    columns = min(tile["COLUMNS"], 64)
+    return tile | {"GATES": gates, "COLUMNS": columns}
+
+
+def expert_mixture_inference(
+    x: Tensor,
+    reads: Sequence[int],
+    weight: Tensor,
+    bias: Tensor,
+    logits: Tensor,
+    see: Sequence[int],
+) -> Tensor:
+    """Triton version of :func:`stem_fast.reference.expert_mixture_inference`, in which outputs of
+    experts are never written; with more than 4 gates they are. float64 goes to the reference."""
+    if x.dtype == torch.float64 or not x.numel():
+        return reference.expert_mixture_inference(x, reads, weight, bias, logits, see)
+    gates, batch, experts = logits.shape
+    if gates > GATES:
+        y = grouped_linear(x, reads, weight, bias, True)
+        return mixture.mixture(y, logits, see, see)
+    x = _rows_aside(x)
+    outputs = weight.shape[1]
+    out = x.new_empty(gates, batch, outputs)
+    if not out.numel():
+        return out
+    p = x.new_empty(experts, gates, batch, dtype=torch.float32)
+    sizes = _share_sizes(logits)
+    tile = _mixture_tile(x, outputs, gates)
+    tiles = triton.cdiv(batch, tile["ROWS"]) * triton.cdiv(outputs, tile["COLUMNS"])
+    with torch.cuda.device_of(x):
+        _shares[(triton.cdiv(batch, sizes["ROWS"]),)](
+            logits.contiguous(), bit_masks(x.device, *see), p, batch, experts, gates, **sizes
+        )
+        _expert_mixture_inference[(tiles,)](
+            x,
+            bit_masks(x.device, *reads),
+            weight.contiguous(),
+            bias.contiguous(),
+            p,
+            out,
+            batch,
+            x.shape[2],
+            outputs,
+            experts,
+            x.stride(0),
+            x.stride(1),
+            **tile,
+        )
+    return out

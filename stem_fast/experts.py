@@ -8,8 +8,8 @@ all experts go together, layer by layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,8 +19,17 @@ from stem_fast import batched, ops, reference
 from stem_fast.layers import GroupedMLP
 
 
+class Mixing(Protocol):
+    """Experts that mix their outputs themselves, for inference."""
+
+    def mixture(
+        self, inputs: Sequence[Tensor], reads: Sequence[int], logits: Tensor, see: Sequence[int]
+    ) -> Tensor:
+        """As :func:`expert_mixture`, [K, B, H]."""
+
+
 def expert_mixture(
-    experts: Callable[..., Tensor],
+    experts: GroupedMLP | Mixing,
     inputs: Sequence[Tensor],
     reads: Sequence[int],
     logits: Tensor,
@@ -34,7 +43,9 @@ def expert_mixture(
     rounded once to that type. Dropout, batch norm and other activations and ``torch.compile`` take
     the steps one by one.
     """
-    layers = experts.plain() if isinstance(experts, GroupedMLP) else []
+    if not isinstance(experts, GroupedMLP):
+        return experts.mixture(inputs, reads, logits, see).unbind()
+    layers = experts.plain()
     if torch.compiler.is_compiling() or not layers:
         return ops.mixture(experts(inputs, reads), logits, see, learn).unbind()
     how = _together if logits.is_cuda else _one_by_one

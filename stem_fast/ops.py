@@ -23,7 +23,12 @@ from torch.autograd.function import once_differentiable
 from stem_fast import reference
 
 MAX_EXPERTS, MAX_GATES = 64, 16  # what every backend of the mixture takes
-LINEAR = ("bias_relu", "relu_backward", "grouped_linear")  # Triton's; CUDA C++ has none of its own
+LINEAR = (
+    "bias_relu",
+    "relu_backward",
+    "grouped_linear",
+    "expert_mixture_inference",
+)  # Triton's; CUDA C++ has none of its own
 
 _library = torch.library.Library("stem_fast", "DEF")
 SCHEMAS = {
@@ -46,6 +51,8 @@ SCHEMAS = {
     "relu_backward": "(Tensor(a!) grad, Tensor y) -> Tensor",
     "bias_relu": "(Tensor(a!) y, Tensor bias, bool relu) -> ()",
     "grouped_linear": "(Tensor x, int[] reads, Tensor weight, Tensor bias, bool relu) -> Tensor",
+    "expert_mixture_inference": "(Tensor x, int[] reads, Tensor weight, Tensor bias, Tensor logits,"
+    " int[] see) -> Tensor",
     "adam_rows": "(Tensor(a!) weight, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) last,"
     " Tensor? rows, Tensor? grad, Tensor steps, Tensor leaps, Tensor clock, float beta1,"
     " float beta2, float eps, bool decoupled, bool l2) -> ()",
@@ -287,6 +294,12 @@ def _grouped_linear_fake(
     return x.new_empty(len(reads), x.shape[1], weight.shape[1])
 
 
+def _expert_mixture_inference_fake(
+    x: Tensor, reads: list[int], weight: Tensor, bias: Tensor, logits: Tensor, see: list[int]
+) -> Tensor:
+    return x.new_empty(len(see), x.shape[1], weight.shape[1])
+
+
 def _adam_rows_fake(*arguments: Any) -> None:
     """Everything is changed in place."""
 
@@ -312,10 +325,13 @@ def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
 
 
 def _no_gradient(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError("grouped_linear has no gradient: it is for inference")
+    raise RuntimeError(
+        "grouped_linear and expert_mixture_inference have no gradient: they are for inference"
+    )
 
 
-torch.library.register_autograd("stem_fast::grouped_linear", _no_gradient)
+for _name in ("grouped_linear", "expert_mixture_inference"):
+    torch.library.register_autograd(f"stem_fast::{_name}", _no_gradient)
 
 for _name in ("lookup_backward", "row_gradients", "mixture_backward", "mixture_expert_backward"):
     torch.library.register_autograd(f"stem_fast::{_name}", _no_second_derivative)

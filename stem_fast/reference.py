@@ -289,6 +289,31 @@ def mixture(y: Tensor, logits: Tensor, see: Sequence[int], learn: Sequence[int])
     return torch.stack(outputs)
 
 
+def expert_mixture_inference(
+    x: Tensor,
+    reads: Sequence[int],
+    weight: Tensor,
+    bias: Tensor,
+    logits: Tensor,
+    see: Sequence[int],
+) -> Tensor:
+    """The last layer of the experts, with its ReLU, and their mixture; it has no gradient.
+
+    Args:
+        x: [N, B, I].
+        reads: expert e reads ``x[reads[e]]``.
+        weight: [E, O, I], of x's type, as bias.
+        bias: [E, O].
+        logits: [K, B, E], of x's type or float32.
+        see: as in :func:`mixture`.
+
+    Returns:
+        [K, B, O], of x's type.
+    """
+    y = grouped_linear(x, reads, weight, bias, relu=True)
+    return mixture(y, logits, see, see).to(x.dtype)
+
+
 def mixture_backward(
     grad: Tensor, y: Tensor, logits: Tensor, see: Sequence[int], learn: Sequence[int]
 ) -> tuple[Tensor, Tensor]:

@@ -110,6 +110,8 @@ def sources() -> dict[str, tuple[ASTSource, int]]:
             tensors = dict.fromkeys(("y", "bias", "grad"), name) | {"partials": "*fp32"}
             for kernel in (linear._bias_relu, linear._relu_backward):
                 constants = linear._tile(y) | {"RELU": True, "TILES": linear.TILES}
+                if width == 1:
+                    constants |= {"width": 1, "batch": 1, "blocks": 1}
                 found[f"{kernel.fn.__name__} {name} O={width}"] = (
                     source(kernel, tensors, constants),
                     4,
@@ -122,6 +124,27 @@ def sources() -> dict[str, tuple[ASTSource, int]]:
             tensors = dict.fromkeys(("x", "weight", "bias", "y"), name) | {"reads": "*i64"}
             code = source(linear._grouped_linear, tensors, constants, aligned=inputs % 16 == 0)
             found[f"_grouped_linear {name} I={inputs} O={outputs} tf32={tf32}"] = code, warps
+            for gates in range(1, linear.GATES + 1):
+                constants = linear._mixture_tile(x, outputs, gates)
+                tensors |= {"out": name, "p": "*fp32"}
+                code = source(
+                    linear._expert_mixture_inference, tensors, constants, aligned=inputs % 16 == 0
+                )
+                title = f"_expert_mixture_inference {name} I={inputs} O={outputs} K={gates}"
+                found[f"{title} tf32={tf32}"] = code, warps
+        # Triton makes a constant of a size that is 1: one sample, a tower's output, one expert.
+        ones = dict.fromkeys(("batch", "outputs", "experts"), 1)
+        constants |= ones | {"RELU": True, "BAND": 8}
+        for kernel in (linear._grouped_linear, linear._expert_mixture_inference):
+            code = source(kernel, tensors, constants)
+            found[f"{kernel.fn.__name__} {name} sizes 1"] = code, constants["num_warps"]
+        for gates, experts in ((2, 10), (4, 64)):
+            constants = linear._share_sizes(torch.empty(gates, 4096, experts, device="meta"))
+            tensors = {"logits": name, "see": "*i64", "p": "*fp32"}
+            found[f"_shares {name} K={gates} E={experts}"] = (
+                source(linear._shares, tensors, constants),
+                4,
+            )
     return found
 
 

@@ -7,7 +7,7 @@ import torch
 from cases import assert_within
 from torch import Tensor, nn
 
-from stem_fast import batched
+from stem_fast import batched, reference
 from stem_fast.layers import GroupedMLP
 
 
@@ -74,6 +74,31 @@ def test_float32_and_bfloat16_within_bounds(
         strict=True,
     ):
         assert_within(*results)
+
+
+@pytest.mark.parametrize("reads", READS)
+def test_both_ways_of_a_layer(reads: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, bias = normal(3, 33, 7), normal(5, 4, 7), normal(5, 4)
+    for fused in (False, True):
+        monkeypatch.setattr(batched, "fused", lambda dtype, fused=fused: fused)
+        for relu in (False, True):
+            expected = reference.grouped_linear(x, reads, weight, bias, relu)
+            actual = batched.linear(x, reads, weight, bias, relu)
+            torch.testing.assert_close(actual, expected)
+
+
+def test_tensor_cores_are_for_short_numbers() -> None:
+    switch = torch.backends.cuda.matmul
+    before = switch.allow_tf32
+    try:
+        for tf32 in (False, True):
+            switch.allow_tf32 = tf32
+            assert batched.fused(torch.bfloat16)
+            assert batched.fused(torch.float16)
+            assert batched.fused(torch.float32) == tf32
+            assert not batched.fused(torch.float64)
+    finally:
+        switch.allow_tf32 = before
 
 
 def test_types_under_autocast() -> None:

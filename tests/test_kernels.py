@@ -15,6 +15,7 @@ import torch
 from cases import (
     ADAGRADS,
     ADAMS,
+    EXPERT_MIXTURES,
     GROUPS,
     LINEARS,
     LOOKUPS,
@@ -32,6 +33,7 @@ from cases import (
     check_adam_rows,
     check_adam_schedule,
     check_bias_relu,
+    check_expert_mixture_inference,
     check_grouped_linear,
     check_relu_backward,
     check_sgd_rows,
@@ -151,6 +153,16 @@ def test_grouped_linear(
     sizes: tuple[int, int, int], reads: list[int], relu: bool, dtype: torch.dtype
 ) -> None:
     check_grouped_linear(linear.grouped_linear, sizes, reads, relu, dtype, DEVICE)
+
+
+@pytest.mark.parametrize(("sizes", "reads"), EXPERT_MIXTURES)
+@dtypes
+def test_expert_mixture_inference(
+    sizes: tuple[int, int, int, int], reads: list[int], dtype: torch.dtype
+) -> None:
+    if dtype == torch.bfloat16 and sizes[3] > linear.GATES and DEVICE == "cpu":
+        pytest.skip("the interpreter cuts bfloat16 off, here twice: out of a bound for rounding")
+    check_expert_mixture_inference(linear.expert_mixture_inference, sizes, reads, dtype, DEVICE)
 
 
 def test_not_a_number_shows_after_a_relu() -> None:

@@ -16,6 +16,7 @@ from cases import (
     ADAGRADS,
     ADAMS,
     DEVICES,
+    EXPERT_MIXTURES,
     GROUPS,
     LINEARS,
     LOOKUPS,
@@ -33,6 +34,7 @@ from cases import (
     check_adam_rows,
     check_adam_schedule,
     check_bias_relu,
+    check_expert_mixture_inference,
     check_grouped_linear,
     check_relu_backward,
     check_sgd_rows,
@@ -508,11 +510,28 @@ def test_grouped_linear_refuses_other_shapes_and_types(
         torch.ops.stem_fast.grouped_linear(*(dict(enumerate(arguments)) | change).values())
 
 
-def test_grouped_linear_has_no_gradient() -> None:
+@devices
+@pytest.mark.parametrize(("sizes", "reads"), EXPERT_MIXTURES)
+@dtypes
+def test_expert_mixture_inference(
+    sizes: tuple[int, int, int, int], reads: list[int], dtype: torch.dtype, device: str
+) -> None:
+    check_expert_mixture_inference(
+        torch.ops.stem_fast.expert_mixture_inference, sizes, reads, dtype, device
+    )
+
+
+def test_what_is_for_inference_has_no_gradient() -> None:
     x = torch.zeros(1, 4, 6, requires_grad=True)
     y = torch.ops.stem_fast.grouped_linear(x, [0], torch.zeros(3, 7, 6), torch.zeros(3, 7), True)
-    with pytest.raises(RuntimeError, match="has no gradient"):
+    with pytest.raises(RuntimeError, match="have no gradient"):
         y.sum().backward()
+    logits = torch.zeros(1, 4, 1)
+    mixed = torch.ops.stem_fast.expert_mixture_inference(
+        x, [0], torch.zeros(1, 7, 6), torch.zeros(1, 7), logits, [1]
+    )
+    with pytest.raises(RuntimeError, match="have no gradient"):
+        mixed.sum().backward()
 
 
 @cpp
@@ -684,6 +703,8 @@ def test_opcheck(name: str, device: str) -> None:
     torch.library.opcheck(library.bias_relu.default, (y.clone(), bias, True))
     arguments = (y, [1, 0], grad[:, :3].contiguous(), grad[:, :3, 0].contiguous(), True)
     torch.library.opcheck(library.grouped_linear.default, arguments)
+    mixed = (*arguments[:4], logits[:, :, :2].contiguous(), [3, 1, *[2] * (len(logits) - 2)])
+    torch.library.opcheck(library.expert_mixture_inference.default, mixed)
     for grads in (False, True):
         adam = to(device, ADAMS["early"].arguments(grads=grads))
         torch.library.opcheck(library.adam_rows.default, adam)
