@@ -1,25 +1,35 @@
 """A layer of experts and the mixture of their outputs as one step of autograd, in little memory.
 
 Plain autograd keeps a second copy of every layer's outputs where they are stacked, and makes
-gradients as large as the outputs of all experts, twice. Here only each layer's output is kept, and
-backward goes expert by expert, so that gradients of all experts never exist at once.
+gradients as large as the outputs of all experts, twice. Here only each layer's output is kept. On
+CPU backward goes expert by expert, so that gradients of all experts never exist at once; on CUDA
+all experts go together, layer by layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from stem_fast import ops, reference
-from stem_fast.layers import GroupedLinear, GroupedMLP
+from stem_fast import batched, ops, reference
+from stem_fast.layers import GroupedMLP
+
+
+class Mixing(Protocol):
+    """Experts that mix their outputs themselves, for inference."""
+
+    def mixture(
+        self, inputs: Sequence[Tensor], reads: Sequence[int], logits: Tensor, see: Sequence[int]
+    ) -> Tensor:
+        """As :func:`expert_mixture`, [K, B, H]."""
 
 
 def expert_mixture(
-    experts: Callable[..., Tensor],
+    experts: GroupedMLP | Mixing,
     inputs: Sequence[Tensor],
     reads: Sequence[int],
     logits: Tensor,
@@ -33,14 +43,39 @@ def expert_mixture(
     rounded once to that type. Dropout, batch norm and other activations and ``torch.compile`` take
     the steps one by one.
     """
-    if (
-        torch.compiler.is_compiling()
-        or not isinstance(experts, GroupedMLP)
-        or not all(isinstance(block, GroupedLinear | nn.ReLU) for block in experts.blocks)
-    ):
+    if not isinstance(experts, GroupedMLP):
+        return experts.mixture(inputs, reads, logits, see).unbind()
+    layers = experts.plain()
+    if torch.compiler.is_compiling() or not layers:
         return ops.mixture(experts(inputs, reads), logits, see, learn).unbind()
-    linear = [block for block in experts.blocks if isinstance(block, GroupedLinear)]
-    parameters = [p for block in linear for p in (block.weight, block.bias)]
+    how = _together if logits.is_cuda else _one_by_one
+    return how(layers, inputs, reads, logits, see, learn)
+
+
+def _together(
+    layers: Sequence[batched.Layer],
+    inputs: Sequence[Tensor],
+    reads: Sequence[int],
+    logits: Tensor,
+    see: Sequence[int],
+    learn: Sequence[int],
+) -> tuple[Tensor, ...]:
+    """:func:`expert_mixture` by few and large kernels, for CUDA."""
+    # The mixture alone reads y, and makes a new gradient of it.
+    y = batched.networks(inputs, reads, layers, owned=True)
+    return ops.mixture(y, logits, see, learn).unbind()
+
+
+def _one_by_one(
+    layers: Sequence[batched.Layer],
+    inputs: Sequence[Tensor],
+    reads: Sequence[int],
+    logits: Tensor,
+    see: Sequence[int],
+    learn: Sequence[int],
+) -> tuple[Tensor, ...]:
+    """:func:`expert_mixture` in little memory, for CPU."""
+    parameters = [p for layer in layers for p in (layer.weight, layer.bias)]
     masks = ops.signed(see), ops.signed(learn)
     dtype, device = parameters[0].dtype, logits.device.type
     if dtype == torch.float32 and torch.is_autocast_enabled(device):

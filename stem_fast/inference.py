@@ -11,16 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stem_fast import batched, ops
 from stem_fast import precision as precisions
 from stem_fast.layers import GroupedLinear, GroupedMLP
 
 if TYPE_CHECKING:
     from stem_fast.model import Sequences, STEMNet
 
-# Rows that go through the network together: the outputs of all experts stay in the cache.
-CHUNK = 1024
+# Rows that go through the network together: on CPU the outputs of all experts stay in the cache, on
+# CUDA they fit the memory.
+CHUNK, CUDA_CHUNK = 1024, 65536
 # Up to as many rows, on CPU, the weights of a group are read once; beyond, networks are products,
-# one after the other. On CUDA those of a group are one batched product.
+# one after the other. On CUDA those of a group run at once.
 FEW = 16
 # Kinds of requests, by the shapes of their tensors, whose CUDA graphs are kept: the newest ones.
 GRAPHS = 32
@@ -57,8 +59,10 @@ class Inference:
         groups = [*model.experts, *model.gate_mlps, model.towers]
         if all(_is_plain(group) for group in groups):
             dtype = torch.bfloat16 if precision == "bf16" else model.embedding.weight.dtype
-            plain = [_PlainMLP(group, dtype) for group in groups]
             layers = len(model.experts)
+            kinds = [_Experts if i < layers else _PlainMLP for i in range(len(groups))]
+            at_once = device.type != "cpu"
+            plain = [kind(group, dtype, at_once) for kind, group in zip(kinds, groups, strict=True)]
             self.parts = plain[:layers], plain[layers:-1], plain[-1]
 
     def __call__(
@@ -118,8 +122,9 @@ class Inference:
                 inputs, added = model._inputs(ids, numeric, sequences)
                 rows = len(inputs[0])
                 outputs = []
-                for start in range(0, max(rows, 1), CHUNK):
-                    part = slice(start, start + CHUNK)
+                size = CHUNK if self.device.type == "cpu" else CUDA_CHUNK
+                for start in range(0, max(rows, 1), size):
+                    part = slice(start, start + size)
                     chunk = [x[part] for x in inputs], {k: z[part] for k, z in added.items()}
                     outputs.append(model._network(*chunk, *self.parts)[0])
         return model._probabilities(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
@@ -157,36 +162,63 @@ class _PlainMLP:
     """A GroupedMLP of linear layers and ReLUs in evaluation, called alike; its output layer is in
     the type of the model."""
 
-    def __init__(self, group: GroupedMLP, dtype: torch.dtype) -> None:
+    def __init__(self, group: GroupedMLP, dtype: torch.dtype, at_once: bool) -> None:
         blocks = [block for block in group.blocks if not isinstance(block, nn.Dropout)]
-        self.layers: list[tuple[Tensor, Tensor, bool]] = []
+        self.at_once = at_once  # as on CUDA
+        self.layers: list[batched.Layer] = []
         for i, block in enumerate(blocks):
             if isinstance(block, GroupedLinear):
                 relu = i + 1 < len(blocks)  # an output layer has none, and is the last
                 kind = dtype if relu else block.weight.dtype
                 weight, bias = (p.detach().to(kind, copy=True) for p in (block.weight, block.bias))
-                self.layers.append((weight, bias, relu))
+                self.layers.append(batched.Layer(weight, bias, relu))
 
     def __call__(self, x: Sequence[Tensor], reads: Sequence[int]) -> Tensor:
         """N inputs [B, I] -> [n, B, O], as GroupedMLP."""
-        x = [each.to(self.layers[0][0].dtype) for each in x]
-        if x[0].is_cpu and len(x[0]) > FEW:
+        if self.at_once:
+            y, reads = self._at_once(x, reads, self.layers)
+            return y
+        x = [each.to(self.layers[0].weight.dtype) for each in x]
+        if len(x[0]) > FEW:
             return torch.stack([self._one(e, x[n]) for e, n in enumerate(reads)])
         y = torch.stack([x[n] for n in reads])
         for weight, bias, relu in self.layers:
             y = y.to(weight.dtype)
-            if y.is_cpu:
-                y = torch.ops.stem_fast.grouped_linear(y, list(range(len(y))), weight, bias, relu)
-            else:
-                y = torch.baddbmm(bias[: len(y), None], y, weight[: len(y)].mT)
-                y = y.relu_() if relu else y
+            y = torch.ops.stem_fast.grouped_linear(y, list(range(len(y))), weight, bias, relu)
         return y
+
+    def _at_once(
+        self, x: Sequence[Tensor], reads: Sequence[int], layers: Sequence[batched.Layer]
+    ) -> tuple[Tensor, Sequence[int]]:
+        """N inputs [B, I] through some layers: [n, B, O], or with none [N, B, I]; and what the
+        networks read of it."""
+        y = batched.stacked(x)
+        for weight, bias, relu in layers:
+            y = batched.linear(y.to(weight.dtype), reads, weight, bias, relu)
+            reads = range(len(y))
+        return y, reads
 
     def _one(self, e: int, x: Tensor) -> Tensor:
         """Network e of [B, I]."""
         for weight, bias, relu in self.layers:
             x = _linear(x.to(weight.dtype), weight[e], bias[e], relu)
         return x
+
+
+class _Experts(_PlainMLP):
+    """Experts, whose last layer goes into their mixture where tensor cores are."""
+
+    def mixture(
+        self, inputs: Sequence[Tensor], reads: Sequence[int], logits: Tensor, see: Sequence[int]
+    ) -> Tensor:
+        """As :func:`stem_fast.experts.expert_mixture`, [K, B, H]."""
+        *layers, (weight, bias, _) = self.layers
+        if not (self.at_once and batched.fused(weight.dtype)):
+            return ops.mixture(self(inputs, reads), logits, see, see)
+        y, reads = self._at_once(inputs, reads, layers)
+        return torch.ops.stem_fast.expert_mixture_inference(
+            y.to(weight.dtype), list(reads), weight, bias, logits, ops.signed(see)
+        )
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stem_fast import ops, reference
+from stem_fast import batched, ops, reference
 
 _NEVER = torch.iinfo(torch.int64).max  # no bad id was seen
 
@@ -457,6 +457,9 @@ class GroupedMLP(nn.Module):
 
     def forward(self, x: Tensor | Sequence[Tensor], reads: Sequence[int]) -> Tensor:
         """N inputs [B, I] -> [n, B, O]; the first n networks run, e reads ``x[reads[e]]``."""
+        plain = self.plain()
+        if plain and plain[0].weight.is_cuda and not torch.compiler.is_compiling():
+            return batched.networks(x.unbind() if isinstance(x, Tensor) else x, reads, plain)
         *blocks, last = self.blocks
         for block in blocks:
             if isinstance(block, GroupedLinear):
@@ -470,6 +473,18 @@ class GroupedMLP(nn.Module):
             return last(x, reads)
         with torch.autocast(device, enabled=False):
             return last([each.to(last.weight.dtype) for each in x], reads)
+
+    def plain(self) -> list[batched.Layer]:
+        """Its layers, where they are linear ones and ReLUs alone; else none."""
+        layers = []
+        for i in range(0, len(self.blocks), 2):
+            linear, *after = self.blocks[i : i + 2]
+            if not isinstance(linear, GroupedLinear) or not all(
+                isinstance(a, nn.ReLU) for a in after
+            ):
+                return []
+            layers.append(batched.Layer(linear.weight, linear.bias, bool(after)))
+        return layers
 
     def official(self, group: int) -> Iterator[tuple[str, Tensor]]:
         """(key within MLP_Block, view of network ``group``'s tensor) of every parameter, buffer."""

@@ -23,6 +23,12 @@ from torch.autograd.function import once_differentiable
 from stem_fast import reference
 
 MAX_EXPERTS, MAX_GATES = 64, 16  # what every backend of the mixture takes
+LINEAR = (
+    "bias_relu",
+    "relu_backward",
+    "grouped_linear",
+    "expert_mixture_inference",
+)  # Triton's; CUDA C++ has none of its own
 
 _library = torch.library.Library("stem_fast", "DEF")
 SCHEMAS = {
@@ -43,7 +49,10 @@ SCHEMAS = {
     "mixture_expert_backward": "(Tensor[] grads, Tensor y, Tensor p, int[] learn, int e)"
     " -> (Tensor, Tensor)",
     "relu_backward": "(Tensor(a!) grad, Tensor y) -> Tensor",
+    "bias_relu": "(Tensor(a!) y, Tensor bias, bool relu) -> ()",
     "grouped_linear": "(Tensor x, int[] reads, Tensor weight, Tensor bias, bool relu) -> Tensor",
+    "expert_mixture_inference": "(Tensor x, int[] reads, Tensor weight, Tensor bias, Tensor logits,"
+    " int[] see) -> Tensor",
     "adam_rows": "(Tensor(a!) weight, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) last,"
     " Tensor? rows, Tensor? grad, Tensor steps, Tensor leaps, Tensor clock, float beta1,"
     " float beta2, float eps, bool decoupled, bool l2) -> ()",
@@ -284,13 +293,24 @@ def _mixture_expert_backward_fake(
 
 
 def _relu_backward_fake(grad: Tensor, y: Tensor) -> Tensor:
-    return y.new_empty(y.shape[1], dtype=torch.promote_types(y.dtype, torch.float32))
+    size = [*y.shape[:-2], y.shape[-1]]
+    return y.new_empty(size, dtype=torch.promote_types(y.dtype, torch.float32))
+
+
+def _bias_relu_fake(y: Tensor, bias: Tensor, relu: bool) -> None:
+    """y is changed in place."""
 
 
 def _grouped_linear_fake(
     x: Tensor, reads: list[int], weight: Tensor, bias: Tensor, relu: bool
 ) -> Tensor:
     return x.new_empty(len(reads), x.shape[1], weight.shape[1])
+
+
+def _expert_mixture_inference_fake(
+    x: Tensor, reads: list[int], weight: Tensor, bias: Tensor, logits: Tensor, see: list[int]
+) -> Tensor:
+    return x.new_empty(len(see), x.shape[1], weight.shape[1])
 
 
 def _adam_rows_fake(*arguments: Any) -> None:
@@ -318,10 +338,13 @@ def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
 
 
 def _no_gradient(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError("grouped_linear has no gradient: it is for inference")
+    raise RuntimeError(
+        "grouped_linear and expert_mixture_inference have no gradient: they are for inference"
+    )
 
 
-torch.library.register_autograd("stem_fast::grouped_linear", _no_gradient)
+for _name in ("grouped_linear", "expert_mixture_inference"):
+    torch.library.register_autograd(f"stem_fast::{_name}", _no_gradient)
 
 for _name in ("lookup_backward", "row_gradients", "mixture_backward", "mixture_expert_backward"):
     torch.library.register_autograd(f"stem_fast::{_name}", _no_second_derivative)
@@ -373,7 +396,7 @@ def _load_triton() -> str:
     if not interpreted and not torch.cuda.is_available():
         return "no CUDA device"
     try:
-        from stem_fast.kernels import adagrad, adam, lookup, mixture, row_plan, sgd
+        from stem_fast.kernels import adagrad, adam, linear, lookup, mixture, row_plan, sgd
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
@@ -383,6 +406,7 @@ def _load_triton() -> str:
         (lookup, ("lookup", "row_gradients", "check_ids")),
         (row_plan, ("row_plan",)),
         (mixture, ("mixture", "mixture_backward")),
+        (linear, LINEAR),
         (adam, ("adam_rows", "adam_schedule", "adam_leap")),
         (sgd, ("sgd_rows",)),
         (adagrad, ("adagrad_rows",)),
@@ -402,14 +426,15 @@ def _load_cuda() -> str:
         return state
     _library.impl("lookup_backward", _lookup_backward, "CUDA")
     try:
-        from stem_fast.kernels import adam, row_plan
+        from stem_fast.kernels import adam, linear, row_plan
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
-        return "in use on cuda"  # what follows has no C++: the reference waits for the device
+        return "in use on cuda"  # what follows has no C++: the references wait for the device
     _library.impl("row_plan", row_plan.row_plan, "CUDA")
-    for name in ("adam_schedule", "adam_leap"):
-        _library.impl(name, getattr(adam, name), "CUDA")
+    for module, names in ((adam, ("adam_schedule", "adam_leap")), (linear, LINEAR)):
+        for name in names:
+            _library.impl(name, getattr(module, name), "CUDA")
     return "in use on cuda"
 
 

@@ -293,6 +293,31 @@ def mixture(y: Tensor, logits: Tensor, see: Sequence[int], learn: Sequence[int])
     return torch.stack(outputs)
 
 
+def expert_mixture_inference(
+    x: Tensor,
+    reads: Sequence[int],
+    weight: Tensor,
+    bias: Tensor,
+    logits: Tensor,
+    see: Sequence[int],
+) -> Tensor:
+    """The last layer of the experts, with its ReLU, and their mixture; it has no gradient.
+
+    Args:
+        x: [N, B, I].
+        reads: expert e reads ``x[reads[e]]``.
+        weight: [E, O, I], of x's type, as bias.
+        bias: [E, O].
+        logits: [K, B, E], of x's type or float32.
+        see: as in :func:`mixture`.
+
+    Returns:
+        [K, B, O], of x's type.
+    """
+    y = grouped_linear(x, reads, weight, bias, relu=True)
+    return mixture(y, logits, see, see).to(x.dtype)
+
+
 def mixture_backward(
     grad: Tensor, y: Tensor, logits: Tensor, see: Sequence[int], learn: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
@@ -348,14 +373,28 @@ def relu_backward(grad: Tensor, y: Tensor) -> Tensor:
     """The backward pass of ``y = relu(x + bias)``.
 
     Args:
-        grad: [B, H] of y; becomes that of x, in place.
-        y: [B, H], of the same type.
+        grad: [B, H] of y; becomes that of x, in place. Or of E networks, [E, B, H] (the C++ version
+            takes one network).
+        y: as grad, of the same type.
 
     Returns:
-        [H], the gradient of the bias: float32, for float64 float64.
+        [H] or [E, H], the gradient of the bias: float32, for float64 float64.
     """
     grad.masked_fill_(y <= 0, 0)
-    return grad.sum(0, dtype=torch.promote_types(y.dtype, torch.float32))
+    return grad.sum(-2, dtype=torch.promote_types(y.dtype, torch.float32))
+
+
+def bias_relu(y: Tensor, bias: Tensor, relu: bool) -> None:
+    """``y + bias``, with a ReLU or without, in place.
+
+    Args:
+        y: [E, B, O].
+        bias: [E, O], of the same type.
+        relu: whether a ReLU follows.
+    """
+    y += bias[:, None]
+    if relu:
+        y.relu_()
 
 
 def _real_rows(weight: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:

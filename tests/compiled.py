@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import triton
-from stem_fast.kernels import adagrad, adam, lookup, mixture, row_plan, sgd
+from stem_fast.kernels import adagrad, adam, linear, lookup, mixture, row_plan, sgd
 from stem_fast.kernels.rows import row_constants
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
@@ -124,16 +124,62 @@ def sources() -> dict[str, tuple[ASTSource, int]]:
                 title = f"{kernel.fn.__name__} {name} E={experts} K={gates} H={width}"
                 code = source(kernel, tensors | masks, constants)
                 found[title] = code, sizes["num_warps"]
+        for width in (1, 64, 512):
+            y = torch.empty(10, 4096, width, dtype=dtype, device="meta")
+            tensors = dict.fromkeys(("y", "bias", "grad"), name) | {"partials": "*fp32"}
+            for kernel in (linear._bias_relu, linear._relu_backward):
+                constants = linear._tile(y) | {"RELU": True, "TILES": linear.TILES}
+                if width == 1:
+                    constants |= {"width": 1, "batch": 1, "blocks": 1}
+                found[f"{kernel.fn.__name__} {name} O={width}"] = (
+                    source(kernel, tensors, constants),
+                    4,
+                )
+        for inputs, outputs, tf32 in ((512, 512, True), (512, 512, False), (77, 10, True)):
+            x = torch.empty(10, 4096, inputs, dtype=dtype, device="meta")
+            torch.backends.cuda.matmul.allow_tf32 = tf32
+            constants = linear._product_tile(x, outputs) | {"RELU": True, "BAND": 8}
+            warps = constants["num_warps"]
+            tensors = dict.fromkeys(("x", "weight", "bias", "y"), name) | {"reads": "*i64"}
+            code = source(linear._grouped_linear, tensors, constants, aligned=inputs % 16 == 0)
+            found[f"_grouped_linear {name} I={inputs} O={outputs} tf32={tf32}"] = code, warps
+            for gates in range(1, linear.GATES + 1):
+                constants = linear._mixture_tile(x, outputs, gates)
+                tensors |= {"out": name, "p": "*fp32"}
+                code = source(
+                    linear._expert_mixture_inference, tensors, constants, aligned=inputs % 16 == 0
+                )
+                title = f"_expert_mixture_inference {name} I={inputs} O={outputs} K={gates}"
+                found[f"{title} tf32={tf32}"] = code, warps
+        # Triton makes a constant of a size that is 1: one sample, a tower's output, one expert.
+        ones = dict.fromkeys(("batch", "outputs", "experts"), 1)
+        constants |= ones | {"RELU": True, "BAND": 8}
+        for kernel in (linear._grouped_linear, linear._expert_mixture_inference):
+            code = source(kernel, tensors, constants)
+            found[f"{kernel.fn.__name__} {name} sizes 1"] = code, constants["num_warps"]
+        for gates, experts in ((2, 10), (4, 64)):
+            constants = linear._share_sizes(torch.empty(gates, 4096, experts, device="meta"))
+            tensors = {"logits": name, "see": "*i64", "p": "*fp32"}
+            found[f"_shares {name} K={gates} E={experts}"] = (
+                source(linear._shares, tensors, constants),
+                4,
+            )
     return found
 
 
-def source(kernel: Any, pointers: dict[str, str], constants: dict[str, Any]) -> ASTSource:
+def source(
+    kernel: Any, pointers: dict[str, str], constants: dict[str, Any], *, aligned: bool = False
+) -> ASTSource:
+    """``aligned``: to multiples of 16, as Triton finds out for itself at a call: loads get wider,
+    and copies to shared memory run ahead."""
     signature = {
         name: "constexpr" if name in constants else pointers.get(name, "i32")
         for name in kernel.arg_names
     }
     used = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    return ASTSource(fn=kernel, signature=signature, constexprs=used)
+    places = [i for i, name in enumerate(kernel.arg_names) if name not in constants]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in places} if aligned else None
+    return ASTSource(fn=kernel, signature=signature, constexprs=used, attrs=attributes)
 
 
 def resources(code: ASTSource, warps: int, arch: int) -> dict[str, int]:

@@ -10,7 +10,7 @@ import torch
 from cases import assert_within
 from torch import nn
 
-from stem_fast import inference
+from stem_fast import batched, inference
 from stem_fast.model import MODELS, STEMNet
 from stem_fast.schema import DataError
 
@@ -52,14 +52,36 @@ def build(name: str, **options: Any) -> tuple[STEMNet, Any]:
     return model, batch
 
 
+def as_on_cuda(compiled: inference.Inference) -> None:
+    """Has networks of an inference on CPU run at once."""
+    experts, gates, towers = compiled.parts
+    for part in (*experts, *gates, towers):
+        assert not part.at_once
+        part.at_once = True
+
+
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("precision", "cuda", "fused"),
+    [
+        ("fp32", False, False),
+        ("fp32", True, False),
+        ("fp32", True, True),  # as in tf32
+        ("bf16", False, True),
+        ("bf16", True, True),
+    ],
+)
 @pytest.mark.parametrize("n", NUMBERS)
-def test_is_predict_within_the_bound_of_its_type(name: str, precision: str, n: int) -> None:
+def test_is_predict_within_the_bound_of_its_type(
+    name: str, precision: str, cuda: bool, fused: bool, n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, batch = build(name, net_dropout=0.3)
     given = batch(n)
     compiled = model.compile_inference(precision)
     assert compiled.parts is not None
+    if cuda:
+        as_on_cuda(compiled)
+        monkeypatch.setattr(batched, "fused", lambda dtype: fused)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         own = model.predict(*given)
     actual = compiled(*given)
@@ -96,13 +118,17 @@ def test_other_networks_run_as_in_predict(options: dict[str, Any], n: int) -> No
     torch.testing.assert_close(rounded, expected, atol=0.05, rtol=0.05)
 
 
-def test_layers_of_experts_and_a_model_in_float64() -> None:
+@pytest.mark.parametrize("cuda", [False, True])
+def test_layers_of_experts_and_a_model_in_float64(cuda: bool) -> None:
     model, batch = build("stem", num_layers=3)
     ids, numeric, _ = batch(50)
     model.double()
     for n in (1, 50):
         given = ids[:n], numeric[:n].double(), {"seen": batch(n)[2]["seen"], "tags": ids[:n] % 5}
-        actual = model.compile_inference()(*given)
+        compiled = model.compile_inference()
+        if cuda:
+            as_on_cuda(compiled)
+        actual = compiled(*given)
         torch.testing.assert_close(actual, model.predict(*given))
 
 

@@ -16,7 +16,10 @@ from cases import (
     ADAGRADS,
     ADAMS,
     DEVICES,
+    EXPERT_MIXTURES,
+    GROUPS,
     LEAPS,
+    LINEARS,
     LOOKUPS,
     MIXTURES,
     SCHEDULES,
@@ -32,6 +35,10 @@ from cases import (
     check_adam_leap,
     check_adam_rows,
     check_adam_schedule,
+    check_bias_relu,
+    check_expert_mixture_inference,
+    check_grouped_linear,
+    check_relu_backward,
     check_sgd_rows,
     to,
 )
@@ -423,20 +430,21 @@ def test_sgd_and_adagrad_rows_are_the_same_with_one_thread() -> None:
 @dtypes
 @pytest.mark.parametrize("shape", [(0, 3), (1, 1), (5, 20), (131, 37), (300, 512)])
 def test_relu_backward(shape: tuple[int, int], dtype: torch.dtype, device: str) -> None:
-    torch.manual_seed(4)
-    y = torch.randn(shape, dtype=torch.float64, device=device).clamp(min=0).to(dtype)
-    grad = torch.randn(shape, dtype=torch.float64, device=device).to(dtype)
-    actual, own, exact = grad.clone(), grad.clone(), grad.double()
-    sums = (
-        torch.ops.stem_fast.relu_backward(actual, y),
-        reference.relu_backward(own, y),
-        reference.relu_backward(exact, y.double()),
-    )
-    assert torch.equal(actual, own)
-    assert_within(*sums)
-    x = torch.where(y > 0, y, -1).double().requires_grad_()
-    (right,) = torch.autograd.grad(x.relu(), x, grad.double())
-    assert torch.equal(exact, right)
+    check_relu_backward(torch.ops.stem_fast.relu_backward, shape, dtype, device)
+
+
+@pytest.mark.parametrize("device", DEVICES[1:])
+@dtypes
+@pytest.mark.parametrize("shape", GROUPS)
+def test_relu_backward_of_groups(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
+    check_relu_backward(torch.ops.stem_fast.relu_backward, shape, dtype, device)
+
+
+@devices
+@dtypes
+@pytest.mark.parametrize("shape", GROUPS)
+def test_bias_relu(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
+    check_bias_relu(torch.ops.stem_fast.bias_relu, shape, dtype, device)
 
 
 @cpp
@@ -469,27 +477,11 @@ def test_relu_backward_refuses_other_shapes_and_types(grad: torch.Tensor, messag
 @devices
 @dtypes
 @pytest.mark.parametrize("relu", [False, True])
-@pytest.mark.parametrize(
-    ("batch", "inputs", "outputs", "reads"),
-    [(0, 3, 2, [0]), (1, 1, 1, [1, 0]), (3, 5, 0, [0]), (2, 0, 3, [1]), (7, 77, 19, [1, 1, 0, 1])],
-)
+@pytest.mark.parametrize(("sizes", "reads"), LINEARS)
 def test_grouped_linear(
-    batch: int,
-    inputs: int,
-    outputs: int,
-    reads: list[int],
-    relu: bool,
-    dtype: torch.dtype,
-    device: str,
+    sizes: tuple[int, int, int], reads: list[int], relu: bool, dtype: torch.dtype, device: str
 ) -> None:
-    torch.manual_seed(5)
-    sizes = (2, batch, inputs), (5, outputs, inputs), (5, outputs)
-    x, weight, bias = (torch.randn(s, device=device, dtype=torch.float64).to(dtype) for s in sizes)
-    strided = x.mT.contiguous().mT, weight.mT.contiguous().mT, bias.T.contiguous().T
-    actual = torch.ops.stem_fast.grouped_linear(strided[0], reads, *strided[1:], relu)
-    own = reference.grouped_linear(x, reads, weight, bias, relu)
-    exact = reference.grouped_linear(x.double(), reads, weight.double(), bias.double(), relu)
-    assert_within(actual, own, exact)
+    check_grouped_linear(torch.ops.stem_fast.grouped_linear, sizes, reads, relu, dtype, device)
 
 
 @cpp
@@ -526,11 +518,28 @@ def test_grouped_linear_refuses_other_shapes_and_types(
         torch.ops.stem_fast.grouped_linear(*(dict(enumerate(arguments)) | change).values())
 
 
-def test_grouped_linear_has_no_gradient() -> None:
+@devices
+@pytest.mark.parametrize(("sizes", "reads"), EXPERT_MIXTURES)
+@dtypes
+def test_expert_mixture_inference(
+    sizes: tuple[int, int, int, int], reads: list[int], dtype: torch.dtype, device: str
+) -> None:
+    check_expert_mixture_inference(
+        torch.ops.stem_fast.expert_mixture_inference, sizes, reads, dtype, device
+    )
+
+
+def test_what_is_for_inference_has_no_gradient() -> None:
     x = torch.zeros(1, 4, 6, requires_grad=True)
     y = torch.ops.stem_fast.grouped_linear(x, [0], torch.zeros(3, 7, 6), torch.zeros(3, 7), True)
-    with pytest.raises(RuntimeError, match="has no gradient"):
+    with pytest.raises(RuntimeError, match="have no gradient"):
         y.sum().backward()
+    logits = torch.zeros(1, 4, 1)
+    mixed = torch.ops.stem_fast.expert_mixture_inference(
+        x, [0], torch.zeros(1, 7, 6), torch.zeros(1, 7), logits, [1]
+    )
+    with pytest.raises(RuntimeError, match="have no gradient"):
+        mixed.sum().backward()
 
 
 @cpp
@@ -696,8 +705,14 @@ def test_opcheck(name: str, device: str) -> None:
     one = (list(grad), y[0], reference.gate_weights(logits, see), learn, 0)
     torch.library.opcheck(library.mixture_expert_backward.default, one)
     torch.library.opcheck(library.relu_backward.default, (grad[0].contiguous(), y[0].contiguous()))
+    if device == "cuda":
+        torch.library.opcheck(library.relu_backward.default, (torch.randn_like(y), y))
+    bias = y.new_ones(len(y), y.shape[2])
+    torch.library.opcheck(library.bias_relu.default, (y.clone(), bias, True))
     arguments = (y, [1, 0], grad[:, :3].contiguous(), grad[:, :3, 0].contiguous(), True)
     torch.library.opcheck(library.grouped_linear.default, arguments)
+    mixed = (*arguments[:4], logits[:, :, :2].contiguous(), [3, 1, *[2] * (len(logits) - 2)])
+    torch.library.opcheck(library.expert_mixture_inference.default, mixed)
     for grads in (False, True):
         adam = to(device, ADAMS["early"].arguments(grads=grads))
         torch.library.opcheck(library.adam_rows.default, adam)

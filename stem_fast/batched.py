@@ -1,0 +1,229 @@
+"""Groups of networks of linear layers and ReLUs, all at once: how CUDA runs experts, gates, towers.
+
+A layer of E networks is one batched product and one kernel for bias and ReLU, a third of the time
+of E products one after the other (H100, ten of 512 by 512 on 4096 rows). Nothing here waits for
+the device, so that a step can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class Layer(NamedTuple):
+    """A linear layer of E networks, with or without a ReLU after it."""
+
+    weight: Tensor  # [E, O, I]
+    bias: Tensor  # [E, O]
+    relu: bool
+
+
+def networks(
+    inputs: Sequence[Tensor], reads: Sequence[int], layers: Sequence[Layer], *, owned: bool = False
+) -> Tensor:
+    """The first n networks of ``layers``, network e on ``inputs[reads[e]]``, as one autograd step.
+
+    Under autocast layers with a ReLU run in its type, one without in its own: weights are cast once
+    a step, and every gradient is rounded once to the type of its layer.
+
+    Args:
+        inputs: N of [B, I].
+        reads: n indices into them.
+        layers: all but the last with a ReLU.
+        owned: whether nobody else sees the gradient of the result, so that it may be changed.
+
+    Returns:
+        [n, B, O].
+    """
+    device, own = layers[0].weight.device.type, layers[0].weight.dtype
+    dtype = own
+    if own == torch.float32 and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    relus = tuple(layer.relu for layer in layers)
+    types = tuple(dtype if relu else own for relu in relus)
+    parameters = [layer.weight for layer in layers] + [layer.bias for layer in layers]
+    with torch.autocast(device, enabled=False):
+        return _Networks.apply(tuple(reads), relus, types, owned, len(inputs), *inputs, *parameters)
+
+
+def stacked(inputs: Sequence[Tensor]) -> Tensor:
+    """N of [B, I] as [N, B, I]: a view where they lie side by side, as one tensor's parts do."""
+    first = inputs[0]
+    if len(inputs) == 1:
+        return first[None]
+    start = first.storage_offset()
+    step = inputs[1].storage_offset() - start
+    memory = first.untyped_storage().data_ptr()
+    if step < 0 or any(
+        x.untyped_storage().data_ptr() != memory
+        or x.storage_offset() != start + n * step
+        or x.shape != first.shape
+        or x.stride() != first.stride()
+        or x.dtype != first.dtype
+        for n, x in enumerate(inputs)
+    ):
+        return torch.stack(list(inputs))
+    size = len(inputs), *first.shape
+    return first.as_strided(size, (step, *first.stride()), start)
+
+
+def fused(dtype: torch.dtype) -> bool:
+    """Whether products in a type run on tensor cores, where ours add the bias to what is in
+    registers; in float32 and float64 cuBLAS is faster."""
+    return dtype.itemsize == 2 or (dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32)
+
+
+def linear(x: Tensor, reads: Sequence[int], weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
+    """:func:`stem_fast.reference.grouped_linear` the faster way for its type, for x [N, B, I]."""
+    if fused(x.dtype):
+        return torch.ops.stem_fast.grouped_linear(x, list(reads), weight, bias, relu)
+    y = x.new_empty(len(reads), x.shape[1], weight.shape[1])
+    for run, part in _runs(x, reads):
+        torch.bmm(part, weight[run].mT, out=y[run])
+    torch.ops.stem_fast.bias_relu(y, bias[: len(reads)], relu)
+    return y
+
+
+def _runs(x: Tensor, reads: Sequence[int]) -> Iterator[tuple[slice, Tensor]]:
+    """Networks one after the other that read the same of inputs [N, B, I], or one input each in
+    their order; and what they read, [n, B, I], without a copy."""
+    start = 0
+    while start < len(reads):
+        first, end = reads[start], start + 1
+        step = reads[end] - first if end < len(reads) else 0
+        while step in (0, 1) and end < len(reads) and reads[end] - reads[end - 1] == step:
+            end += 1
+        n = end - start
+        yield slice(start, end), x[first : first + n] if step == 1 else x[first].expand(n, -1, -1)
+        start = end
+
+
+def _copy(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Copies the second of each pair into the first, by a kernel for each type there is."""
+    kinds: dict[tuple[torch.dtype, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
+    for into, value in pairs:
+        kinds.setdefault((into.dtype, value.dtype), []).append((into, value))
+    for same in kinds.values():
+        torch._foreach_copy_([into for into, _ in same], [value for _, value in same])
+
+
+def _cast(tensors: Sequence[Tensor], types: Sequence[torch.dtype]) -> list[Tensor]:
+    """The tensors in other types."""
+    cast = [
+        t if t.dtype == dtype else torch.empty_like(t, dtype=dtype)
+        for t, dtype in zip(tensors, types, strict=True)
+    ]
+    _copy([(new, old) for new, old in zip(cast, tensors, strict=True) if new is not old])
+    return cast
+
+
+def _relu_backward(grad: Tensor, y: Tensor) -> Tensor:
+    """Masks grad [n, B, O] in place. Returns the gradient of the bias, [n, O]."""
+    op = torch.ops.stem_fast.relu_backward
+    if grad.is_cpu:  # tests: the C++ version takes one network
+        return torch.stack([op(*each) for each in zip(grad, y, strict=True)])
+    return op(grad, y)
+
+
+def _empty_gradients(
+    weights: Sequence[Tensor], dtype: torch.dtype, networks: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Memory for the gradients of weights and biases; zero where networks did not run."""
+    shapes = [w.shape for w in weights] + [w.shape[:2] for w in weights]
+    if networks == len(weights[0]):
+        parts = [weights[0].new_empty(shape, dtype=dtype) for shape in shapes]
+    else:  # one kernel for all zeros
+        sizes = [shape.numel() for shape in shapes]
+        flat = weights[0].new_zeros(sum(sizes), dtype=dtype)
+        parts = [part.view(s) for part, s in zip(flat.split(sizes), shapes, strict=True)]
+    return parts[: len(weights)], parts[len(weights) :]
+
+
+def _input_gradients(
+    dx: Tensor, reads: Sequence[int], types: Sequence[torch.dtype]
+) -> list[Tensor]:
+    """Sums of dx [n, B, I] over the networks that read the same input, each rounded once to the
+    input's type."""
+    sums: dict[int, Tensor] = {}
+    start = 0
+    for i, same in itertools.groupby(reads):
+        end = start + len(list(same))
+        wide = torch.promote_types(dx.dtype, types[i])  # torch adds bfloat16 up in float32
+        part = dx[start] if end - start == 1 else dx[start:end].sum(0, dtype=wide)
+        sums[i] = sums[i] + part if i in sums else part
+        start = end
+    none = dx.shape[1:]
+    return [
+        sums[i].to(kind) if i in sums else dx.new_zeros(none, dtype=kind)
+        for i, kind in enumerate(types)
+    ]
+
+
+class _Networks(torch.autograd.Function):
+    """Inputs: reads, relus, types, owned, N, N inputs, every layer's weight, every layer's bias."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        reads: tuple[int, ...],
+        relus: tuple[bool, ...],
+        types: tuple[torch.dtype, ...],
+        owned: bool,
+        count: int,
+        *tensors: Tensor,
+    ) -> Tensor:
+        inputs, parameters = tensors[:count], tensors[count:]
+        ctx.kinds = [x.dtype for x in inputs]
+        cast = _cast(parameters, types * 2)
+        weights, biases = cast[: len(relus)], cast[len(relus) :]
+        x = stacked(inputs).to(types[0])
+        outputs: list[Tensor] = []
+        for layer, relu in enumerate(relus):
+            # After the first layer every network reads its own.
+            y, those = (outputs[-1], range(len(reads))) if outputs else (x, reads)
+            outputs.append(linear(y.to(types[layer]), those, weights[layer], biases[layer], relu))
+        ctx.reads, ctx.relus, ctx.types, ctx.owned = reads, relus, types, owned
+        ctx.save_for_backward(x, *weights, *outputs)
+        ctx.own = parameters[0].dtype
+        return outputs[-1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *saved = ctx.saved_tensors
+        n, layers, count = len(ctx.reads), len(ctx.relus), len(ctx.kinds)
+        weights, outputs = saved[:layers], saved[layers:]
+        wanted = any(ctx.needs_input_grad[5 : 5 + count])
+        dweights, dbiases = _empty_gradients(weights, ctx.own, n)
+        late: list[tuple[Tensor, Tensor]] = []  # gradients made elsewhere or in another type
+        d = grad
+        if ctx.relus[-1]:
+            d = d.contiguous() if ctx.owned else d.clone(memory_format=torch.contiguous_format)
+        for layer in reversed(range(layers)):
+            d = d.to(ctx.types[layer])
+            if ctx.relus[layer]:
+                dbias = _relu_backward(d, outputs[layer])
+            else:
+                dbias = d.sum(1, dtype=torch.promote_types(d.dtype, torch.float32))
+            late.append((dbiases[layer][:n], dbias))
+            dweight = dweights[layer][:n]
+            if dweight.dtype != d.dtype:
+                late.append((dweight, torch.empty_like(dweight, dtype=d.dtype)))
+                dweight = late[-1][1]
+            if layer:
+                torch.bmm(d.mT, outputs[layer - 1].to(d.dtype), out=dweight)
+            else:
+                for run, part in _runs(x, ctx.reads):
+                    torch.bmm(d[run].mT, part, out=dweight[run])
+            if layer or wanted:
+                dx = d.new_empty(n, d.shape[1], weights[layer].shape[2])
+                d = torch.bmm(d, weights[layer][:n], out=dx)
+        _copy(late)
+        dinputs = _input_gradients(d, ctx.reads, ctx.kinds) if wanted else [None] * count
+        return None, None, None, None, None, *dinputs, *dweights, *dbiases

@@ -1,0 +1,138 @@
+"""Groups of networks all at once, as on CUDA, against the group's own steps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import assert_within
+from torch import Tensor, nn
+
+from stem_fast import batched, reference
+from stem_fast.layers import GroupedMLP
+
+
+def normal(*size: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Numbers that are the same in bfloat16."""
+    return torch.randn(*size).bfloat16().to(dtype)
+
+
+def everything(
+    at_once: bool,
+    hidden: tuple[int, ...],
+    outputs: int | None,
+    reads: tuple[int, ...],
+    batch: int,
+    dtype: torch.dtype = torch.float64,
+    autocast: bool = False,
+) -> list[Tensor]:
+    """Outputs and every gradient of five networks on three inputs."""
+    torch.manual_seed(6)
+    group = GroupedMLP(5, 7, hidden, outputs=outputs)
+    for layer in group.plain():
+        nn.init.normal_(layer.bias)
+    group = group.bfloat16().to(dtype)
+    inputs = [normal(batch, 7, dtype=dtype).requires_grad_() for _ in range(3)]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = (
+            group(inputs, reads) if not at_once else batched.networks(inputs, reads, group.plain())
+        )
+    grad = normal(*out.shape).to(out.dtype)
+    kept = grad.clone()
+    got = torch.autograd.grad(
+        out, [*inputs, *group.parameters()], grad, allow_unused=True, materialize_grads=True
+    )
+    assert torch.equal(grad, kept), "the gradient is another's"
+    return [out, *got]
+
+
+READS = [(0,), (2, 1, 0, 1, 1), (0, 1, 2), (1, 1, 1, 2), (0, 0, 1, 2, 0)]
+
+
+@pytest.mark.parametrize("batch", [0, 1, 33])
+@pytest.mark.parametrize(("hidden", "outputs"), [((6, 4), None), ((6, 4), 3), ((), 1), ((3,), 1)])
+@pytest.mark.parametrize("reads", READS)
+def test_outputs_and_gradients(
+    hidden: tuple[int, ...], outputs: int | None, reads: tuple[int, ...], batch: int
+) -> None:
+    shape = hidden, outputs, reads, batch
+    for actual, right in zip(everything(True, *shape), everything(False, *shape), strict=True):
+        torch.testing.assert_close(actual, right)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(("hidden", "outputs"), [((40, 24), None), ((40, 24), 3)])
+@pytest.mark.parametrize("reads", READS)
+def test_float32_and_bfloat16_within_bounds(
+    autocast: bool, hidden: tuple[int, ...], outputs: int | None, reads: tuple[int, ...]
+) -> None:
+    """Errors of outputs and gradients against those of torch's own steps in the same type."""
+    shape = hidden, outputs, reads, 300
+    for results in zip(
+        everything(True, *shape, torch.float32, autocast),
+        everything(False, *shape, torch.float32, autocast),
+        everything(False, *shape),
+        strict=True,
+    ):
+        assert_within(*results)
+
+
+@pytest.mark.parametrize("reads", READS)
+def test_both_ways_of_a_layer(reads: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, bias = normal(3, 33, 7), normal(5, 4, 7), normal(5, 4)
+    for fused in (False, True):
+        monkeypatch.setattr(batched, "fused", lambda dtype, fused=fused: fused)
+        for relu in (False, True):
+            expected = reference.grouped_linear(x, reads, weight, bias, relu)
+            actual = batched.linear(x, reads, weight, bias, relu)
+            torch.testing.assert_close(actual, expected)
+
+
+def test_tensor_cores_are_for_short_numbers() -> None:
+    switch = torch.backends.cuda.matmul
+    before = switch.allow_tf32
+    try:
+        for tf32 in (False, True):
+            switch.allow_tf32 = tf32
+            assert batched.fused(torch.bfloat16)
+            assert batched.fused(torch.float16)
+            assert batched.fused(torch.float32) == tf32
+            assert not batched.fused(torch.float64)
+    finally:
+        switch.allow_tf32 = before
+
+
+def test_types_under_autocast() -> None:
+    inputs = [torch.randn(9, 7)]
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = batched.networks(inputs, (0,), GroupedMLP(1, 7, (6,)).plain())
+        last = batched.networks(inputs, (0,), GroupedMLP(1, 7, (6,), outputs=2).plain())
+    assert (hidden.dtype, last.dtype) == (torch.bfloat16, torch.float32)
+
+
+def test_parts_of_one_tensor_are_stacked_without_a_copy() -> None:
+    whole = torch.randn(4, 9, 5)
+    for parts in (whole.unbind(), whole[1:, 2:5].unbind(), whole[::2].unbind(), [whole[1]] * 3):
+        x = batched.stacked(parts)
+        assert x.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+        assert torch.equal(x, torch.stack(list(parts)))
+
+
+def test_other_tensors_are_stacked() -> None:
+    whole = torch.randn(4, 9, 5)
+    for parts in (
+        [whole[0], whole[1], whole[3]],
+        [whole[2], whole[1]],
+        [whole[0], whole[1].clone()],
+        [whole[0, :5, :5], whole[0, :5, :5].T],
+        [torch.randn(9, 5)[None][0], torch.randn(9, 5)],
+    ):
+        assert torch.equal(batched.stacked(parts), torch.stack(list(parts)))
+
+
+@pytest.mark.parametrize(
+    "options", [{"dropout": 0.5}, {"batch_norm": True}, {"hidden_activations": "gelu"}]
+)
+def test_other_networks_are_not_plain(options: dict[str, object]) -> None:
+    assert not GroupedMLP(2, 5, (6, 6), **options).plain()
+    assert not GroupedMLP(2, 5, (6,), outputs=1, **options).plain()
+    assert [layer.relu for layer in GroupedMLP(2, 5, (6,), outputs=1).plain()] == [True, False]
