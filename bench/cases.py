@@ -369,7 +369,7 @@ def lookup_backward_rows(setting: Setting, device: str) -> Case:
         check_rows(inputs, values[real])
 
     def ours() -> tuple[Tensor, Tensor]:
-        rows, *rest = ops.row_plan(ids, offsets)
+        rows, *rest = ops.row_plan(ids, offsets, rows=len(weight))
         return rows, torch.ops.stem_fast.row_gradients(grad_x, grad_z, inputs.sums, *rest, s.dim)
 
     def coalesced(outputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
