@@ -460,6 +460,10 @@ class GroupedMLP(nn.Module):
         plain = self.plain()
         if plain and plain[0].weight.is_cuda and not torch.compiler.is_compiling():
             return batched.networks(x.unbind() if isinstance(x, Tensor) else x, reads, plain)
+        return self.step_by_step(x, reads)
+
+    def step_by_step(self, x: Tensor | Sequence[Tensor], reads: Sequence[int]) -> Tensor:
+        """The call with any blocks, one after the other."""
         *blocks, last = self.blocks
         for block in blocks:
             if isinstance(block, GroupedLinear):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import assert_within
+from cases import DEVICES, assert_within
 from torch import Tensor, nn
 
 from stem_fast import batched, reference
@@ -24,19 +24,22 @@ def everything(
     batch: int,
     dtype: torch.dtype = torch.float64,
     autocast: bool = False,
+    device: str = "cpu",
 ) -> list[Tensor]:
     """Outputs and every gradient of five networks on three inputs."""
     torch.manual_seed(6)
     group = GroupedMLP(5, 7, hidden, outputs=outputs)
     for layer in group.plain():
         nn.init.normal_(layer.bias)
-    group = group.bfloat16().to(dtype)
-    inputs = [normal(batch, 7, dtype=dtype).requires_grad_() for _ in range(3)]
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    group = group.bfloat16().to(device, dtype)
+    inputs = [normal(batch, 7, dtype=dtype).to(device).requires_grad_() for _ in range(3)]
+    with torch.autocast(device, torch.bfloat16, enabled=autocast):
         out = (
-            group(inputs, reads) if not at_once else batched.networks(inputs, reads, group.plain())
+            batched.networks(inputs, reads, group.plain())
+            if at_once
+            else group.step_by_step(inputs, reads)
         )
-    grad = normal(*out.shape).to(out.dtype)
+    grad = normal(*out.shape).to(out)
     kept = grad.clone()
     got = torch.autograd.grad(
         out, [*inputs, *group.parameters()], grad, allow_unused=True, materialize_grads=True
@@ -48,29 +51,35 @@ def everything(
 READS = [(0,), (2, 1, 0, 1, 1), (0, 1, 2), (1, 1, 1, 2), (0, 0, 1, 2, 0)]
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("batch", [0, 1, 33])
 @pytest.mark.parametrize(("hidden", "outputs"), [((6, 4), None), ((6, 4), 3), ((), 1), ((3,), 1)])
 @pytest.mark.parametrize("reads", READS)
 def test_outputs_and_gradients(
-    hidden: tuple[int, ...], outputs: int | None, reads: tuple[int, ...], batch: int
+    hidden: tuple[int, ...], outputs: int | None, reads: tuple[int, ...], batch: int, device: str
 ) -> None:
-    shape = hidden, outputs, reads, batch
+    shape = hidden, outputs, reads, batch, torch.float64, False, device
     for actual, right in zip(everything(True, *shape), everything(False, *shape), strict=True):
         torch.testing.assert_close(actual, right)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize(("hidden", "outputs"), [((40, 24), None), ((40, 24), 3)])
 @pytest.mark.parametrize("reads", READS)
 def test_float32_and_bfloat16_within_bounds(
-    autocast: bool, hidden: tuple[int, ...], outputs: int | None, reads: tuple[int, ...]
+    autocast: bool,
+    hidden: tuple[int, ...],
+    outputs: int | None,
+    reads: tuple[int, ...],
+    device: str,
 ) -> None:
     """Errors of outputs and gradients against those of torch's own steps in the same type."""
     shape = hidden, outputs, reads, 300
     for results in zip(
-        everything(True, *shape, torch.float32, autocast),
-        everything(False, *shape, torch.float32, autocast),
-        everything(False, *shape),
+        everything(True, *shape, torch.float32, autocast, device),
+        everything(False, *shape, torch.float32, autocast, device),
+        everything(False, *shape, device=device),
         strict=True,
     ):
         assert_within(*results)
@@ -99,6 +108,31 @@ def test_tensor_cores_are_for_short_numbers() -> None:
             assert not batched.fused(torch.float64)
     finally:
         switch.allow_tf32 = before
+
+
+@pytest.mark.parametrize("device", DEVICES[1:])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_step_can_be_captured(autocast: bool, device: str) -> None:
+    group = GroupedMLP(5, 7, (40, 24), outputs=3).to(device)
+    inputs = [torch.randn(300, 7, device=device, requires_grad=True) for _ in range(3)]
+    wanted = [*inputs, *group.parameters()]
+
+    def step() -> list[Tensor]:
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            out = group(inputs, (0, 1, 2, 2))
+        assert "_Networks" in type(out.grad_fn).__name__
+        return [out, *torch.autograd.grad(out.square().sum(), wanted)]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        right = step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    for actual, expected in zip(captured, right, strict=True):
+        assert torch.equal(actual, expected)
 
 
 def test_types_under_autocast() -> None:

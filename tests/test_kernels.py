@@ -241,6 +241,22 @@ def test_adagrad_rows(case: AdagradCase, dtype: torch.dtype) -> None:
     check_adagrad_rows(adagrad.adagrad_rows, case, dtype, DEVICE)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="there they run without the interpreter")
+def test_networks_at_once_by_these_kernels() -> None:
+    """Forward and backward pass of whole groups, interpreted; in bfloat16 it would not round."""
+    folder = Path(__file__).parent
+    arguments = ["-p", "no:cacheprovider", "-k", "outputs_and_gradients or both_ways"]
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", *arguments, folder / "test_batched.py"],
+        cwd=folder.parent,
+        env={**os.environ, "STEM_FAST_BACKEND": "triton"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
 def test_every_kernel_compiles_and_none_spills(tmp_path: Path) -> None:
     """For sm_80, sm_90 and sm_100, in a process without the interpreter."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
