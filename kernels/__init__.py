@@ -12,7 +12,7 @@ if __name__ != "stem_fast.kernels":
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 
-@functools.lru_cache
+@functools.cache  # none may go: CUDA graphs read them
 def bit_masks(device: torch.device, *masks: int) -> torch.Tensor:
     """int64 on the device. Kept, because a copy to the device would make every step wait."""
     return torch.tensor(masks, dtype=torch.int64, device=device)

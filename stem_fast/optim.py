@@ -89,7 +89,8 @@ class Schedule:
 
     def __init__(self, betas: tuple[float, float], step: int, device: torch.device) -> None:
         self.betas = betas
-        self.steps = torch.zeros(1024, 5 + 3 * reference.SERIES, dtype=torch.float64, device=device)
+        size = _lines(device), 5 + 3 * reference.SERIES
+        self.steps = torch.zeros(size, dtype=torch.float64, device=device)
         self.steps[0, 3] = 1
         size = POLYNOMIALS + len(self.steps) // LEAP, LEAP_COLUMNS
         self.leaps = torch.full(size, math.inf, dtype=torch.float64, device=device)
@@ -420,7 +421,7 @@ class Products:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.steps = torch.zeros(1024, 7, dtype=torch.float64, device=device)
+        self.steps = torch.zeros(_lines(device), 7, dtype=torch.float64, device=device)
         self.clock = torch.zeros(2, dtype=torch.int64, device=device)
         self.made = 0  # steps since the flush, as far as the host knows
         self.hidden = False  # whether a CUDA graph makes steps that the host does not count
@@ -576,6 +577,12 @@ OPTIMIZERS: dict[str, Callable[..., TableOptimizer]] = {
     "adagrad": Adagrad,
     "rowwise_adagrad": RowWiseAdagrad,
 }
+
+
+def _lines(device: torch.device) -> int:
+    """Of a new schedule. It grows where the host sees it fill up: not in a CUDA graph, which needs
+    room for all steps between two flushes, and those of a large table take long."""
+    return 16384 if device.type == "cuda" else 1024
 
 
 def _captured(tensor: Tensor) -> bool:

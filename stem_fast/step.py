@@ -20,7 +20,7 @@ from stem_fast.precision import autocast, tf32
 from stem_fast.schema import DataError
 
 WARM_UP = 3  # steps before a capture: kernels are compiled, and state is made
-FLUSH = 1000  # steps between two flushes of the tables; their schedules have more room
+FLUSH = 16000  # steps between two flushes of the tables; their schedules have more room
 
 
 def make_optimizers(model: STEMNet, config: TrainingConfig) -> list[torch.optim.Optimizer]:
