@@ -120,7 +120,9 @@ class STEMNet(nn.Module):
         }
         self._check_config(default_order)
         self.tasks = tuple(tasks)
-        self.order = [default_order.index(name) for name in fields]
+        # On the device, because a CUDA graph cannot copy an index of the host's.
+        order = torch.tensor([default_order.index(name) for name in fields])
+        self.register_buffer("order", None if fields == default_order else order, persistent=False)
         self.wiring = self.wire(len(tasks), num_specific_experts, num_shared_experts)
         wiring, num_experts = self.wiring, len(self.wiring.reads)
         if not num_experts:
@@ -261,8 +263,8 @@ class STEMNet(nn.Module):
         sums = self._sums(self._live(0))
         masks = [sum(1 << self.wiring.spaces[n] for n in names) for names in sums]
         x, z = self.embedding(ids, numeric, sequences, masks)  # [G or len(sums), B, fields, D]
-        if self.order != list(range(len(self.order))):
-            x, z = x[:, :, self.order], z[:, :, self.order]
+        if self.order is not None:
+            x, z = (part.index_select(2, self.order) for part in (x, z))
         spaces = x.flatten(2).unbind()  # G of [B, fields*D]
         inputs = [spaces[g] for g in self.wiring.spaces]
         return inputs, dict(zip(sums, z.flatten(2).unbind(), strict=True))
