@@ -1,8 +1,8 @@
 """Groups of networks of linear layers and ReLUs, all at once: how CUDA runs experts, gates, towers.
 
-A layer of E networks is one batched product and one kernel for bias and ReLU, a third of the time
-of E products one after the other (H100, ten of 512 by 512 on 4096 rows). Nothing here waits for
-the device, so that a step can be captured in a CUDA graph.
+A layer of E networks is one batched product, not E small ones that leave the device half idle, with
+its bias and ReLU. Nothing here waits for the device, so that a step can be captured in a CUDA graph
+(after one that was not: tables of what reads what are copied to the device once).
 """
 
 from __future__ import annotations
