@@ -244,7 +244,8 @@ class Loader:
 
 
 def commit(path: Path) -> str | None:
-    """The git commit checked out at PATH; "+changes" where tracked files differ, None if no git."""
+    """The git commit checked out at PATH; "+changes" where tracked files differ, None if PATH is no
+    checkout (a folder inside of one is none)."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -252,6 +253,8 @@ def commit(path: Path) -> str | None:
         ).stdout.strip()
 
     try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != path.resolve():
+            return None
         edited = git("status", "--porcelain", "--untracked-files=no")
         return git("rev-parse", "HEAD") + ("+changes" if edited else "")
     except (OSError, subprocess.CalledProcessError):
