@@ -42,6 +42,7 @@ SCHEMAS = {
     " Tensor scales, int dim) -> Tensor",
     "empty_kept": "(Tensor like, SymInt[] size) -> Tensor",
     "huge_pages": "(Tensor(a!) table) -> ()",
+    "outside": "(Tensor ids, Tensor sizes) -> Tensor",
     "check_ids": "(Tensor ids, Tensor sizes, Tensor(a!) bad) -> Tensor",
     "mixture": "(Tensor y, Tensor logits, int[] see, int[] learn) -> Tensor",
     "mixture_backward": "(Tensor grad, Tensor y, Tensor logits, int[] see, int[] learn)"
@@ -205,6 +206,10 @@ def _empty_kept_fake(like: Tensor, size: list[int]) -> Tensor:
 
 def _huge_pages_fake(table: Tensor) -> None:
     """Nothing is written."""
+
+
+def _outside_fake(ids: Tensor, sizes: Tensor) -> Tensor:
+    return ids.new_empty((), dtype=torch.int64)
 
 
 def _check_ids_fake(ids: Tensor, sizes: Tensor, bad: Tensor) -> Tensor:

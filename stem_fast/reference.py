@@ -171,6 +171,20 @@ def row_gradients(
     return terms.new_zeros(len(segments) - 1, terms.shape[1]).index_add(0, row, terms)
 
 
+def outside(ids: Tensor, sizes: Tensor) -> Tensor:
+    """Where the first id is that is outside its vocabulary.
+
+    Args:
+        ids: int32 or int64 [B, F].
+        sizes: int64 [F], rows of each field.
+
+    Returns:
+        int64 [], its place in the flat ids, or -1.
+    """
+    wrong = ((ids < 0) | (ids >= sizes)).flatten().nonzero()
+    return wrong[0, 0] if len(wrong) else wrong.new_full((), -1)
+
+
 def check_ids(ids: Tensor, sizes: Tensor, bad: Tensor) -> Tensor:
     """Ids with those outside their vocabulary replaced by its last one, the unknown value.
 

@@ -258,6 +258,22 @@ def test_row_gradients_refuse_another_plan(change: dict[str, Any], message: str)
         torch.ops.stem_fast.row_gradients(**(arguments | change))
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_outside_names_the_first_wrong_id(dtype: torch.dtype) -> None:
+    sizes = torch.tensor([4, 9, 6])
+    ids = torch.stack([torch.randint(0, n, (50,)) for n in (4, 9, 6)], 1).to(dtype)
+    for right in (ids, ids[:0], ids.T.contiguous().T):
+        found = torch.ops.stem_fast.outside(right, sizes)
+        assert (found.item(), found.dtype) == (-1, torch.int64)
+    for place, wrong in ((149, 6), (40, 9), (33, -1), (0, torch.iinfo(dtype).min)):
+        ids.view(-1)[place] = wrong
+        for op in (torch.ops.stem_fast.outside, reference.outside):
+            assert op(ids, sizes).item() == place
+            assert op(ids.T.contiguous().T, sizes).item() == place
+    ids[0, 0] = torch.iinfo(dtype).max
+    assert torch.ops.stem_fast.outside(ids, sizes).item() == 0
+
+
 @devices
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_check_ids_replaces_and_notes(dtype: torch.dtype, device: str) -> None:
@@ -696,6 +712,7 @@ def test_opcheck(name: str, device: str) -> None:
     sizes = torch.full((ids.shape[1],), 2, device=device)
     bad = torch.zeros_like(sizes)
     torch.library.opcheck(library.check_ids.default, (ids, sizes, bad))
+    torch.library.opcheck(library.outside.default, (ids, sizes))
     y, logits, see, learn = to(device, MIXTURES.get(name, MIXTURES["stem"]).arguments())
     arguments = (y.mT.contiguous().mT.requires_grad_(), logits.requires_grad_(), see, learn)
     torch.library.opcheck(library.mixture.default, arguments)

@@ -453,6 +453,18 @@ def test_row_wise_adagrad_is_fbgemms() -> None:
     torch.testing.assert_close(ours.weight.detach(), theirs.split_embedding_weights()[0])
 
 
+def test_gradients_are_forgotten_or_zeroed() -> None:
+    model = arena()
+    optimizer = optim.ExactAdam(model)
+    x, _ = model(torch.ones(3, 1, dtype=torch.int64))
+    x.sum().backward()
+    optimizer.zero_grad(set_to_none=False)
+    assert model.weight.grad is not None
+    assert not model.weight.grad.to_dense().any()
+    optimizer.zero_grad()
+    assert model.weight.grad is None
+
+
 def test_lazy_adam_is_sparse_adam() -> None:
     """torch.optim.SparseAdam of the same sparse gradients; eps, which it scales, left out."""
     ours, theirs = arena(), arena()

@@ -326,7 +326,10 @@ INLINE void run(const Job& job, int64_t begin, int64_t end) {
   const int64_t room = (job.width + values - 1) / values * values;  // what is past the width is zero
   std::vector<A> space(4 * room);
   A* first = space.data();
-  const Row<A> row{first, first + room, first + 2 * room, job.width};
+  Row<A> row{first, first + room, first + 2 * room, job.width};
+  // Rows of whole parts in the type of sums need no copy.
+  const bool direct = room == job.width && job.weight.template is<A>() &&
+                      job.exp_avg.template is<A>() && job.exp_avg_sq.template is<A>();
   A* grad = first + 3 * room;
   const int64_t due = job.grad ? job.now - 1 : job.now;
   for (int64_t u = begin; u < end; ++u) {
@@ -345,21 +348,36 @@ INLINE void run(const Job& job, int64_t begin, int64_t end) {
     }
     const int64_t made = std::max<int64_t>(job.last[at], job.base);
     if (made >= job.now) continue;
-    job.weight.read(at, row.w);
-    job.exp_avg.read(at, row.m);
-    job.exp_avg_sq.read(at, row.v);
-    std::fill(row.v + row.width, row.v + room, A(1));  // else they would refuse a leap
-    if (job.grad) job.grad->read(u, grad);
+    if (direct) {
+      row.w = job.weight.template row<A>(at);
+      row.m = job.exp_avg.template row<A>(at);
+      row.v = job.exp_avg_sq.template row<A>(at);
+    } else {
+      job.weight.read(at, row.w);
+      job.exp_avg.read(at, row.m);
+      job.exp_avg_sq.read(at, row.v);
+      std::fill(row.v + row.width, row.v + room, A(1));  // else they would refuse a leap
+    }
+    const A* own = grad;
+    if (job.grad) {
+      if (direct && job.grad->template is<A>()) {
+        own = job.grad->template row<A>(u);
+      } else {
+        job.grad->read(u, grad);
+      }
+    }
     for (int64_t column = 0; column < job.width; column += values) {
       Part<A> part;
       part.read(row, column);
       if (made < due) job.l2 ? replay(job, made, due, part) : coast(job, made, due, part);
-      if (job.grad) make_step<A>(job, job.step(job.now), grad + column, part);
+      if (job.grad) make_step<A>(job, job.step(job.now), own + column, part);
       part.write(row, column);
     }
-    job.weight.write(at, row.w);
-    job.exp_avg.write(at, row.m);
-    job.exp_avg_sq.write(at, row.v);
+    if (!direct) {
+      job.weight.write(at, row.w);
+      job.exp_avg.write(at, row.m);
+      job.exp_avg_sq.write(at, row.v);
+    }
     job.last[at] = static_cast<int32_t>(job.now);
   }
 }

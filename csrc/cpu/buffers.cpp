@@ -20,7 +20,6 @@
 namespace {
 
 constexpr size_t kPage = size_t{1} << 16;
-constexpr size_t kHugePage = size_t{1} << 21;
 constexpr int64_t kIdle = 256;  // allocations after which an unused block is given back
 
 // Blocks handed out and taken back, smallest fit first.

@@ -39,6 +39,8 @@ using torch::stable::Tensor;
 
 // Slots a thread handles before another is worth waking.
 constexpr int64_t kGrain = 256;
+constexpr int64_t kLine = 64;  // bytes of a cache line
+constexpr int64_t kTouched = int64_t{1} << 24;
 // Rows asked from memory ahead of their use; more than 16 gained nothing.
 constexpr int64_t kAhead = 16;
 
@@ -333,9 +335,9 @@ std::tuple<Tensor, Tensor> lookup(const Tensor& weight_in, const Tensor& ids_in,
   const Batch in(ids_in, offsets_in, bags_in, mean);
   const Sums sums = masks(sums_in, spaces);
   const Sizes s{weight.size(0), in.batch, in.fields, in.sequences, spaces, weight.size(1) / spaces};
-  Tensor x = empty_kept(weight, {spaces, s.batch, s.columns() * s.dim}, kOutput);
-  Tensor z = empty_kept(
-      weight, {static_cast<int64_t>(sums.size()), s.batch, s.columns() * s.dim}, kOutput);
+  const auto count = static_cast<int64_t>(sums.size());
+  Tensor x = empty_kept(weight, {spaces, s.batch, s.columns() * s.dim}, kHugePage);
+  Tensor z = empty_kept(weight, {count, s.batch, s.columns() * s.dim}, kHugePage);
   // An exception inside parallel_for would lose its message.
   std::atomic<int64_t> bad{-1};
   for_type(weight.scalar_type(), "lookup", [&](auto zero) {
@@ -361,6 +363,31 @@ std::tuple<Tensor, Tensor> lookup(const Tensor& weight_in, const Tensor& ids_in,
     });
   });
   return {x, z};
+}
+
+// The place in ids [B, F] of the first that is not one of its field's rows, or -1, as int64 [].
+Tensor outside(const Tensor& ids_in, const Tensor& sizes_in) {
+  const Tensor ids = torch::stable::contiguous(ids_in);
+  const Tensor sizes = torch::stable::contiguous(sizes_in);
+  STD_TORCH_CHECK(ids.dim() == 2 && sizes.dim() == 1 && sizes.size(0) == ids.size(1) &&
+                      sizes.scalar_type() == ScalarType::Long,
+                  "outside: ids must be [B, F] and sizes int64 [F]");
+  const Tensor found = torch::stable::new_empty(ids, {}, ScalarType::Long);
+  auto* at = static_cast<int64_t*>(found.mutable_data_ptr());
+  const auto* size = static_cast<const int64_t*>(sizes.const_data_ptr());
+  const int64_t fields = ids.size(1), all = ids.numel();
+  for_ids(ids, [&](const auto* id) {
+    const auto wrong = [&](int64_t i, int64_t f) {
+      return static_cast<uint64_t>(int64_t{id[i]}) >= static_cast<uint64_t>(size[f]);
+    };
+    bool any = false;
+    for (int64_t i = 0; i < all; i += fields) {
+      for (int64_t f = 0; f < fields; ++f) any |= wrong(i + f, f);
+    }
+    *at = any ? 0 : -1;
+    while (any && !wrong(*at, *at % fields)) ++*at;
+  });
+  return found;
 }
 
 // Sorts by the upper half of each item, keeping the order of equals; `top` is the largest upper
@@ -454,6 +481,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_plan(const Tensor& ids_in, const 
   return {rows, segments, sources, scales};
 }
 
+// Brings a tensor to the cache that all processors share, if it fits there with what else is in use.
+void touch(const Tensor& tensor) {
+  const auto* data = static_cast<const char*>(tensor.const_data_ptr());
+  const int64_t bytes = tensor.numel() * static_cast<int64_t>(tensor.element_size());
+  if (bytes > kTouched) return;
+  torch::stable::parallel_for(0, bytes / kLine, kGrain, [&](int64_t begin, int64_t end) {
+    // Loads, for what prefetches by itself follows those alone.
+    for (int64_t line = begin; line < end; ++line) {
+      asm volatile("" ::"r"(*reinterpret_cast<const volatile char*>(data + line * kLine)));
+    }
+  });
+}
+
 // The gradient of a plan's rows: [U, G*D], or with `table` that many rows, zero but for the plan's.
 Tensor reduce_rows(const Tensor& grad_x_in, const Tensor& grad_z_in,
                    const std::vector<int64_t>& sums_in, const Tensor& segments_in,
@@ -502,6 +542,8 @@ Tensor reduce_rows(const Tensor& grad_x_in, const Tensor& grad_z_in,
   }
   for_type(grad_x.scalar_type(), "row_gradients", [&](auto zero) {
     using T = decltype(zero);
+    // Rows find their gradients all over the memory: it comes faster in its own order, before.
+    touch(grad_x), touch(grad_z);
     // Threads share the occurrences evenly; a row belongs to the one in whose part it begins.
     torch::stable::parallel_for(0, m, kGrain, [&](int64_t begin, int64_t end) {
       const auto row_at = [&](int64_t i) -> int64_t {
@@ -542,6 +584,7 @@ Tensor lookup_backward(const Tensor& grad_x, const Tensor& grad_z, const std::ve
 STABLE_TORCH_LIBRARY_IMPL(stem_fast, CPU, m) {
   m.impl("lookup", TORCH_BOX(&lookup));
   m.impl("lookup_backward", TORCH_BOX(&lookup_backward));
+  m.impl("outside", TORCH_BOX(&outside));
   m.impl("row_plan", TORCH_BOX(&row_plan));
   m.impl("row_gradients", TORCH_BOX(&row_gradients));
 }

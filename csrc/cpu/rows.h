@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
+#include <type_traits>
 
 #include "lanes.h"
 
@@ -44,6 +45,16 @@ struct Table {
       case ScalarType::BFloat16: return run(static_cast<torch::headeronly::BFloat16*>(at));
       default: return run(static_cast<torch::headeronly::Half*>(at));
     }
+  }
+  template <typename A>
+  bool is() const {
+    return type == (std::is_same_v<A, double> ? torch::headeronly::ScalarType::Double
+                                              : torch::headeronly::ScalarType::Float);
+  }
+  // Of a table that is of A.
+  template <typename A>
+  INLINE A* row(int64_t at) const {
+    return reinterpret_cast<A*>(data) + at * width;
   }
   template <typename A>
   INLINE void read(int64_t row, A* __restrict to) const {
