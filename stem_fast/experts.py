@@ -114,16 +114,18 @@ class _ExpertMixture(torch.autograd.Function):
         inputs, weights, biases = cast[:count], cast[count::2], cast[count + 1 :: 2]
         trained, batch = any(ctx.needs_input_grad), len(inputs[0])
         last = len(weights) - 1
-        outputs = []
-        for layer, weight in enumerate(weights):
-            # Without a backward pass, hidden layers of all experts share the memory of one's.
-            experts = len(weight) if trained or layer == last else 1
-            size = [experts, batch, weight.shape[1]]
-            outputs.append(torch.ops.stem_fast.empty_kept(inputs[0], size))
+        # Without a backward pass the outputs of hidden layers are not kept.
+        outputs = [
+            torch.ops.stem_fast.empty_kept(inputs[0], [len(weight), batch, weight.shape[1]])
+            for weight in (weights if trained else weights[-1:])
+        ]
         for e, n in enumerate(reads):
             x = inputs[n]
-            for weight, bias, y in zip(weights, biases, outputs, strict=True):
-                x = torch.addmm(bias[e], x, weight[e].T, out=y[e % len(y)]).relu_()
+            for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+                x = batched.one_linear(x, weight[e], bias[e], relu=True)
+                if trained or layer == last:
+                    # A copy costs what a ReLU of its own did, and the memory is the last step's.
+                    x = outputs[layer if trained else 0][e].copy_(x)
         ctx.reads, ctx.masks, ctx.count = reads, (see, learn), count
         ctx.save_for_backward(logits, *inputs, *weights, *outputs)
         return torch.ops.stem_fast.mixture(outputs[-1], logits, see, learn).unbind()

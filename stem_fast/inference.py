@@ -201,7 +201,7 @@ class _PlainMLP:
     def _one(self, e: int, x: Tensor) -> Tensor:
         """Network e of [B, I]."""
         for weight, bias, relu in self.layers:
-            x = _linear(x.to(weight.dtype), weight[e], bias[e], relu)
+            x = batched.one_linear(x.to(weight.dtype), weight[e], bias[e], relu)
         return x
 
 
@@ -219,15 +219,3 @@ class _Experts(_PlainMLP):
         return torch.ops.stem_fast.expert_mixture_inference(
             y.to(weight.dtype), list(reads), weight, bias, logits, ops.signed(see)
         )
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
-    """A linear layer with or without a ReLU, on CPU by oneDNN, which has both in one pass."""
-    known = x.dtype == torch.float32 or (
-        x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
-    if x.device.type == "cpu" and torch.backends.mkldnn.is_available() and known:
-        after = "relu" if relu else "none"
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, after, [], None)
-    y = F.linear(x, weight, bias)
-    return y.relu_() if relu else y

@@ -455,7 +455,7 @@ class GroupedMLP(nn.Module):
     def forward(self, x: Tensor | Sequence[Tensor], reads: Sequence[int]) -> Tensor:
         """N inputs [B, I] -> [n, B, O]; the first n networks run, e reads ``x[reads[e]]``."""
         plain = self.plain()
-        if plain and plain[0].weight.is_cuda and not torch.compiler.is_compiling():
+        if plain and not torch.compiler.is_compiling():
             return batched.networks(x.unbind() if isinstance(x, Tensor) else x, reads, plain)
         return self.step_by_step(x, reads)
 

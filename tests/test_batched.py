@@ -17,7 +17,7 @@ def normal(*size: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def everything(
-    at_once: bool,
+    together: bool | None,
     hidden: tuple[int, ...],
     outputs: int | None,
     reads: tuple[int, ...],
@@ -26,7 +26,7 @@ def everything(
     autocast: bool = False,
     device: str = "cpu",
 ) -> list[Tensor]:
-    """Outputs and every gradient of five networks on three inputs."""
+    """Outputs and every gradient of five networks on three inputs; None: by torch's own steps."""
     torch.manual_seed(6)
     group = GroupedMLP(5, 7, hidden, outputs=outputs)
     for layer in group.plain():
@@ -35,8 +35,8 @@ def everything(
     inputs = [normal(batch, 7, dtype=dtype).to(device).requires_grad_() for _ in range(3)]
     with torch.autocast(device, torch.bfloat16, enabled=autocast):
         out = (
-            batched.networks(inputs, reads, group.plain())
-            if at_once
+            batched.networks(inputs, reads, group.plain(), together=together)
+            if together is not None
             else group.step_by_step(inputs, reads)
         )
     grad = normal(*out.shape).to(out)
@@ -55,11 +55,17 @@ READS = [(0,), (2, 1, 0, 1, 1), (0, 1, 2), (1, 1, 1, 2), (0, 0, 1, 2, 0)]
 @pytest.mark.parametrize("batch", [0, 1, 33])
 @pytest.mark.parametrize(("hidden", "outputs"), [((6, 4), None), ((6, 4), 3), ((), 1), ((3,), 1)])
 @pytest.mark.parametrize("reads", READS)
+@pytest.mark.parametrize("together", [True, False])
 def test_outputs_and_gradients(
-    hidden: tuple[int, ...], outputs: int | None, reads: tuple[int, ...], batch: int, device: str
+    together: bool,
+    hidden: tuple[int, ...],
+    outputs: int | None,
+    reads: tuple[int, ...],
+    batch: int,
+    device: str,
 ) -> None:
     shape = hidden, outputs, reads, batch, torch.float64, False, device
-    for actual, right in zip(everything(True, *shape), everything(False, *shape), strict=True):
+    for actual, right in zip(everything(together, *shape), everything(None, *shape), strict=True):
         torch.testing.assert_close(actual, right)
 
 
@@ -67,7 +73,9 @@ def test_outputs_and_gradients(
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize(("hidden", "outputs"), [((40, 24), None), ((40, 24), 3)])
 @pytest.mark.parametrize("reads", READS)
+@pytest.mark.parametrize("together", [True, False])
 def test_float32_and_bfloat16_within_bounds(
+    together: bool,
     autocast: bool,
     hidden: tuple[int, ...],
     outputs: int | None,
@@ -77,9 +85,9 @@ def test_float32_and_bfloat16_within_bounds(
     """Errors of outputs and gradients against those of torch's own steps in the same type."""
     shape = hidden, outputs, reads, 300
     for results in zip(
-        everything(True, *shape, torch.float32, autocast, device),
-        everything(False, *shape, torch.float32, autocast, device),
-        everything(False, *shape, device=device),
+        everything(together, *shape, torch.float32, autocast, device),
+        everything(None, *shape, torch.float32, autocast, device),
+        everything(None, *shape, device=device),
         strict=True,
     ):
         assert_within(*results)
