@@ -11,8 +11,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import itertools
 import importlib
+import itertools
 import json
 import sys
 import time

@@ -126,8 +126,9 @@ def _one_by_one(
 ) -> Tensor:
     """:func:`linear`, network by network."""
     y = torch.ops.stem_fast.empty_kept(x, [len(reads), x.shape[1], weight.shape[1]])
-    for e, n in enumerate(reads):
-        y[e].copy_(one_linear(x[n], weight[e], bias[e], relu))
+    inputs, parts = x.unbind(), (y.unbind(), weight.unbind(), bias.unbind())
+    for n, out, w, b in zip(reads, *parts, strict=False):
+        out.copy_(one_linear(inputs[n], w, b, relu))
     return y
 
 
@@ -135,8 +136,8 @@ def _products(a: Tensor, b: Tensor, out: Tensor, together: bool) -> Tensor:
     """``out[e] = a[e] @ b[e]``."""
     if together:
         return torch.bmm(a, b, out=out)
-    for each in zip(a, b, out, strict=True):
-        torch.mm(each[0], each[1], out=each[2])
+    for one, other, product in zip(a.unbind(), b.unbind(), out.unbind(), strict=True):
+        torch.mm(one, other, out=product)
     return out
 
 

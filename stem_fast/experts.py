@@ -119,13 +119,15 @@ class _ExpertMixture(torch.autograd.Function):
             torch.ops.stem_fast.empty_kept(inputs[0], [len(weight), batch, weight.shape[1]])
             for weight in (weights if trained else weights[-1:])
         ]
+        parts = [tensor.unbind() for tensor in outputs]
+        layers = [(w.unbind(), b.unbind()) for w, b in zip(weights, biases, strict=True)]
         for e, n in enumerate(reads):
             x = inputs[n]
-            for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+            for layer, (weight, bias) in enumerate(layers):
                 x = batched.one_linear(x, weight[e], bias[e], relu=True)
                 if trained or layer == last:
                     # A copy costs what a ReLU of its own did, and the memory is the last step's.
-                    x = outputs[layer if trained else 0][e].copy_(x)
+                    x = parts[layer if trained else 0][e].copy_(x)
         ctx.reads, ctx.masks, ctx.count = reads, (see, learn), count
         ctx.save_for_backward(logits, *inputs, *weights, *outputs)
         return torch.ops.stem_fast.mixture(outputs[-1], logits, see, learn).unbind()
@@ -141,33 +143,36 @@ class _ExpertMixture(torch.autograd.Function):
         wide = torch.promote_types(logits.dtype, torch.float32)
         # needs_input_grad: of reads, see, learn, dtype, logits, N, then of each tensor.
         wanted = ctx.needs_input_grad[6 : 6 + ctx.count]
-        dinputs = [
-            torch.zeros_like(x, dtype=wide) if want else None
-            for x, want in zip(inputs, wanted, strict=True)
-        ]
+        dinputs: list[Tensor | None] = [None] * ctx.count
         kinds, types = types[: ctx.count], types[ctx.count :: 2]
         dweights = [torch.empty_like(w, dtype=t) for w, t in zip(weights, types, strict=True)]
         dbiases = [weight.new_empty(weight.shape[:2]) for weight in dweights]
         see, learn = ctx.masks
         p = reference.gate_weights(logits.to(wide), see)
         dp = torch.empty_like(p)
+        dps = dp.unbind(2)
+        # An expert's parts, layer by layer: cheaper than an index for each.
+        ws, ys, dws = ([t.unbind() for t in each] for each in (weights, outputs, dweights))
         for e, n in enumerate(ctx.reads):
-            d, dp[:, :, e] = torch.ops.stem_fast.mixture_expert_backward(
-                grads, outputs[-1][e], p, learn, e
-            )
+            d, own = torch.ops.stem_fast.mixture_expert_backward(grads, ys[-1][e], p, learn, e)
+            dps[e].copy_(own)
             for layer in reversed(range(layers)):
-                x = outputs[layer - 1][e] if layer else inputs[n]
-                dbiases[layer][e] = torch.ops.stem_fast.relu_backward(d, outputs[layer][e])
-                dweight = dweights[layer][e]
+                x = ys[layer - 1][e] if layer else inputs[n]
+                dbiases[layer][e] = torch.ops.stem_fast.relu_backward(d, ys[layer][e])
+                dweight = dws[layer][e]
                 if dweight.dtype == d.dtype:
                     torch.mm(d.T, x, out=dweight)
                 else:
                     dweight.copy_(torch.mm(d.T, x))
                 if layer:
-                    d = _times(d, weights[layer][e])
-            if (dinput := dinputs[n]) is not None:
-                dinput.add_(_times(d, weights[0][e]))
+                    d = _times(d, ws[layer][e])
+            if wanted[n]:
+                d, before = _times(d, ws[0][e]), dinputs[n]
+                dinputs[n] = d.to(wide) if before is None else before.add_(d)
         dlogits = reference.softmax_backward(p, dp).to(logits_type)
-        dinputs = [d if d is None else d.to(k) for d, k in zip(dinputs, kinds, strict=True)]
+        found = [
+            torch.zeros_like(x) if want and d is None else d if d is None else d.to(kind)
+            for d, x, want, kind in zip(dinputs, inputs, wanted, kinds, strict=True)
+        ]
         parameters = [g for pair in zip(dweights, dbiases, strict=True) for g in pair]
-        return None, None, None, None, dlogits, None, *dinputs, *parameters
+        return None, None, None, None, dlogits, None, *found, *parameters
