@@ -550,7 +550,7 @@ def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, step: int, said: str) -> None:
             os.kill(os.getpid(), signal.SIGINT)
         return train_step(*arguments)
 
-    monkeypatch.setattr(train, "train_step", interrupted)
+    monkeypatch.setattr("stem_fast.step.train_step", interrupted)
     result = fit(ok=False)
     assert result.exit_code == 130
     assert said in result.stderr
@@ -570,7 +570,7 @@ def test_a_loss_that_explodes_keeps_the_best_weights(monkeypatch: pytest.MonkeyP
         loss = train_step(*arguments)
         return loss * float("nan") if next(steps) == 9 else loss
 
-    monkeypatch.setattr(train, "train_step", exploding)
+    monkeypatch.setattr("stem_fast.step.train_step", exploding)
     result = fit(ok=False)
     refused(result, "the loss is nan in epoch 2, step 2", "run holds the best weights so far")
     checkpoint.load_run("run")
