@@ -1,10 +1,11 @@
 """Groups of networks of linear layers and ReLUs as one step of autograd: gates and towers, on CUDA
 experts too.
 
-On CUDA a layer of E networks is one batched product and one kernel for bias and ReLU, a third of
-the time of E products one after the other (H100, ten of 512 by 512 on 4096 rows). Nothing here
-waits for the device, so that a step can be captured in a CUDA graph. On CPU networks go one after
-the other, without the copies that stacking and unstacking their outputs would take.
+On CUDA a layer of E networks is one batched product, not E small ones that leave the device half
+idle, with its bias and ReLU. Nothing there waits for the device, so that a step can be captured in
+a CUDA graph (after one that was not: tables of what reads what are copied to the device once). On
+CPU networks go one after the other, without the copies that stacking and unstacking their outputs
+would take.
 """
 
 from __future__ import annotations
@@ -51,9 +52,7 @@ def networks(
         [n, B, O].
     """
     device, own = layers[0].weight.device.type, layers[0].weight.dtype
-    dtype = own
-    if own == torch.float32 and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    dtype = product_type(layers[0].weight)
     relus = tuple(layer.relu for layer in layers)
     types = tuple(dtype if relu else own for relu in relus)
     parameters = [layer.weight for layer in layers] + [layer.bias for layer in layers]
@@ -68,6 +67,14 @@ def networks(
             *inputs,
             *parameters,
         )
+
+
+def product_type(weight: Tensor) -> torch.dtype:
+    """What products with a weight run in: its own type, or autocast's in place of float32."""
+    device = weight.device.type
+    if weight.dtype == torch.float32 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
 
 
 def stacked(inputs: Sequence[Tensor]) -> Tensor:
@@ -177,7 +184,7 @@ def _cast(tensors: Sequence[Tensor], types: Sequence[torch.dtype]) -> list[Tenso
 def _relu_backward(grad: Tensor, y: Tensor) -> Tensor:
     """Masks grad [n, B, O] in place. Returns the gradient of the bias, [n, O]."""
     op = torch.ops.stem_fast.relu_backward
-    if grad.is_cpu:  # tests: the C++ version takes one network
+    if grad.is_cpu:  # the C++ version takes one network
         return torch.stack([op(*each) for each in zip(grad, y, strict=True)])
     return op(grad, y)
 

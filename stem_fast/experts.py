@@ -35,6 +35,8 @@ def expert_mixture(
     logits: Tensor,
     see: Sequence[int],
     learn: Sequence[int],
+    *,
+    together: bool | None = None,
 ) -> tuple[Tensor, ...]:
     """``mixture(experts(inputs, reads), logits, see, learn)``: N inputs [B, I] -> K of [B, H].
 
@@ -42,45 +44,23 @@ def expert_mixture(
     its type: the weights are cast once a step, and every gradient of theirs and of the inputs is
     rounded once to that type. Dropout, batch norm and other activations and ``torch.compile`` take
     the steps one by one.
+
+    ``together`` is whether the experts run by few and large kernels, or one by one in little
+    memory; None: on CUDA.
     """
     if not isinstance(experts, GroupedMLP):
         return experts.mixture(inputs, reads, logits, see).unbind()
     layers = experts.plain()
     if torch.compiler.is_compiling() or not layers:
         return ops.mixture(experts(inputs, reads), logits, see, learn).unbind()
-    how = _together if logits.is_cuda else _one_by_one
-    return how(layers, inputs, reads, logits, see, learn)
-
-
-def _together(
-    layers: Sequence[batched.Layer],
-    inputs: Sequence[Tensor],
-    reads: Sequence[int],
-    logits: Tensor,
-    see: Sequence[int],
-    learn: Sequence[int],
-) -> tuple[Tensor, ...]:
-    """:func:`expert_mixture` by few and large kernels, for CUDA."""
-    # The mixture alone reads y, and makes a new gradient of it.
-    y = batched.networks(inputs, reads, layers, owned=True)
-    return ops.mixture(y, logits, see, learn).unbind()
-
-
-def _one_by_one(
-    layers: Sequence[batched.Layer],
-    inputs: Sequence[Tensor],
-    reads: Sequence[int],
-    logits: Tensor,
-    see: Sequence[int],
-    learn: Sequence[int],
-) -> tuple[Tensor, ...]:
-    """:func:`expert_mixture` in little memory, for CPU."""
+    if logits.is_cuda if together is None else together:
+        # The mixture alone reads y, and makes a new gradient of it.
+        y = batched.networks(inputs, reads, layers, owned=True, together=True)
+        return ops.mixture(y, logits, see, learn).unbind()
     parameters = [p for layer in layers for p in (layer.weight, layer.bias)]
     masks = ops.signed(see), ops.signed(learn)
-    dtype, device = parameters[0].dtype, logits.device.type
-    if dtype == torch.float32 and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-    with torch.autocast(device, enabled=False):
+    dtype = batched.product_type(layers[0].weight)
+    with torch.autocast(logits.device.type, enabled=False):
         mixed: tuple[Tensor, ...] = _ExpertMixture.apply(
             tuple(reads), *masks, dtype, logits, len(inputs), *inputs, *parameters
         )

@@ -625,7 +625,7 @@ def adam_leap(steps: Tensor, leaps: Tensor, clock: Tensor, beta1: float, beta2: 
     leaps.index_copy_(0, POLYNOMIALS + number, found)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.cache
 def _leap_constants(beta1: float, beta2: float, device: torch.device) -> tuple[Tensor, ...]:
     """For the j-th of 16 steps ``beta1^j``, ``beta2^(j/2)`` and the weights of a slope, [16]; and
     [16, 16], what m has of the gradients of steps before. Kept: they are as costly as the rest."""

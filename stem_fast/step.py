@@ -114,9 +114,9 @@ def _clip(model: STEMNet, config: TrainingConfig) -> Tensor | float:
     return factor
 
 
-@functools.lru_cache(maxsize=8)
+@functools.cache
 def _task_weights(weights: tuple[float, ...] | None, device: torch.device) -> Tensor | None:
-    """Cached, because a copy to the device would make every step wait."""
+    """Kept, because a copy to the device would make every step wait, and CUDA graphs read it."""
     return None if weights is None else torch.tensor(weights, device=device)
 
 

@@ -15,12 +15,12 @@ from stem_fast.layers import GroupedMLP
 SEE, LEARN = stem_masks(2, 1, 2)
 READS = (0, 1, 2, 2)
 # What CPU and what CUDA runs; both take tensors of either.
-WAYS = {"_one_by_one": "_ExpertMixture", "_together": "Unbind"}
-ways = pytest.mark.parametrize("way", WAYS)
+WAYS = {False: "_ExpertMixture", True: "Unbind"}
+ways = pytest.mark.parametrize("together", WAYS)
 
 
 def everything(
-    way: str | None,
+    together: bool | None,
     hidden: tuple[int, ...],
     batch: int,
     gates: int,
@@ -42,11 +42,11 @@ def everything(
     masks = SEE[:gates], LEARN[:gates]
     grads = [normal(batch, hidden[-1]).detach() for _ in range(gates)]
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        if way:
-            outputs = getattr(module, way)(group.plain(), inputs, READS, logits, *masks)
-            assert WAYS[way] in type(outputs[0].grad_fn).__name__
+        if together is None:  # torch's own steps
+            outputs = ops.mixture(group.step_by_step(inputs, READS), logits, *masks).unbind()
         else:
-            outputs = ops.mixture(group(inputs, READS), logits, *masks).unbind()
+            outputs = expert_mixture(group, inputs, READS, logits, *masks, together=together)
+            assert WAYS[together] in type(outputs[0].grad_fn).__name__
     grads = [grad.to(out.dtype) for grad, out in zip(grads, outputs, strict=True)]
     wanted = [*inputs, logits, *group.parameters()]
     return [*outputs, *torch.autograd.grad(outputs, wanted, grads)]
@@ -55,9 +55,13 @@ def everything(
 @ways
 @pytest.mark.parametrize("hidden", [(6,), (7, 3), (6, 6, 6)])
 @pytest.mark.parametrize(("batch", "gates"), [(0, 3), (1, 2), (33, 3), (33, 2)])
-def test_outputs_and_gradients(way: str, hidden: tuple[int, ...], batch: int, gates: int) -> None:
+def test_outputs_and_gradients(
+    together: bool, hidden: tuple[int, ...], batch: int, gates: int
+) -> None:
     for actual, right in zip(
-        everything(way, hidden, batch, gates), everything(None, hidden, batch, gates), strict=True
+        everything(together, hidden, batch, gates),
+        everything(None, hidden, batch, gates),
+        strict=True,
     ):
         torch.testing.assert_close(actual, right)
 
@@ -67,12 +71,12 @@ def test_outputs_and_gradients(way: str, hidden: tuple[int, ...], batch: int, ga
 @pytest.mark.parametrize("hidden", [(16,), (40, 24, 8)])
 @pytest.mark.parametrize("batch", [0, 1, 300])
 def test_float32_and_bfloat16_within_bounds(
-    way: str, autocast: bool, hidden: tuple[int, ...], batch: int
+    together: bool, autocast: bool, hidden: tuple[int, ...], batch: int
 ) -> None:
     """Errors of outputs and gradients against those of torch's own steps in the same type."""
     shape = hidden, batch, 2
     for results in zip(
-        everything(way, *shape, torch.float32, autocast=autocast),
+        everything(together, *shape, torch.float32, autocast=autocast),
         everything(None, *shape, torch.float32, autocast=autocast),
         everything(None, *shape),
         strict=True,
@@ -81,12 +85,12 @@ def test_float32_and_bfloat16_within_bounds(
 
 
 @ways
-def test_a_graph_that_is_kept_can_be_walked_again(way: str) -> None:
+def test_a_graph_that_is_kept_can_be_walked_again(together: bool) -> None:
     """Multi-task methods that compare gradients (PCGrad, CAGrad) go back once a task."""
     group = GroupedMLP(4, 5, (6, 6))
     inputs = [torch.randn(9, 5) for _ in range(3)]
     arguments = inputs, READS, torch.randn(2, 9, 4), SEE[:2], LEARN[:2]
-    first, second = getattr(module, way)(group.plain(), *arguments)
+    first, second = expert_mixture(group, *arguments, together=together)
     weight = group.blocks[0].weight
     loss = first.sum(), second.square().sum()
     alone = [torch.autograd.grad(each, weight, retain_graph=True)[0] for each in loss]
@@ -97,21 +101,22 @@ def test_a_graph_that_is_kept_can_be_walked_again(way: str) -> None:
 
 
 @ways
-def test_inputs_and_parameters_that_want_no_gradient(way: str) -> None:
+def test_inputs_and_parameters_that_want_no_gradient(together: bool) -> None:
     group = GroupedMLP(4, 5, (6, 6))
     group.blocks[0].requires_grad_(False)
     inputs = [torch.randn(9, 5, requires_grad=n == 1) for n in range(3)]
-    arguments = group.plain(), inputs, READS, torch.randn(2, 9, 4), SEE[:2], LEARN[:2]
-    out = getattr(module, way)(*arguments)
+    arguments = group, inputs, READS, torch.randn(2, 9, 4), SEE[:2], LEARN[:2]
+    out = expert_mixture(*arguments, together=together)
     (out[0].sum() + out[1].sum()).backward()
     assert inputs[0].grad is None
     assert inputs[1].grad is not None
     assert group.blocks[0].weight.grad is None
     assert group.blocks[2].weight.grad is not None
     with torch.no_grad():
-        quiet = getattr(module, way)(*arguments)
+        quiet = expert_mixture(*arguments, together=together)
     assert not quiet[0].requires_grad
-    alone = getattr(module, way)(arguments[0], [x.detach() for x in inputs], *arguments[2:])
+    quiet_inputs = [x.detach() for x in inputs]
+    alone = expert_mixture(group, quiet_inputs, *arguments[2:], together=together)
     sum(out.sum() for out in alone).backward()  # none of the inputs wants one
 
 
@@ -121,8 +126,8 @@ def test_inputs_and_parameters_that_want_no_gradient(way: str) -> None:
 def test_other_networks_go_step_by_step(
     options: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr(module, "_one_by_one")
-    monkeypatch.delattr(module, "_together")
+    monkeypatch.delattr(module, "_ExpertMixture")
+    monkeypatch.delattr(module.batched, "networks")
     group = GroupedMLP(4, 5, (6, 6), **options).eval()
     inputs = [torch.randn(9, 5) for _ in range(3)]
     logits = torch.randn(2, 9, 4)
