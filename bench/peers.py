@@ -49,6 +49,7 @@ from bench.contenders import CONTENDERS, GATES, ON_GPU, OURS, REQUESTS, SETTINGS
 WHAT = ("step", "inference", "memory", "epoch")
 DEFAULT_SETTINGS = ("tiktok", "2m_rows", "10m_rows", "4_tasks", "2_layers")
 ALLOCATORS: dict[str, dict[str, str]] = run.RUNS["cpu"]
+NOT_RUN = {"status": "not run", "note": "the run ended before"}
 # On CUDA there is a column for each precision, where on the CPU there is one for each allocator.
 PRECISIONS = {"fp32": "float32", "tf32": "tf32", "bf16": "bfloat16"}  # and the names of their rates
 # What depends on the device, where it isn't given.
@@ -261,7 +262,7 @@ def measure_on_gpu(options: argparse.Namespace, report: dict[str, Any]) -> Itera
             for precision in options.runs if wanted else ():
                 key = {"setting": setting, "contender": name, "precision": precision}
                 found[name, precision] = {
-                    what: {**key, "what": what, "status": "ok", "turns": []} for what in wanted
+                    what: {**key, "what": what, **NOT_RUN, "turns": []} for what in wanted
                 }
         results += [result for each in found.values() for result in each.values()]
         checks, ceilings = (report[key].setdefault(setting, {}) for key in ("checks", "ceilings"))
@@ -272,7 +273,7 @@ def measure_on_gpu(options: argparse.Namespace, report: dict[str, Any]) -> Itera
                     sys.exit(f"no ceilings: {turn['note']}")
                 ceilings |= {k: max(v, ceilings.get(k, 0.0)) for k, v in turn["rates"].items()}
             for (name, precision), own in rotated(list(found.items()), block):
-                going = [what for what, result in own.items() if result["status"] == "ok"]
+                going = [w for w, result in own.items() if result["status"] in ("ok", "not run")]
                 if not going:
                     continue
                 where = {"contender": name, "precision": precision}
@@ -323,6 +324,9 @@ def add(result: dict[str, Any], turn: Mapping[str, Any]) -> None:
     if turn["status"] != "ok":
         result |= turn
         return
+    if result["status"] == NOT_RUN["status"]:
+        del result["note"]
+    result["status"] = "ok"
     result["turns"].append({key: value for key, value in turn.items() if key != "status"})
 
 

@@ -62,21 +62,29 @@ def expert_mixture(
     dtype = batched.product_type(layers[0].weight)
     with torch.autocast(logits.device.type, enabled=False):
         mixed: tuple[Tensor, ...] = _ExpertMixture.apply(
-            tuple(reads), *masks, dtype, logits, len(inputs), *inputs, *parameters
+            tuple(reads),
+            *masks,
+            dtype,
+            torch.is_grad_enabled(),
+            logits,
+            len(inputs),
+            *inputs,
+            *parameters,
         )
     return mixed
 
 
 def _times(x: Tensor, weight: Tensor) -> Tensor:
-    """``x @ weight``, on CPU in float32 by oneDNN's, a tenth faster than MKL's."""
-    if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+    """``x @ weight``; in bfloat16 oneDNN would reorder a transposed weight."""
+    if x.dtype == torch.float32 and batched.onednn(x):
         return torch.ops.mkldnn._linear_pointwise(x, weight.T, None, "none", [], None)
     out = torch.ops.stem_fast.empty_kept(x, [len(x), weight.shape[1]])
     return torch.mm(x, weight, out=out)
 
 
 class _ExpertMixture(torch.autograd.Function):
-    """Inputs: reads, see, learn, dtype, logits, N, N inputs, weight and bias of every layer."""
+    """Inputs: reads, see, learn, dtype, trained, logits, N, N inputs, weight and bias of every
+    layer."""
 
     @staticmethod
     def forward(
@@ -85,6 +93,7 @@ class _ExpertMixture(torch.autograd.Function):
         see: list[int],
         learn: list[int],
         dtype: torch.dtype,
+        trained: bool,
         logits: Tensor,
         count: int,
         *tensors: Tensor,
@@ -92,8 +101,7 @@ class _ExpertMixture(torch.autograd.Function):
         ctx.types = [tensor.dtype for tensor in (logits, *tensors)]
         logits, *cast = (tensor.to(dtype) for tensor in (logits, *tensors))
         inputs, weights, biases = cast[:count], cast[count::2], cast[count + 1 :: 2]
-        trained, batch = any(ctx.needs_input_grad), len(inputs[0])
-        last = len(weights) - 1
+        batch, last = len(inputs[0]), len(weights) - 1
         # Without a backward pass the outputs of hidden layers are not kept.
         outputs = [
             torch.ops.stem_fast.empty_kept(inputs[0], [len(weight), batch, weight.shape[1]])
@@ -104,10 +112,11 @@ class _ExpertMixture(torch.autograd.Function):
         for e, n in enumerate(reads):
             x = inputs[n]
             for layer, (weight, bias) in enumerate(layers):
-                x = batched.one_linear(x, weight[e], bias[e], relu=True)
+                x = batched.one_linear(x, weight[e], bias[e])
                 if trained or layer == last:
-                    # A copy costs what a ReLU of its own did, and the memory is the last step's.
-                    x = parts[layer if trained else 0][e].copy_(x)
+                    x = torch.clamp_min(x, 0, out=parts[layer if trained else 0][e])
+                else:
+                    x.relu_()
         ctx.reads, ctx.masks, ctx.count = reads, (see, learn), count
         ctx.save_for_backward(logits, *inputs, *weights, *outputs)
         return torch.ops.stem_fast.mixture(outputs[-1], logits, see, learn).unbind()
@@ -121,8 +130,8 @@ class _ExpertMixture(torch.autograd.Function):
         weights, outputs = saved[:layers], saved[layers:]
         logits_type, *types = ctx.types
         wide = torch.promote_types(logits.dtype, torch.float32)
-        # needs_input_grad: of reads, see, learn, dtype, logits, N, then of each tensor.
-        wanted = ctx.needs_input_grad[6 : 6 + ctx.count]
+        # needs_input_grad: of reads, see, learn, dtype, trained, logits, N, then of each tensor.
+        wanted = ctx.needs_input_grad[7 : 7 + ctx.count]
         dinputs: list[Tensor | None] = [None] * ctx.count
         kinds, types = types[: ctx.count], types[ctx.count :: 2]
         dweights = [torch.empty_like(w, dtype=t) for w, t in zip(weights, types, strict=True)]
@@ -155,4 +164,4 @@ class _ExpertMixture(torch.autograd.Function):
             for d, x, want, kind in zip(dinputs, inputs, wanted, kinds, strict=True)
         ]
         parameters = [g for pair in zip(dweights, dbiases, strict=True) for g in pair]
-        return None, None, None, None, dlogits, None, *found, *parameters
+        return None, None, None, None, None, dlogits, None, *found, *parameters

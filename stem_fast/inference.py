@@ -54,7 +54,7 @@ class Inference:
             model = copy.deepcopy(model).double()
         self.model, self.precision, self.device = model, precision, device
         self.graphs: dict[tuple[Any, ...], _Graph] = {}
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
         self.parts: tuple[Any, Any, Any] | None = None
         groups = [*model.experts, *model.gate_mlps, model.towers]
         if all(_is_plain(group) for group in groups):
@@ -72,7 +72,6 @@ class Inference:
         arguments and errors as for the model's call."""
         if self.device.type != "cuda":
             return self._run(ids, numeric, sequences)
-        self.model.embedding.flush()
         tensors, names = [ids] if numeric is None else [ids, numeric], []
         for name, given in (sequences or {}).items():
             names.append((name, isinstance(given, Tensor)))
@@ -84,10 +83,12 @@ class Inference:
             *((tensor.shape, tensor.dtype) for tensor in tensors),
         )
         with self.lock, torch.cuda.device(self.device):
+            self.model.embedding.flush()
             graph = self.graphs.pop(kind, None) or self._capture(tensors, numeric is None, names)
             self.graphs[kind] = graph  # as the newest
             if len(self.graphs) > GRAPHS:
-                del self.graphs[next(iter(self.graphs))]
+                oldest = self.graphs.pop(next(iter(self.graphs)))
+                oldest.done.synchronize()  # its memory is in use until then
             return graph(tensors)
 
     def _capture(
@@ -115,7 +116,8 @@ class Inference:
         model = self.model
         with precisions.tf32(self.precision):
             if self.parts is None:
-                with precisions.autocast(self.precision, self.device):
+                # The model is in evaluation mode as long as it predicts.
+                with self.lock, precisions.autocast(self.precision, self.device):
                     return model.predict(ids, numeric, sequences)
             # The weights are cast already: what autocast there is around has no part in it.
             with torch.autocast(self.device.type, enabled=False):
@@ -201,7 +203,8 @@ class _PlainMLP:
     def _one(self, e: int, x: Tensor) -> Tensor:
         """Network e of [B, I]."""
         for weight, bias, relu in self.layers:
-            x = batched.one_linear(x.to(weight.dtype), weight[e], bias[e], relu)
+            x = batched.one_linear(x.to(weight.dtype), weight[e], bias[e])
+            x = x.relu_() if relu else x
         return x
 
 

@@ -36,7 +36,7 @@ order.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -52,7 +52,31 @@ LEAP_COLUMNS = 22
 TORCHS_ALONE = ("amsgrad", "maximize", "nesterov", "dampening", "lr_decay")  # options
 
 
-class Schedule:
+class History:
+    """The steps of a table since its last flush, on its device: no line waits for it.
+
+    ``clock`` is int64 [2], (base, now).
+    """
+
+    owing = True  # whether a row that has missed steps differs from what it would be
+
+    def __init__(self, step: int, device: torch.device) -> None:
+        self.clock = torch.tensor([step, step], device=device)
+        self.made = 0  # steps, as far as the host knows
+        self.hidden = False  # whether a CUDA graph makes steps that the host does not count
+
+    def count(self) -> None:
+        """Counts a step."""
+        self.hidden |= _captured(self.clock)
+        self.made += 1
+
+    def flushed(self) -> None:
+        """Every row has made every step: the history begins anew."""
+        self.clock[0].copy_(self.clock[1])
+        self.made = 0
+
+
+class Schedule(History):
     """What every step since the last flush did, as the table that ``adam_rows`` reads.
 
     ``steps`` is float64 [N, 17]. Line i, of step ``t = base + i``, holds in columns
@@ -83,11 +107,10 @@ class Schedule:
     17      the largest ``|s_j / mean - 1|``
     18 .. 21  what weight_decay, where it changes, adds to the second order in c: to w (times c^2)
             and m (times -c) from w, then from m
-
-    ``clock`` is int64 [2], (base, now). All are on the table's device and no line waits for it.
     """
 
     def __init__(self, betas: tuple[float, float], step: int, device: torch.device) -> None:
+        super().__init__(step, device)
         self.betas = betas
         size = _lines(device), 5 + 3 * reference.SERIES
         self.steps = torch.zeros(size, dtype=torch.float64, device=device)
@@ -95,18 +118,14 @@ class Schedule:
         size = POLYNOMIALS + len(self.steps) // LEAP, LEAP_COLUMNS
         self.leaps = torch.full(size, math.inf, dtype=torch.float64, device=device)
         self.leaps[:POLYNOMIALS, :TERMS] = torch.tensor(leap_polynomials(betas[0]))
-        self.clock = torch.tensor([step, step], device=device)
-        self.made = 0  # steps since the flush, as far as the host knows
-        self.hidden = False  # whether a CUDA graph makes steps that the host does not count
         self.l2 = False  # whether coupled weight decay was above 0 in one of them
 
     def advance(
         self, lr: float | Tensor, weight_decay: float | Tensor, eps: float, *, decoupled: bool
     ) -> None:
         """Adds a step."""
-        self.hidden |= _captured(self.clock)
+        self.count()
         self.l2 |= not decoupled and (isinstance(weight_decay, Tensor) or weight_decay != 0)
-        self.made += 1
         if self.made >= len(self.steps):
             self.steps = torch.cat([self.steps, torch.zeros_like(self.steps)])
             more = torch.full_like(self.leaps[POLYNOMIALS:], math.inf)
@@ -122,12 +141,10 @@ class Schedule:
             torch.ops.stem_fast.adam_leap(self.steps, self.leaps, self.clock, *self.betas)
 
     def flushed(self) -> None:
-        """Every row has made every step: the table begins anew."""
-        self.clock[0].copy_(self.clock[1])
+        super().flushed()
         self.steps[0].zero_()
         self.steps[0, 3].fill_(1)
         self.leaps[POLYNOMIALS:].fill_(math.inf)
-        self.made = 0
         # The steps of a CUDA graph are L2's if that of its capture was.
         self.l2 = self.l2 and self.clock.is_cuda
 
@@ -172,6 +189,8 @@ class TableOptimizer(torch.optim.Optimizer):
 
     def __init__(self, params: EmbeddingArena | Iterable[Any], defaults: dict[str, Any]) -> None:
         self._arenas: dict[Tensor, EmbeddingArena] = {}
+        self._histories: dict[Tensor, Any] = {}  # of tables whose rows may miss steps
+        self._last: dict[Tensor, Tensor] = {}  # the newest step of each of their rows, int32 [R]
         groups: list[Any] = [params] if isinstance(params, EmbeddingArena) else list(params)
         super().__init__(groups, defaults)
 
@@ -218,6 +237,15 @@ class TableOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def catch_up(self, weight: Tensor, rows: Tensor | None) -> None:
         """Make the steps that rows [U] of a table (None: all rows) have missed."""
+        history = self._histories.get(weight)
+        if history is None:
+            return
+        # A batch's catch-up is part of every step that a CUDA graph is to make.
+        if history.made or history.hidden or (rows is not None and _captured(weight)):
+            if history.owing:
+                self._run(weight, self._group(weight), rows, None)
+            if rows is None:
+                history.flushed()
 
     def replayed(self) -> None:
         """Counts a step of every table, which the replay of a CUDA graph made.
@@ -225,6 +253,18 @@ class TableOptimizer(torch.optim.Optimizer):
         Who calls it after each replay spares the flush that otherwise comes before every reading of
         a table of which a step was captured.
         """
+        for history in self._histories.values():
+            history.made, history.hidden = history.made + 1, False
+
+    def tensors(self) -> Iterator[Tensor]:
+        """What a step works on, gradients aside: a CUDA graph of it needs them where they are."""
+        for weight in self._arenas:
+            yield weight
+            state = self.state.get(weight, {}).values()
+            yield from (t for t in state if isinstance(t, Tensor) and t.dim())
+        yield from self._last.values()
+        for history in self._histories.values():
+            yield from (t for t in vars(history).values() if isinstance(t, Tensor))
 
     def flush(self) -> None:
         """Make all steps that rows have missed: every table is then what it would be without."""
@@ -235,6 +275,12 @@ class TableOptimizer(torch.optim.Optimizer):
         self, weight: Tensor, group: dict[str, Any], rows: Tensor | None, values: Tensor
     ) -> None:
         """A step of rows [U], each once (None: all), with their gradients [U, W]."""
+        raise NotImplementedError
+
+    def _run(
+        self, weight: Tensor, group: dict[str, Any], rows: Tensor | None, values: Tensor | None
+    ) -> None:
+        """The steps that rows have missed, and with values [U, W] the newest."""
         raise NotImplementedError
 
     def _group(self, weight: Tensor) -> dict[str, Any]:
@@ -279,6 +325,8 @@ class TableOptimizer(torch.optim.Optimizer):
             # torch has cast it to the weight's type.
             dtype = self._state_dtype(weight)
             self.state[weight][name] = value.to(weight.device, dtype, copy=True).contiguous()
+        self._histories.clear()
+        self._last.clear()
 
     def _state_dtype(self, weight: Tensor) -> torch.dtype:
         return torch.promote_types(weight.dtype, torch.float32)
@@ -317,8 +365,6 @@ class ExactAdam(TableOptimizer):
         state_dtype: torch.dtype = torch.float32,
     ) -> None:
         self.state_dtype = state_dtype
-        self._schedules: dict[Tensor, Schedule] = {}
-        self._last: dict[Tensor, Tensor] = {}
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -328,17 +374,6 @@ class ExactAdam(TableOptimizer):
         }
         super().__init__(params, defaults)
 
-    def catch_up(self, weight: Tensor, rows: Tensor | None) -> None:
-        schedule = self._schedules.get(weight)
-        if schedule is not None and (schedule.made or schedule.hidden):
-            self._run(weight, self._group(weight), rows, None)
-            if rows is None:
-                schedule.flushed()
-
-    def replayed(self) -> None:
-        for schedule in self._schedules.values():
-            schedule.made, schedule.hidden = schedule.made + 1, False
-
     def _update(
         self, weight: Tensor, group: dict[str, Any], rows: Tensor | None, values: Tensor
     ) -> None:
@@ -347,11 +382,10 @@ class ExactAdam(TableOptimizer):
         schedule.advance(group["lr"], group["weight_decay"], group["eps"], decoupled=decoupled)
         self._run(weight, group, rows, values)
 
-    @torch.no_grad()
     def _run(
-        self, weight: Tensor, group: Mapping[str, Any], rows: Tensor | None, values: Tensor | None
+        self, weight: Tensor, group: dict[str, Any], rows: Tensor | None, values: Tensor | None
     ) -> None:
-        state, schedule = self.state[weight], self._schedules[weight]
+        state, schedule = self.state[weight], self._histories[weight]
         torch.ops.stem_fast.adam_rows(
             weight,
             state["exp_avg"],
@@ -368,9 +402,9 @@ class ExactAdam(TableOptimizer):
             schedule.l2,
         )
 
-    def _schedule(self, weight: Tensor, group: Mapping[str, Any]) -> Schedule:
+    def _schedule(self, weight: Tensor, group: dict[str, Any]) -> Schedule:
         """The table's schedule; with its state, made at its first step."""
-        if weight not in self._schedules:
+        if weight not in self._histories:
             state = self.state[weight]
             if not state:
                 state["step"] = torch.zeros(())
@@ -378,24 +412,19 @@ class ExactAdam(TableOptimizer):
                     dtype = self._state_dtype(weight)
                     state[name] = ops.new_table(torch.empty_like(weight, dtype=dtype)).zero_()
             step = int(state["step"])
-            self._schedules[weight] = Schedule(group["betas"], step, weight.device)
+            self._histories[weight] = Schedule(group["betas"], step, weight.device)
             self._last[weight] = _of_rows(weight, step)
-        return self._schedules[weight]
+        schedule: Schedule = self._histories[weight]
+        return schedule
 
     def _state_dtype(self, weight: Tensor) -> torch.dtype:
         return torch.float64 if weight.dtype == torch.float64 else self.state_dtype
 
     def state_dict(self) -> dict[str, Any]:
         """State of the form of ``torch.optim.Adam``'s, after :meth:`flush`."""
-        for weight, schedule in self._schedules.items():
+        for weight, schedule in self._histories.items():
             self.state[weight]["step"] = schedule.clock[1].cpu().float()
         return super().state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As :meth:`TableOptimizer.load_state_dict`; torch's Adam and AdamW have the same form."""
-        super().load_state_dict(state_dict)
-        self._schedules.clear()
-        self._last.clear()
 
 
 class LazyAdam(ExactAdam):
@@ -409,10 +438,10 @@ class LazyAdam(ExactAdam):
         self, weight: Tensor, group: dict[str, Any], rows: Tensor | None, values: Tensor
     ) -> None:
         super()._update(weight, group, rows, values)
-        self._schedules[weight].flushed()  # nothing is owed
+        self._histories[weight].flushed()  # nothing is owed
 
 
-class Products:
+class Products(History):
     """What every step of SGD since the last flush did, as the table that ``sgd_rows`` reads.
 
     ``steps`` is float64 [N, 7]. Line i, of step ``base + i``, holds in columns
@@ -424,25 +453,20 @@ class Products:
     A row of line i makes the steps of that line, then those of line ``i + b``, and so on: at most
     ``log2(N)`` products. A new step belongs to as many lines: to that before it and to those whose
     number is that one's with its lowest bits cleared, as in a Fenwick tree.
-
-    ``clock`` is int64 [2], (base, now). Both are on the table's device and no line waits for it.
     """
 
     def __init__(self, device: torch.device) -> None:
+        super().__init__(0, device)
         self.steps = torch.zeros(_lines(device), 7, dtype=torch.float64, device=device)
-        self.clock = torch.zeros(2, dtype=torch.int64, device=device)
-        self.made = 0  # steps since the flush, as far as the host knows
-        self.hidden = False  # whether a CUDA graph makes steps that the host does not count
-        self.owing = False  # whether any step moves rows that have no gradient
+        self.owing = False  # no step yet moves rows that have no gradient
         self._bits = torch.arange(32, device=device)
         self._identity = torch.eye(2, dtype=torch.float64, device=device).flatten()
         self.steps[0, 3:] = self._identity
 
     def advance(self, lr: float | Tensor, momentum: float, weight_decay: float | Tensor) -> None:
         """Adds a step."""
-        self.hidden |= _captured(self.clock)
+        self.count()
         self.owing |= momentum != 0 or isinstance(weight_decay, Tensor) or weight_decay != 0
-        self.made += 1
         if self.made >= len(self.steps):
             self.steps = torch.cat([self.steps, torch.zeros_like(self.steps)])
         self.clock[1] += 1
@@ -462,10 +486,8 @@ class Products:
         self.steps.index_copy_(0, line, torch.cat([options, self._identity])[None])
 
     def flushed(self) -> None:
-        """Every row has made every step: the table begins anew."""
-        self.clock[0].copy_(self.clock[1])
+        super().flushed()
         self.steps[0, 3:].copy_(self._identity)
-        self.made = 0
 
 
 class SGD(TableOptimizer):
@@ -487,38 +509,25 @@ class SGD(TableOptimizer):
         momentum: float = 0.0,
         weight_decay: float | Tensor = 0.0,
     ) -> None:
-        self._products: dict[Tensor, Products] = {}
-        self._last: dict[Tensor, Tensor] = {}
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-
-    def catch_up(self, weight: Tensor, rows: Tensor | None) -> None:
-        products = self._products.get(weight)
-        if products is not None and (products.made or products.hidden):
-            if products.owing:
-                self._run(weight, rows, None)
-            if rows is None:
-                products.flushed()
-
-    def replayed(self) -> None:
-        for products in self._products.values():
-            products.made, products.hidden = products.made + 1, False
 
     def _update(
         self, weight: Tensor, group: dict[str, Any], rows: Tensor | None, values: Tensor
     ) -> None:
-        if weight not in self._products:
-            self._products[weight] = Products(weight.device)
+        if weight not in self._histories:
+            self._histories[weight] = Products(weight.device)
             self._last[weight] = _of_rows(weight, 0)
         if group["momentum"] and self.state[weight].get("momentum_buffer") is None:
             buffer = ops.new_table(torch.empty_like(weight, dtype=self._state_dtype(weight)))
             buffer.zero_()
             self.state[weight]["momentum_buffer"] = buffer
-        self._products[weight].advance(group["lr"], group["momentum"], group["weight_decay"])
-        self._run(weight, rows, values)
+        self._histories[weight].advance(group["lr"], group["momentum"], group["weight_decay"])
+        self._run(weight, group, rows, values)
 
-    @torch.no_grad()
-    def _run(self, weight: Tensor, rows: Tensor | None, values: Tensor | None) -> None:
-        products = self._products[weight]
+    def _run(
+        self, weight: Tensor, group: dict[str, Any], rows: Tensor | None, values: Tensor | None
+    ) -> None:
+        products = self._histories[weight]
         torch.ops.stem_fast.sgd_rows(
             weight,
             self.state[weight].get("momentum_buffer"),
@@ -588,7 +597,7 @@ OPTIMIZERS: dict[str, Callable[..., TableOptimizer]] = {
 
 
 def _of_rows(weight: Tensor, step: int) -> Tensor:
-    """The newest step of each row, int32 [R]."""
+    """That step for every row, int32 [R]."""
     return ops.new_table(weight.new_empty(len(weight), dtype=torch.int32)).fill_(step)
 
 

@@ -6,7 +6,7 @@ Source: ``fuxictr/pytorch/models/rank_model.py`` and ``multitask_model.py`` of L
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -124,9 +124,10 @@ class TrainStep:
     """:func:`train_step`, on CUDA replayed from a CUDA graph.
 
     The first ``WARM_UP`` batches of ``config.batch_size`` rows are trained as they are, the next is
-    captured; a change of an optimizer's options, of the numbers among them, captures anew. Other
-    batches (the last of an epoch), those of a model in evaluation mode, and all batches on the CPU
-    or with ``config.recompute`` are trained as they are always. The steps are the same either way.
+    captured. A change of an optimizer's options (the numbers among them) or of its state's place in
+    memory begins anew, as a longer sequence than all before does. Other batches (the last of an
+    epoch), those of a model in evaluation mode, and all batches on the CPU or with
+    ``config.recompute`` are trained as they are always. The steps are the same either way.
 
     Args:
         model: on the device of its batches.
@@ -143,7 +144,8 @@ class TrainStep:
     ) -> None:
         self.model, self.optimizers, self.config = model, optimizers, config
         self.made = 0  # steps since the last flush
-        self.seen = 0  # batches that could be captured
+        self.warm = 0  # steps with this batch and these options
+        self.batch: Batch | None = None  # what a graph reads
         self.graph: torch.cuda.CUDAGraph | None = None
         self.stream: torch.cuda.Stream | None = None
 
@@ -155,20 +157,15 @@ class TrainStep:
             self.made = 1
         if not self._capturable(batch):
             return train_step(self.model, self.optimizers, batch, self.config)
-        self.seen += 1
-        if self.stream is None:
-            self.stream = torch.cuda.Stream(batch.ids.device)
-        if self.seen <= WARM_UP:
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                loss = train_step(self.model, self.optimizers, batch, self.config)
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return loss.clone()  # on this stream, whose memory it then is
-        options = self._options()
-        if self.graph is None or options != self.options or not self._fits(batch):
-            self._capture(batch, options)
-        self._copy(batch)
-        assert self.graph is not None
+        if self.batch is None or not self._fits(self.batch, batch):
+            self.batch, self.warm, self.graph = _room(batch), 0, None
+        elif self.kept != self._kept():
+            self.warm, self.graph = 0, None
+        self._copy(self.batch, batch)
+        if self.warm < WARM_UP:
+            return self._warm_up(self.batch)
+        if self.graph is None:
+            self.graph = self._capture(self.batch)
         self.graph.replay()
         for optimizer in self.optimizers:
             if isinstance(optimizer, TableOptimizer):
@@ -184,40 +181,51 @@ class TrainStep:
             and not config.recompute
         )
 
-    def _options(self) -> list[dict[str, Any]]:
-        """The options that a graph keeps as they were; weight_decay is set by every step."""
-        return [
-            {key: value for key, value in group.items() if key not in ("params", "weight_decay")}
-            for optimizer in self.optimizers
-            for group in optimizer.param_groups
-        ]
+    def _kept(self) -> list[Any]:
+        """What a graph keeps as it was: options, and where tensors are."""
+        found: list[Any] = []
+        for optimizer in self.optimizers:
+            own = isinstance(optimizer, TableOptimizer)
+            # train_step sets the weight_decay of a table in every step.
+            left_out = ("params", "weight_decay") if own else ("params",)
+            for group in optimizer.param_groups:
+                found.append({key: value for key, value in group.items() if key not in left_out})
+            found.append([tensor.data_ptr() for tensor in _tensors(optimizer)])
+        return found
 
-    def _fits(self, batch: Batch) -> bool:
+    @staticmethod
+    def _fits(own: Batch, batch: Batch) -> bool:
         """Whether the graph's own batch holds it: sequences may be longer than those captured."""
-        pairs = zip(self.batch, batch, strict=True)
-        return all((own is None) == (given is None) for own, given in pairs) and all(
-            len(values) <= len(self.batch.sequences[name][0])
+        pairs = zip(own, batch, strict=True)
+        return all((one is None) == (given is None) for one, given in pairs) and all(
+            len(values) <= len(own.sequences[name][0])
             for name, (values, _) in batch.sequences.items()
         )
 
-    def _capture(self, batch: Batch, options: list[dict[str, Any]]) -> None:
-        self.graph = None  # its memory is free for the next
-        self.options = options
-        # The values of sequences get a fourth more room, so that few batches have more.
-        sequences = {
-            name: (values.new_zeros(len(values) + len(values) // 4 + 1), offsets.clone())
-            for name, (values, offsets) in batch.sequences.items()
-        }
-        self.batch = batch.map(torch.clone)._replace(sequences=sequences)
+    def _warm_up(self, batch: Batch) -> Tensor:
+        """A step that is not captured, of the graph's own batch."""
+        if self.stream is None:
+            self.stream = torch.cuda.Stream(batch.ids.device)
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            loss = train_step(self.model, self.optimizers, batch, self.config)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        self.warm += 1
+        self.kept = self._kept()
+        return loss.clone()  # on this stream, whose memory it then is
+
+    def _capture(self, batch: Batch) -> torch.cuda.CUDAGraph:
         self.model.embedding.flush()
         self.made = 1
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=self.stream):
-            self.loss = train_step(self.model, self.optimizers, self.batch, self.config)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may go on: one of them copies the next batch.
+        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+            self.loss = train_step(self.model, self.optimizers, batch, self.config)
+        return graph
 
-    def _copy(self, batch: Batch) -> None:
+    @staticmethod
+    def _copy(own_batch: Batch, batch: Batch) -> None:
         """Into the graph's own batch."""
-        own_batch = self.batch
         for own, given in (
             (own_batch.ids, batch.ids),
             (own_batch.numeric, batch.numeric),
@@ -230,3 +238,25 @@ class TrainStep:
             own_values, own_offsets = own_batch.sequences[name]
             own_values[: len(values)].copy_(values)  # what is past the offsets is nobody's
             own_offsets.copy_(offsets)
+
+
+def _room(batch: Batch) -> Batch:
+    """Memory for batches like this one; the values of sequences get a fourth more, so that few
+    batches have more."""
+    sequences = {
+        name: (values.new_zeros(len(values) + len(values) // 4 + 1), offsets.clone())
+        for name, (values, offsets) in batch.sequences.items()
+    }
+    return batch.map(torch.clone)._replace(sequences=sequences)
+
+
+def _tensors(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    """What an optimizer's step works on, gradients aside."""
+    if isinstance(optimizer, TableOptimizer):
+        yield from optimizer.tensors()
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            yield parameter
+            state = optimizer.state.get(parameter, {})
+            yield from (t for t in state.values() if isinstance(t, Tensor))

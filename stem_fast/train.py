@@ -151,7 +151,8 @@ def fit(
         model.double()
     optimizers = make_optimizers(model, config)
     step = TrainStep(model, optimizers, config)
-    train, valid = _resident(train, device, "training"), _resident(valid, device, "validation")
+    if torch.device(device).type == "cuda":
+        train, valid = _resident({"training": train, "validation": valid}, model, device)
     history: list[EpochRecord] = []
     best_value: float | None = None
     best_weights: dict[str, Tensor] = {}
@@ -198,20 +199,26 @@ def fit(
     return history
 
 
-def _resident(data: Dataset, device: str | torch.device, name: str) -> Dataset:
-    """The data on a CUDA device, where it takes at most half of the memory that is free there."""
-    device = torch.device(device)
-    if device.type != "cuda":
-        return data
+def _resident(
+    sets: Mapping[str, Dataset], model: STEMNet, device: str | torch.device
+) -> list[Dataset]:
+    """The data on a CUDA device, as far as it takes at most half of the memory that is free there
+    once gradients and the optimizer's state, not made yet, have theirs."""
     free, _ = torch.cuda.mem_get_info(device)
-    if data.nbytes > free // 2:
-        warnings.warn(
-            f"the {name} data ({data.nbytes / 1e9:.1f} GB) is more than half of the "
-            f"{free / 1e9:.1f} GB that are free on {device}: batches are copied there one by one",
-            stacklevel=3,
-        )
-        return data
-    return data.to(device)
+    room = (free - 3 * sum(parameter.nbytes for parameter in model.parameters())) // 2
+    found = []
+    for name, data in sets.items():
+        if data.nbytes <= room:
+            room -= data.nbytes
+            data = data.to(device)
+        else:
+            warnings.warn(
+                f"the {name} data takes {data.nbytes / 1e9:.1f} GB, and {max(room, 0) / 1e9:.1f} "
+                f"GB of {device} are left for it: batches are copied there one by one",
+                stacklevel=3,
+            )
+        found.append(data)
+    return found
 
 
 def _train_epoch(
@@ -299,7 +306,7 @@ def score(predictions: np.ndarray, data: Dataset, kinds: Mapping[str, str]) -> d
     """``metrics.evaluate`` of given predictions [N, T]; DataError if ``data`` has no labels."""
     if data.labels is None:
         raise DataError("the data was loaded without labels, so it cannot be evaluated.")
-    return metrics.evaluate(np.asarray(data.labels), predictions, kinds, data.group)
+    return metrics.evaluate(data.labels.cpu().numpy(), predictions, kinds, data.group)
 
 
 def task_kinds(model: STEMNet) -> dict[str, str]:

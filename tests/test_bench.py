@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -546,6 +547,8 @@ def test_low_precision_is_held_to_autocast() -> None:
     with pytest.raises(AssertionError, match="differ by"):  # as float32 it would not do
         turns.agree(Low(problem, start), build(), ids, labels)
     autocast = turns.Autocast(problem, start)
+    with mock.patch("stem_fast.batched.networks", side_effect=AssertionError("ours")):
+        autocast.outputs(autocast.batch(ids, labels))  # torch's own operations alone
     turns.agree(Low(problem, start), build(), ids, labels, autocast)
     off = Low(problem, start)
     off.error = 0.1

@@ -163,11 +163,12 @@ def test_evaluate_gives_what_fit_wrote() -> None:
 
 @pytest.mark.filterwarnings("default")
 def test_a_warning_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def warned(data: Any, device: str, name: str) -> Any:
-        warnings.warn(f"the {name} data\nis large", stacklevel=2)
-        return data
+    def warned(config: Any, kinds: Any) -> Any:
+        warnings.warn("the training data\nis large", stacklevel=2)
+        return check(config, kinds)
 
-    monkeypatch.setattr("stem_fast.train._resident", warned)
+    check = train.check
+    monkeypatch.setattr(train, "check", warned)
     result = fit(device="cpu")
     assert "warning: the training data is large\n" in result.stderr
     assert ".py:" not in result.stderr

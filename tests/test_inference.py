@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -116,6 +117,35 @@ def test_other_networks_run_as_in_predict(options: dict[str, Any], n: int) -> No
     assert model.training
     rounded = model.compile_inference("bf16")(*given)
     torch.testing.assert_close(rounded, expected, atol=0.05, rtol=0.05)
+
+
+def test_threads_share_one_of_a_model_that_trains() -> None:
+    """Batch norm and dropout must be in evaluation mode in every thread, and in no other after."""
+    model, batch = build("stem", batch_norm=True, net_dropout=0.5)
+    compiled = model.compile_inference()
+    requests = [batch(n) for n in range(1, 40)]
+    expected = [compiled(*each) for each in requests]
+    with ThreadPoolExecutor(3) as threads:
+        for actual, right in zip(
+            threads.map(lambda each: compiled(*each), requests), expected, strict=True
+        ):
+            assert torch.equal(actual, right)
+    assert model.training
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("n", NUMBERS[1:])
+def test_a_number_that_is_none_is_seen(precision: str, n: int) -> None:
+    """No layer's ReLU hides NaN, whatever way its size makes it take."""
+    model, batch = build("stem")
+    ids, numeric, sequences = batch(n)
+    numeric[0] = torch.nan
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        logits = model(ids, numeric, sequences)
+        predicted = model.predict(ids, numeric, sequences)
+    for found in (logits, predicted, model.compile_inference(precision)(ids, numeric, sequences)):
+        assert found[0].isnan().all()
+        assert found[1:].isfinite().all()
 
 
 @pytest.mark.parametrize("cuda", [False, True])

@@ -1,14 +1,20 @@
-"""TrainStep against train_step: the same steps, on CUDA replayed from a graph."""
+"""TrainStep against train_step: the same steps, replayed from a CUDA graph or, without a GPU, from
+a stand-in for one."""
 
 from __future__ import annotations
 
+import contextlib
+import copy
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from stem_fast import layers, optim, train
 from stem_fast import step as steps
-from stem_fast import train
 from stem_fast.config import EMBEDDING_OPTIMIZERS, TrainingConfig
 from stem_fast.data import Dataset
 from stem_fast.model import STEMNet
@@ -83,11 +89,87 @@ def trained(settings: TrainingConfig, device: str, whole: bool, **options: Any) 
                 group["lr"] = 1e-3
     found.embedding.release()
     found.losses = torch.stack([loss.double().cpu() for loss in losses])
-    assert not whole or device == "cpu" or step.graph is not None
+    assert not whole or step.graph is not None
     return found
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
+class Ops(TorchDispatchMode):
+    """Notes the ops of ours that run: the name, and of which arguments there are any."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[Any, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "stem_fast":
+            self.seen.append((str(func), *(arg is None for arg in args)))
+        return func(*args, **(kwargs or {}))
+
+
+class StandIn:
+    """A CUDA graph on the CPU. It has no memory of kernels: what it replays is a train_step, which
+    must do what the captured one did."""
+
+    step: steps.TrainStep  # whose graphs these are
+    capturing = False
+
+    @contextlib.contextmanager
+    def capture(self, **options: Any) -> Iterator[None]:
+        StandIn.capturing = True
+        try:
+            with Ops() as self.ops:
+                yield
+        finally:
+            StandIn.capturing = False
+        self.replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+        if self.replays == 1:
+            return  # the stand-in's capture has made the step
+        step = self.step
+        assert step.batch is not None
+        with Ops() as ops:
+            loss = steps.train_step(step.model, step.optimizers, step.batch, step.config)
+        assert ops.seen == self.ops.seen
+        step.loss.copy_(loss)
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TrainStep and the optimizers as on CUDA."""
+
+    def capturable(step: steps.TrainStep, batch: Any) -> bool:
+        StandIn.step = step
+        return len(batch.ids) == step.config.batch_size and step.model.training
+
+    monkeypatch.setattr(steps.TrainStep, "_capturable", capturable)
+    monkeypatch.setattr(optim, "_captured", lambda tensor: StandIn.capturing)
+    monkeypatch.setattr(layers, "_runs_ahead", lambda tensor: True)
+    for name, fake in {
+        "Stream": lambda *_: mock.MagicMock(),
+        "current_stream": mock.MagicMock,
+        "stream": contextlib.nullcontext,
+        "CUDAGraph": StandIn,
+        "graph": lambda graph, **options: graph.capture(**options),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> str:
+    """ "cuda", or "cpu" with the stand-in."""
+    if request.param == "cpu":
+        request.getfixturevalue("stand_in")
+    return str(request.param)
+
+
+everywhere = pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=gpu)], indirect=True
+)
+
+
+@everywhere
 @pytest.mark.parametrize("name", EMBEDDING_OPTIMIZERS)
 @pytest.mark.parametrize("norm", [0.0, 0.5])
 def test_steps_are_train_steps(
@@ -100,6 +182,73 @@ def test_steps_are_train_steps(
     torch.testing.assert_close(ours.losses, theirs.losses, rtol=1e-9, atol=0)
     for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-10)
+
+
+@everywhere
+@pytest.mark.parametrize("change", ["lr", "weight_decay", "state", "table"])
+def test_a_graph_is_captured_anew(change: str, device: str) -> None:
+    """Where it would go on with options or memory that are no longer the optimizers'."""
+    settings, changed = config(), steps.WARM_UP + 2
+    ours, theirs = (model().to(device) for _ in range(2))
+    optimizers = [train.make_optimizers(each, settings) for each in (ours, theirs)]
+    step = steps.TrainStep(ours, optimizers[0], settings)
+    epochs = (data().batches(BATCH, seed=seed, device=device) for seed in (1, 2))
+    batches = [batch for epoch in epochs for batch in epoch if len(batch.ids) == BATCH]
+    for number, batch in enumerate(batches[: changed + steps.WARM_UP + 3]):
+        if number == changed:
+            before = step.graph
+            assert before is not None
+            for dense, table in optimizers:
+                if change == "state":
+                    dense.load_state_dict(copy.deepcopy(dense.state_dict()))
+                elif change == "table":
+                    table.load_state_dict(table.state_dict())
+                else:  # torch's Adam's weight_decay is set by no step
+                    dense.param_groups[0][change] = 0.05
+        expected = steps.train_step(theirs, optimizers[1], batch, settings)
+        torch.testing.assert_close(step(batch), expected, rtol=1e-9, atol=0)
+    assert step.graph not in (None, before)
+
+
+@everywhere
+def test_a_failed_capture_leaves_no_graph(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, settings = model().to(device), config()
+    step = steps.TrainStep(found, train.make_optimizers(found, settings), settings)
+    real, calls = steps.train_step, 0
+
+    def fails_once(*arguments: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == steps.WARM_UP + 1:
+            raise torch.OutOfMemoryError("no room")
+        return real(*arguments)
+
+    monkeypatch.setattr(steps, "train_step", fails_once)
+    batches = list(data().batches(BATCH, device=device))
+    for batch in batches[: steps.WARM_UP]:
+        step(batch)
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        step(batches[steps.WARM_UP])
+    assert step.graph is None
+    assert step(batches[steps.WARM_UP]).isfinite()
+    assert step.graph is not None
+
+
+@everywhere
+def test_longer_sequences_get_more_room(device: str) -> None:
+    settings = config(embedding_optimizer="dense_adam")
+    ours = [model().to(device) for _ in range(2)]
+    optimizers = [train.make_optimizers(each, settings) for each in ours]
+    step = steps.TrainStep(ours[0], optimizers[0], settings)
+    batches = list(data().batches(BATCH, device=device))[: steps.WARM_UP + 2]
+    longest = batches[0]
+    values, offsets = longest.sequences["seen"]
+    longest = longest._replace(sequences={"seen": (values.repeat(9), offsets * 9)})
+    for batch in (*batches, longest, *batches):
+        expected = steps.train_step(ours[1], optimizers[1], batch, settings)
+        torch.testing.assert_close(step(batch), expected, rtol=1e-9, atol=0)
+    assert step.batch is not None
+    assert len(step.batch.sequences["seen"][0]) >= 9 * len(values)
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])

@@ -249,57 +249,83 @@ INLINE void replay(const Job& job, int64_t from, int64_t to, Part<A>& part) {
   }
 }
 
-// The sums over missed steps of Schedule, as central moments. f(x) = 1 / (sqrt(v) * x + eps) is
-// summed over the steps' x by its series around their mean.
-struct Series {
-  double weight, mean, c2, c3, c4, c5, c6;
+// What steps `from` + 1 .. `to` without any gradient make of every row: m and v decay, and w moves by
+// m times a sum that depends on v and the steps alone. Of the sums over steps that Schedule has, the
+// central moments: f(x) = 1 / (sqrt(v) * x + eps) is summed over the steps' x by its series around
+// their mean.
+template <typename A>
+struct Missed {
+  A left1 = -1, left2, kept;  // of m, v and w; -1: not made
+  bool series;                // whether the terms left out are below the rounding of A
+  A weight, mean, c2, c3, c4, c5, c6;
 
-  Series(const double* line, double reference) {
-    const double* raw = line + kMoments;
-    weight = raw[0];
-    double n[kPowers];
-    for (int p = 0; p < kPowers; ++p) n[p] = weight != 0 ? raw[p] / weight : 0;
+  Missed() = default;
+  Missed(const Job& job, int64_t from, int64_t to) {
+    const double* start = job.step(from);
+    const double missed = static_cast<double>(to - from);
+    left1 = std::exp2(job.log1 * missed), left2 = std::exp2(job.log2 * missed);
+    kept = job.step(to)[kLeft] / start[kLeft];
+    const double* raw = start + kMoments;
+    double n[kPowers] = {};
+    for (int p = 1; raw[0] != 0 && p < kPowers; ++p) n[p] = raw[p] / raw[0];
     const double d = n[1], d2 = d * d, d3 = d2 * d;
-    mean = reference + d;
+    const double middle = std::sqrt(job.beta2) * job.step(from + 1)[kRoot] + d;
+    const double sixth =
+        n[6] - 6 * d * n[5] + 15 * d2 * n[4] - 20 * d3 * n[3] + 15 * d2 * d2 * n[2] - 5 * d3 * d3;
+    constexpr double most = std::is_same_v<A, float> ? 1e-7 : 1e-11;
+    const double cube = middle * middle * middle;
+    // A step that is made too has its term in the sums already.
+    series = !job.grad && raw[0] != 0 && std::abs(sixth) <= most * cube * cube;
+    weight = raw[0], mean = middle, c6 = sixth;
     c2 = n[2] - d2;
     c3 = n[3] - 3 * d * n[2] + 2 * d3;
     c4 = n[4] - 4 * d * n[3] + 6 * d2 * n[2] - 3 * d2 * d2;
     c5 = n[5] - 5 * d * n[4] + 10 * d2 * n[3] - 10 * d3 * n[2] + 4 * d2 * d3;
-    c6 = n[6] - 6 * d * n[5] + 15 * d2 * n[4] - 20 * d3 * n[3] + 15 * d2 * d2 * n[2] - 5 * d3 * d3;
-  }
-
-  // Whether the terms left out are below the rounding of A.
-  template <typename A>
-  bool converges() const {
-    constexpr double most = std::is_same_v<A, float> ? 1e-7 : 1e-11;
-    const double cube = mean * mean * mean;
-    return std::abs(c6) <= most * cube * cube && weight != 0;
   }
 };
 
-// Steps `from` + 1 .. `to` without any gradient: m and v decay, and w moves by m times a sum that
-// depends on v and the steps alone.
+// Of the rows of a batch many have missed as many steps.
+template <typename A>
+class Ages {
+ public:
+  Ages(const Job& job, int64_t to)
+      : job_(job), to_(to), known_(job.l2 ? 0 : std::min<int64_t>(to - job.base, kKnown)) {}
+
+  INLINE const Missed<A>& since(int64_t from) {
+    const int64_t age = to_ - from;
+    Missed<A>& found = age <= static_cast<int64_t>(known_.size()) ? known_[age - 1] : other_;
+    if (&found == &other_ || found.left1 < 0) found = Missed<A>(job_, from, to_);
+    return found;
+  }
+
+ private:
+  static constexpr int64_t kKnown = 1024;
+  const Job& job_;
+  int64_t to_;
+  std::vector<Missed<A>> known_;
+  Missed<A> other_;
+};
+
 template <typename A, typename V = typename Lanes<A>::type>
-INLINE void coast(const Job& job, int64_t from, int64_t to, Part<A>& part) {
+INLINE void coast(const Job& job, int64_t from, int64_t to, const Missed<A>& missed,
+                  Part<A>& part) {
   constexpr int n = Part<A>::n;
-  const double* start = job.step(from);
-  const double root2 = std::sqrt(job.beta2), missed = static_cast<double>(to - from);
   const A eps = job.eps, least = kLeast<A>;
   auto still = part.m[0] == part.m[0];
   for (int i = 0; i < n; ++i) still &= (part.m[i] <= least) & (part.m[i] >= -least);
   V total[n] = {};
   if (any(~still)) {  // else never trained, or long ago
-    const Series series(start, root2 * job.step(from + 1)[kRoot]);
-    if (!job.grad && series.converges<A>()) {
-      const A mean = series.mean, c2 = series.c2, c3 = series.c3, c4 = series.c4, c5 = series.c5,
-              c6 = series.c6, weight = series.weight;
+    if (missed.series) {
       for (int i = 0; i < n; ++i) {
-        const V s = root(part.v[i]), f = 1 / (s * mean + eps), h = s * f;
-        total[i] = weight * f * (1 + h * h * (c2 - h * (c3 - h * (c4 - h * (c5 - h * c6)))));
+        const V s = root(part.v[i]), f = 1 / (s * missed.mean + eps), h = s * f;
+        const V bend = missed.c4 - h * (missed.c5 - h * missed.c6);
+        total[i] = missed.weight * f * (1 + h * h * (missed.c2 - h * (missed.c3 - h * bend)));
       }
     } else {
       V s[n];
       for (int i = 0; i < n; ++i) s[i] = root(part.v[i]);
+      const double* start = job.step(from);
+      const double root2 = std::sqrt(job.beta2);
       double momentum = job.beta1, second = root2;
       for (int64_t t = from + 1; t <= to && momentum > kSpent; ++t) {
         const double* step = job.step(t);
@@ -311,12 +337,10 @@ INLINE void coast(const Job& job, int64_t from, int64_t to, Part<A>& part) {
       }
     }
   }
-  const A left1 = std::exp2(job.log1 * missed), left2 = std::exp2(job.log2 * missed);
-  const A kept = job.step(to)[kLeft] / start[kLeft];
   for (int i = 0; i < n; ++i) {
-    part.w[i] = kept * (part.w[i] - part.m[i] * total[i]);
-    part.m[i] *= left1;
-    part.v[i] *= left2;
+    part.w[i] = missed.kept * (part.w[i] - part.m[i] * total[i]);
+    part.m[i] *= missed.left1;
+    part.v[i] *= missed.left2;
   }
 }
 
@@ -332,6 +356,7 @@ INLINE void run(const Job& job, int64_t begin, int64_t end) {
                       job.exp_avg.template is<A>() && job.exp_avg_sq.template is<A>();
   A* grad = first + 3 * room;
   const int64_t due = job.grad ? job.now - 1 : job.now;
+  Ages<A> ages(job, due);
   for (int64_t u = begin; u < end; ++u) {
     const int64_t at = job.rows ? job.rows[u] : u;
     if (job.rows && at == 0) continue;
@@ -366,10 +391,15 @@ INLINE void run(const Job& job, int64_t begin, int64_t end) {
         job.grad->read(u, grad);
       }
     }
+    const Missed<A>* missed = made < due && !job.l2 ? &ages.since(made) : nullptr;
     for (int64_t column = 0; column < job.width; column += values) {
       Part<A> part;
       part.read(row, column);
-      if (made < due) job.l2 ? replay(job, made, due, part) : coast(job, made, due, part);
+      if (missed) {
+        coast(job, made, due, *missed, part);
+      } else if (made < due) {
+        replay(job, made, due, part);
+      }
       if (job.grad) make_step<A>(job, job.step(job.now), own + column, part);
       part.write(row, column);
     }

@@ -39,8 +39,6 @@ using torch::stable::Tensor;
 
 // Slots a thread handles before another is worth waking.
 constexpr int64_t kGrain = 256;
-constexpr int64_t kLine = 64;  // bytes of a cache line
-constexpr int64_t kTouched = int64_t{1} << 24;
 // Rows asked from memory ahead of their use; more than 16 gained nothing.
 constexpr int64_t kAhead = 16;
 
@@ -60,12 +58,6 @@ struct Bags {
 
 // Sums over spaces, each a mask.
 using Sums = std::vector<uint64_t>;
-
-INLINE void prefetch(const void* row, int64_t bytes) {
-  for (int64_t at = 0; at < bytes; at += 64) {
-    __builtin_prefetch(static_cast<const char*>(row) + at);
-  }
-}
 
 // to[d] = the sum of from[g * dim + d] over the spaces of the mask. `fixed` is dim or 0.
 template <int fixed, typename S, typename T, typename A = Sum<T>>
@@ -481,19 +473,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_plan(const Tensor& ids_in, const 
   return {rows, segments, sources, scales};
 }
 
-// Brings a tensor to the cache that all processors share, if it fits there with what else is in use.
-void touch(const Tensor& tensor) {
-  const auto* data = static_cast<const char*>(tensor.const_data_ptr());
-  const int64_t bytes = tensor.numel() * static_cast<int64_t>(tensor.element_size());
-  if (bytes > kTouched) return;
-  torch::stable::parallel_for(0, bytes / kLine, kGrain, [&](int64_t begin, int64_t end) {
-    // Loads, for what prefetches by itself follows those alone.
-    for (int64_t line = begin; line < end; ++line) {
-      asm volatile("" ::"r"(*reinterpret_cast<const volatile char*>(data + line * kLine)));
-    }
-  });
-}
-
 // The gradient of a plan's rows: [U, G*D], or with `table` that many rows, zero but for the plan's.
 Tensor reduce_rows(const Tensor& grad_x_in, const Tensor& grad_z_in,
                    const std::vector<int64_t>& sums_in, const Tensor& segments_in,
@@ -542,8 +521,6 @@ Tensor reduce_rows(const Tensor& grad_x_in, const Tensor& grad_z_in,
   }
   for_type(grad_x.scalar_type(), "row_gradients", [&](auto zero) {
     using T = decltype(zero);
-    // Rows find their gradients all over the memory: it comes faster in its own order, before.
-    touch(grad_x), touch(grad_z);
     // Threads share the occurrences evenly; a row belongs to the one in whose part it begins.
     torch::stable::parallel_for(0, m, kGrain, [&](int64_t begin, int64_t end) {
       const auto row_at = [&](int64_t i) -> int64_t {
