@@ -35,6 +35,7 @@ setup: $(READY)
 $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*)
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch 'setuptools>=77' wheel
+	@echo 'compiling the C++ library: a minute or two, with nvcc some more'
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch $@
 

@@ -51,6 +51,12 @@ class SequenceFeature(NamedTuple):
     pooling: str = "mean"
 
 
+def check(path: str | Path) -> None:
+    """Raises FileNotFoundError if PATH is no checkout."""
+    if not (Path(path) / "models" / "STEM.py").is_file():
+        raise FileNotFoundError(f"{path}/models/STEM.py is not there: is it {REPOSITORY}?")
+
+
 def load(path: str | Path) -> Official:
     """Import the official packages `fuxictr` and `models` from a checkout.
 
@@ -58,8 +64,7 @@ def load(path: str | Path) -> Official:
     have been imported already.
     """
     path = Path(path).resolve()
-    if not (path / "models" / "STEM.py").is_file():
-        raise FileNotFoundError(f"{path}/models/STEM.py is not there: is it {REPOSITORY}?")
+    check(path)
     for name in ("models", "fuxictr"):
         loaded = sys.modules.get(name)
         if loaded is not None and path not in Path(str(loaded.__file__)).resolve().parents:

@@ -296,6 +296,10 @@ def main() -> None:
     if not set(codes) <= set(CODES):
         parser.error(f"--codes are {', '.join(CODES)}, not {options.codes}")
 
+    try:
+        adapter.check(options.official)
+    except FileNotFoundError as error:
+        parser.error(f"--official: {error}")
     commit = adapter.commit(Path(__file__).parent)  # now: the code is imported, files may change
     official = adapter.load(options.official)
     study = STUDIES[options.data]

@@ -647,6 +647,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--what epoch needs --train and --valid")
     if options.blocks < 1:
         parser.error(f"--blocks is {options.blocks}, must be at least 1")
+    if options.official is not None:
+        try:
+            adapter.check(options.official)
+        except FileNotFoundError as error:
+            parser.error(f"--official: {error}")
     return options
 
 
@@ -654,7 +659,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 1 if a contender was wrong or failed."""
     options = parse(arguments)
     if options.table:
-        report = json.loads(options.table.read_text(encoding="utf-8"))
+        report = run.stored(options.table, "bench.peers")
         print(text(report))
     else:
         given = list(sys.argv[1:] if arguments is None else arguments)

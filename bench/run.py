@@ -326,6 +326,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def stored(path: Path, module: str) -> Any:
+    """The results that a module wrote. Ends the program with one line if they aren't there."""
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        sys.exit(f"--table {path}: {error}")
+    if not str(report.get("command", "")).startswith(f"python -m {module} "):
+        sys.exit(f"--table {path}: these are no results of python -m {module}")
+    return report
+
+
 def command(module: str, arguments: Sequence[str], options: argparse.Namespace) -> str:
     """The command line, without the paths of this machine."""
     names = {"json": "FILE", "plot": "FILE.png", "official": "PATH", "train": "A", "valid": "B"}
@@ -339,7 +350,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     if options.table:
         for path in options.table:
-            print(text(json.loads(path.read_text(encoding="utf-8"))))
+            print(text(stored(path, "bench.run")))
         return 0
     given = sys.argv[1:] if arguments is None else arguments
     report: dict[str, Any] = {

@@ -21,7 +21,13 @@ from typer.core import TyperGroup
 
 from stem_fast import checkpoint, data, ops, report, synth
 from stem_fast import train as training
-from stem_fast.config import FitSettings, TrainingConfig, fit_settings, parse_join
+from stem_fast.config import (
+    EMBEDDING_OPTIMIZERS,
+    FitSettings,
+    TrainingConfig,
+    fit_settings,
+    parse_join,
+)
 from stem_fast.model import MODELS, STEMNet
 from stem_fast.precision import check as check_precision
 from stem_fast.schema import DataError, Encoding
@@ -81,6 +87,21 @@ def main() -> None:
     app()
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        report.console().print(f"stem_fast {importlib.metadata.version('stem_fast')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", help="print it", is_eager=True, callback=_version)
+    ] = False,
+) -> None:
+    pass
+
+
 def _flag(panel: str, text: str, *names: str, default: object = None, **extra: Any) -> Any:
     text = text if default is None else f"{text} (default {default})"
     return typer.Option(*names, help=text, rich_help_panel=panel, show_default=False, **extra)
@@ -116,14 +137,16 @@ def fit(
         Path | None,
         _flag(_DATA, "YAML file of these settings (names with underscores); flags override it"),
     ] = None,
-    train: Annotated[_Text, _flag(_DATA, "training table: CSV, TSV, Parquet, or a folder")] = None,
-    valid: Annotated[_Text, _flag(_DATA, "validation table")] = None,
-    out: Annotated[_Text, _flag(_DATA, "run folder to make")] = None,
+    train: Annotated[
+        _Text, _flag(_DATA, "training table: CSV, TSV, Parquet, or a folder (needed)")
+    ] = None,
+    valid: Annotated[_Text, _flag(_DATA, "validation table (needed)")] = None,
+    out: Annotated[_Text, _flag(_DATA, "run folder to make (needed)")] = None,
     overwrite: Annotated[_Bool, _flag(_DATA, "replace a run", "--overwrite")] = None,
     join: _Join = None,
     cache: _Cache = None,
     labels: Annotated[
-        _List, _flag(_COLUMNS, "tasks: is_click,watch_time:regression", metavar="A,B")
+        _List, _flag(_COLUMNS, "tasks (needed): is_click,watch_time:regression", metavar="A,B")
     ] = None,
     categorical: Annotated[
         _List, _flag(_COLUMNS, "columns looked up in a vocabulary", metavar="A,B")
@@ -155,13 +178,13 @@ def fit(
     num_shared_experts: Annotated[_Int, _flag(_NETWORK, "default: the model's")] = None,
     num_specific_experts: Annotated[_Int, _flag(_NETWORK, "a task; default: the model's")] = None,
     expert_hidden_units: Annotated[
-        _List, _flag(_NETWORK, "widths", default="512,512,512", metavar="A,B")
+        _List, _flag(_NETWORK, "widths", default="512,512,512", metavar="N,N")
     ] = None,
     gate_hidden_units: Annotated[
-        _List, _flag(_NETWORK, "widths, where there are gates", default="128,64", metavar="A,B")
+        _List, _flag(_NETWORK, "widths, where there are gates", default="128,64", metavar="N,N")
     ] = None,
     tower_hidden_units: Annotated[
-        _List, _flag(_NETWORK, "widths", default="128,64", metavar="A,B")
+        _List, _flag(_NETWORK, "widths", default="128,64", metavar="N,N")
     ] = None,
     hidden_activations: Annotated[_Text, _flag(_NETWORK, "by name", default="relu")] = None,
     net_dropout: Annotated[_Float, _flag(_NETWORK, "after hidden layers", default=0)] = None,
@@ -174,7 +197,8 @@ def fit(
         _Float, _flag(_TRAINING, "the first", default=_OFFICIAL.learning_rate)
     ] = None,
     embedding_optimizer: Annotated[
-        _Text, _flag(_TRAINING, "or dense_adam, ...", default=_OFFICIAL.embedding_optimizer)
+        _Text,
+        _flag(_TRAINING, ", ".join(EMBEDDING_OPTIMIZERS), default=_OFFICIAL.embedding_optimizer),
     ] = None,
     embedding_regularizer: Annotated[
         _Float, _flag(_TRAINING, "L2 of embeddings", default=_OFFICIAL.embedding_regularizer)
@@ -196,7 +220,7 @@ def fit(
             default=f"{_OFFICIAL.monitor}; rmse if all tasks are regressions",
         ),
     ] = None,
-    task_weights: Annotated[_List, _flag(_TRAINING, "one a task: 1,0.5", metavar="A,B")] = None,
+    task_weights: Annotated[_List, _flag(_TRAINING, "one a task: 1,0.5", metavar="X,X")] = None,
     seed: Annotated[_Int, _flag(_TRAINING, "of weights, shuffles", default=_OFFICIAL.seed)] = None,
     precision: Annotated[
         _Text,
@@ -290,7 +314,7 @@ def _build(settings: FitSettings, encoding: Encoding) -> STEMNet:
             **settings.network,
         )
     except ValueError as error:
-        raise DataError(f"--model {settings.model}: {error}.") from error
+        raise DataError(f"no {settings.model} model of these options: {error}.") from error
     if "gate_hidden_units" in settings.network and not model.wiring.gates:
         raise DataError(f"gate_hidden_units is given, but {settings.model} has no gates: drop it.")
     return model

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,23 +90,24 @@ def _boolean(key: str, value: Any) -> bool:
     return value
 
 
-def _model(key: str, value: Any) -> str:
-    if not isinstance(value, str) or value not in MODELS:
-        hint = nearest(str(value), MODELS)
-        raise DataError(f"{key} is {value!r}: give one of {', '.join(MODELS)}.{hint}")
+def _one_of(known: Iterable[str], key: str, value: Any) -> str:
+    known = tuple(known)
+    if not isinstance(value, str) or value not in known:
+        hint = nearest(str(value), known)
+        raise DataError(f"{key} is {value!r}: give one of {', '.join(known)}.{hint}")
     return value
 
 
+def _model(key: str, value: Any) -> str:
+    return _one_of(MODELS, key, value)
+
+
 def _optimizer(key: str, value: Any) -> str:
-    if value not in EMBEDDING_OPTIMIZERS:
-        raise _refuse(key, value, f"one of {', '.join(EMBEDDING_OPTIMIZERS)}")
-    return str(value)
+    return _one_of(EMBEDDING_OPTIMIZERS, key, value)
 
 
 def _precision(key: str, value: Any) -> str:
-    if value not in PRECISIONS:
-        raise _refuse(key, value, f"one of {', '.join(PRECISIONS)}")
-    return str(value)
+    return _one_of(PRECISIONS, key, value)
 
 
 def _pooling(key: str, value: Any) -> str:

@@ -537,7 +537,10 @@ class SingleTask(STEMNet):
     @staticmethod
     def wire(tasks: int, specific: int, shared: int) -> Wiring:
         if shared or not specific:
-            raise ValueError("SingleTask has specific experts only, at least one a task")
+            raise ValueError(
+                f"SingleTask has specific experts only: num_shared_experts is {shared}, must be 0, "
+                f"num_specific_experts is {specific}, must be at least 1"
+            )
         _, own, _ = expert_masks(tasks, specific, shared)
         return Wiring(
             spaces=tuple(range(tasks)),

@@ -454,11 +454,15 @@ def _load(choice: str) -> dict[str, str]:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     fastest = {"cpp"} if interpreted else {"cpp", "triton"}
     wanted = fastest if choice == "auto" else {choice}
-    off = f"off (STEM_FAST_BACKEND={choice})"
-    states = {name: load() if name in wanted else off for name, load in loaders.items()}
+    states = {
+        name: load()
+        if name in wanted
+        else f"off (STEM_FAST_BACKEND={choice}; set it to {name} to have it, or to know why not)"
+        for name, load in loaders.items()
+    }
     if choice in states and not states[choice].startswith("in use"):
         raise ImportError(f"STEM_FAST_BACKEND={choice}: {states[choice]}")
-    return {"reference": "the default of every op", **states}
+    return {"reference": "in use where no other is", **states}
 
 
 _states = _load(os.environ.get("STEM_FAST_BACKEND", "auto"))

@@ -103,8 +103,8 @@ class FitReport:
             shown.add(f"{next(iter(tasks))}.{self._monitor}")
         cells = {
             "epoch": str(record.epoch),
-            "loss": f"{record.loss:.5f}",
-            self._monitor: f"{record.monitor:.5f}",
+            "loss": number(record.loss),
+            self._monitor: number(record.monitor),
             **{
                 f"{task} {metric}": number(value)
                 for task, values in tasks.items()
@@ -205,5 +205,7 @@ def print_pairs(rows: Mapping[str, str]) -> None:
 
 
 def number(value: float | None) -> str:
-    """Five decimals; "-" for what is undefined."""
-    return "-" if value is None else f"{value:.5f}"
+    """Five decimals, of large numbers fewer; "-" for what is undefined."""
+    if value is None:
+        return "-"
+    return f"{value:.5f}" if abs(value) < 1000 else f"{value:.7g}"

@@ -308,13 +308,17 @@ def read_blocks(table: Table, columns: Iterable[str], joins: Sequence[Join]) -> 
 
 
 def require(where: str | Path, columns: Iterable[str], names: Iterable[str]) -> None:
-    """Raise DataError that names every absent column, and the names most like them."""
-    known = list(names)
+    """Raise DataError that names every absent column, and the unused names most like them."""
+    known, columns = list(names), list(columns)
     absent = [name for name in columns if name not in known]
     if absent:
         quoted = ", ".join(f"'{name}'" for name in absent)
-        hints = "".join(nearest(name, known) for name in absent)
-        raise DataError(f"{where}: no column {quoted}.{hints}")
+        unused = [name for name in known if name not in columns]
+        hints = [nearest(name, unused) for name in absent]
+        if len(absent) > 1:
+            pairs = zip(hints, absent, strict=True)
+            hints = [hint and f"{hint[:-1]} for '{name}'?" for hint, name in pairs]
+        raise DataError(f"{where}: no column {quoted}.{''.join(hints)}")
 
 
 @contextlib.contextmanager

@@ -504,6 +504,31 @@ def test_a_peer_that_is_wrong_gets_no_time(
     assert f"| tiny | {cases.OURS} | wrong |" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("main", [run.main, peers.main])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "No such file"),
+        ("{", "Expecting"),
+        ('{"command": "stem-fast compare a"}', "no results"),
+    ],
+)
+def test_a_table_of_no_results(main: Any, content: str | None, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "other.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(SystemExit, match=f"--table {file}: .*{said}"):
+        main(["--table", str(file)])
+
+
+def test_no_checkout_is_said_at_once(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "peers.json"
+    with pytest.raises(SystemExit):
+        peers.main(["--json", str(file), "--official", str(tmp_path)])
+    assert "models/STEM.py is not there" in capsys.readouterr().err
+    assert not file.exists()
+
+
 def test_wrong_weights_after_a_step_are_seen() -> None:
     problem = contenders.synthetic(TINY)
     start = contenders.Ours(problem).state()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import io
 import json
 import os
@@ -665,6 +666,12 @@ def test_doctor() -> None:
     assert shown["torch"] == torch.__version__
     for backend, state in ops.backends().items():
         assert f"backend {backend} {state}" in " ".join(result.stdout.split())
+
+
+def test_version() -> None:
+    result = stem_fast("--version")
+    assert result.exit_code == 0
+    assert result.stdout == f"stem_fast {importlib.metadata.version('stem_fast')}\n"
 
 
 def test_help() -> None:

@@ -278,7 +278,7 @@ def test_ragged_rows(tmp_path: Path) -> None:
 
 def test_columns_that_are_not_there(tmp_path: Path) -> None:
     path = text(tmp_path / "log.csv", "user_id,video_id\n1,2\n")
-    with refused("log.csv: no column 'usr_id', 'zzz'. Did you mean 'user_id'?"):
+    with refused("log.csv: no column 'usr_id', 'zzz'. Did you mean 'user_id' for 'usr_id'?"):
         blocks(path, "video_id usr_id zzz")
     folder = tmp_path / "parts"
     folder.mkdir()
