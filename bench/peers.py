@@ -659,7 +659,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 1 if a contender was wrong or failed."""
     options = parse(arguments)
     if options.table:
-        report = run.stored(options.table, "bench.peers")
+        report = run.stored(options.table, "ceilings", "results")
         print(text(report))
     else:
         given = list(sys.argv[1:] if arguments is None else arguments)

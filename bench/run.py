@@ -326,14 +326,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def stored(path: Path, module: str) -> Any:
-    """The results that a module wrote. Ends the program with one line if they aren't there."""
+def stored(path: Path, *keys: str) -> Any:
+    """Results with these keys. Ends the program with one line if the file has none."""
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         sys.exit(f"--table {path}: {error}")
-    if not str(report.get("command", "")).startswith(f"python -m {module} "):
-        sys.exit(f"--table {path}: these are no results of python -m {module}")
+    for key in keys:
+        if not isinstance(report, dict) or key not in report:
+            sys.exit(f"--table {path}: no results of this benchmark, there is no {key!r}")
     return report
 
 
@@ -350,7 +351,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     if options.table:
         for path in options.table:
-            print(text(stored(path, "bench.run")))
+            print(text(stored(path, "versions", "runs")))
         return 0
     given = sys.argv[1:] if arguments is None else arguments
     report: dict[str, Any] = {

@@ -46,9 +46,10 @@ from stem_fast import ops
 from stem_fast.layers import GroupedMLP
 from stem_fast.precision import tf32
 
-# Of a parameter, whose first step with Adam is 1e-3: 4 times what was seen where gradients agree to
-# float32's rounding. A GPU's sums over a batch are longer: there it is a hundredth of the step.
-STEP_ERROR = {"cpu": 2e-6, "cuda": 1e-5}
+# Of a tensor's entries on average, each of which Adam's first step moves by 1e-3. Rounding decides
+# whether a ReLU next to 0 is on, which turns the steps of a unit's weights: up to 5e-7 was seen, of
+# the official code against float64 as of ours.
+STEP_ERROR = 3e-6
 CHECK_ROWS = 600_000  # a larger table is checked at this size: there are three copies of it
 # Before the time starts a model is compiled and captured. So many batches are ready, each its own.
 GPU_WARM_UP, GPU_ROUNDS = 10, 60
@@ -89,9 +90,9 @@ def check(name: str, problem: Problem, official: str | None, **where: Any) -> tu
     ``where``: device and precision, if it isn't the CPU.
 
     From the same weights, outputs agree within 1e-5 of the largest, and the parameters after a
-    training step within STEP_ERROR. (On a GPU that step is no replay of a graph yet; replays are
-    held to it by tests/test_step.py.) Ours is compared with the official code; where there is none,
-    with itself in float64. A compiled peer is compared with the eager one. An eager peer has
+    training step within STEP_ERROR on average. (On a GPU that step is no replay of a graph yet;
+    tests/test_step.py holds replays to it.) Ours is compared with the official code; where there is
+    none, with itself in float64. A compiled peer is compared with the eager one. An eager peer has
     nothing to be compared with but its sizes: it must have as many weights in its experts as the
     setting has. In low precision everything is compared with float32, see ``agree``.
     """
@@ -187,10 +188,8 @@ def agree(
     assert actual[1].keys() == expected[1].keys()
     if rounded is None:
         for key, tensor in expected[1].items():
-            worst = distance(actual[1][key], tensor)
-            assert worst <= STEP_ERROR[contender.device], (
-                f"after a step {key} differs by {worst:.1e}"
-            )
+            moved = distance(actual[1][key], tensor, mean=True)
+            assert moved <= STEP_ERROR, f"after a step {key} differs by {moved:.1e}"
         return
     moved, own = (
         sum(distance(state[key], tensor, mean=True) for key, tensor in expected[1].items())

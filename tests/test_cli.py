@@ -461,8 +461,11 @@ def test_bad_files(text: str, message: str) -> None:
         ({"monitor": "gauc", "group": None}, ["monitor 'gauc' is undefined", "--monitor"]),
         ({"task_weights": "1"}, ["task_weights is [1.0]", "is_click, long_view"]),
         ({"model": "stm"}, ["model is 'stm'", "Did you mean 'stem'?"]),
-        ({"model": "mmoe", "num_specific_experts": 1}, ["--model mmoe: ", "num_specific_experts"]),
-        ({"hidden_activations": "rellu"}, ["--model stem: ", "rellu"]),
+        (
+            {"model": "mmoe", "num_specific_experts": 1},
+            ["no mmoe model of these options: ", "num_specific_experts"],
+        ),
+        ({"hidden_activations": "rellu"}, ["no stem model of these options: ", "rellu"]),
         ({"device": "tpu"}, ["device is 'tpu': give auto, cpu, cuda or cuda:N"]),
         ({"device": "cuda:99"}, ["device is 'cuda:99'", "stem-fast doctor"]),
         ({"device": "cpu:7"}, ["device is 'cpu:7': cpu takes no index, give cpu."]),
