@@ -142,7 +142,10 @@ def _one_by_one(
     for n, out, w, b in zip(reads, *parts, strict=False):
         product = one_linear(inputs[n], w, b)
         # The memory is the last step's: that of the product would be fresh in every step.
-        torch.clamp_min(product, 0, out=out) if relu else out.copy_(product)
+        if relu:
+            torch.clamp_min(product, 0, out=out)
+        else:
+            out.copy_(product)
     return y
 
 

@@ -71,6 +71,8 @@ class Inference:
         """Probabilities (for regression tasks: values) [B, T], of the model's type (fp64: float64);
         arguments and errors as for the model's call."""
         if self.device.type != "cuda":
+            with self.lock:
+                self.model.embedding.flush()
             return self._run(ids, numeric, sequences)
         tensors, names = [ids] if numeric is None else [ids, numeric], []
         for name, given in (sequences or {}).items():

@@ -189,7 +189,7 @@ class TableOptimizer(torch.optim.Optimizer):
 
     def __init__(self, params: EmbeddingArena | Iterable[Any], defaults: dict[str, Any]) -> None:
         self._arenas: dict[Tensor, EmbeddingArena] = {}
-        self._histories: dict[Tensor, Any] = {}  # of tables whose rows may miss steps
+        self._histories: dict[Tensor, Any] = {}  # History of each table whose rows may miss steps
         self._last: dict[Tensor, Tensor] = {}  # the newest step of each of their rows, int32 [R]
         groups: list[Any] = [params] if isinstance(params, EmbeddingArena) else list(params)
         super().__init__(groups, defaults)
@@ -438,7 +438,8 @@ class LazyAdam(ExactAdam):
         self, weight: Tensor, group: dict[str, Any], rows: Tensor | None, values: Tensor
     ) -> None:
         super()._update(weight, group, rows, values)
-        self._histories[weight].flushed()  # nothing is owed
+        self._histories[weight].flushed()
+        self._histories[weight].owing = False
 
 
 class Products(History):
