@@ -322,3 +322,17 @@ def test_fit_is_what_it_is_on_the_cpu(
             theirs.metrics["tasks"]["time"]["rmse"], rel=1e-5
         )
         assert ours.monitor == pytest.approx(theirs.monitor, abs=1e-3)
+
+
+def test_data_moves_as_far_as_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of what gradients and the optimizer's state will leave is the data's, all of it."""
+    found, rows = model(), data()
+    free = 3 * sum(p.nbytes for p in found.parameters()) + 2 * rows.nbytes
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
+    with pytest.warns(UserWarning, match=r"the validation data takes 0\.0 GB, and 0\.0 GB of cpu"):
+        train_rows, valid_rows = train._resident({"training": rows, "validation": rows}, found, "cpu")
+    assert train_rows is not rows
+    assert valid_rows is rows
+    free -= 2
+    with pytest.warns(UserWarning, match="the training data"):
+        assert train._resident({"training": rows}, found, "cpu") == [rows]
