@@ -247,6 +247,11 @@ class TableOptimizer(torch.optim.Optimizer):
             if rows is None:
                 history.flushed()
 
+    @property
+    def made(self) -> int:
+        """Steps that a table has made since its last flush, as far as the host knows."""
+        return max((history.made for history in self._histories.values()), default=0)
+
     def replayed(self) -> None:
         """Counts a step of every table, which the replay of a CUDA graph made.
 

@@ -127,9 +127,8 @@ class TrainStep:
     captured. A change of an optimizer's options (the numbers among them, but not those in tensors
     on the GPU, which a graph reads), of what is trained or of its place in memory begins anew, as a
     longer sequence than all before does; what changes at every step is never captured. Other
-    batches (the last of an
-    epoch), those of a model in evaluation mode, and all batches on the CPU or with
-    ``config.recompute`` are trained as they are always. The steps are the same either way.
+    batches (the last of an epoch), those of a model in evaluation mode, and all batches on the CPU
+    or with ``config.recompute`` are trained as they are always. The steps are the same either way.
 
     Args:
         model: on the device of its batches.
@@ -145,7 +144,6 @@ class TrainStep:
         config: TrainingConfig,
     ) -> None:
         self.model, self.optimizers, self.config = model, optimizers, config
-        self.made = 0  # steps since the last flush
         self.warm = 0  # steps with this batch and these options
         self.batch: Batch | None = None  # what a graph reads
         self.kept: list[Any] = []  # _kept() after the last step
@@ -154,14 +152,17 @@ class TrainStep:
 
     def __call__(self, batch: Batch) -> Tensor:
         """The loss of the step, as train_step's; errors too."""
-        self.made += 1
-        if self.made > FLUSH and self.graph is not None:  # a schedule that grew would be another
-            self.model.embedding.flush()
-            self.made = 1
+        tables = [each for each in self.optimizers if isinstance(each, TableOptimizer)]
+        if self.graph is not None and any(table.made >= FLUSH for table in tables):
+            self.model.embedding.flush()  # a schedule that grew would be another one
         if not self._capturable(batch):
             return train_step(self.model, self.optimizers, batch, self.config)
         with torch.cuda.device(batch.ids.device):
-            return self._captured_step(batch)
+            loss = self._captured_step(batch)
+        if self.graph is not None:
+            for table in tables:
+                table.replayed()
+        return loss
 
     def _captured_step(self, batch: Batch) -> Tensor:
         if self.batch is None or not self._fits(self.batch, batch):
@@ -174,9 +175,6 @@ class TrainStep:
         if self.graph is None:
             self.graph = self._capture(self.batch)
         self.graph.replay()
-        for optimizer in self.optimizers:
-            if isinstance(optimizer, TableOptimizer):
-                optimizer.replayed()
         return self.loss.clone()
 
     def _capturable(self, batch: Batch) -> bool:
@@ -240,7 +238,6 @@ class TrainStep:
 
     def _capture(self, batch: Batch) -> torch.cuda.CUDAGraph:
         self.model.embedding.flush()
-        self.made = 1
         graph = torch.cuda.CUDAGraph()
         # Other threads may go on: one of them copies the next batch.
         with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
