@@ -14,6 +14,7 @@ since, at run time and nowhere else, and lists each bridge in `Official.shims`.
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.util
 import subprocess
@@ -51,10 +52,19 @@ class SequenceFeature(NamedTuple):
     pooling: str = "mean"
 
 
-def check(path: str | Path) -> None:
-    """Raises FileNotFoundError if PATH is no checkout."""
+def _root(path: str | Path) -> Path:
     if not (Path(path) / "models" / "STEM.py").is_file():
         raise FileNotFoundError(f"{path}/models/STEM.py is not there: is it {REPOSITORY}?")
+    return Path(path).resolve()
+
+
+def checkout(path: str) -> str:
+    """The value of ``--official``, for argparse."""
+    try:
+        _root(path)
+    except FileNotFoundError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return path
 
 
 def load(path: str | Path) -> Official:
@@ -63,8 +73,7 @@ def load(path: str | Path) -> Official:
     Raises FileNotFoundError if PATH is no checkout, RuntimeError if other packages of these names
     have been imported already.
     """
-    path = Path(path).resolve()
-    check(path)
+    path = _root(path)
     for name in ("models", "fuxictr"):
         loaded = sys.modules.get(name)
         if loaded is not None and path not in Path(str(loaded.__file__)).resolve().parents:

@@ -283,7 +283,9 @@ def read(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--official", required=True, help="a checkout of the official repository")
+    parser.add_argument(
+        "--official", type=adapter.checkout, required=True, help="a checkout of the official code"
+    )
     parser.add_argument("--data", required=True, choices=STUDIES)
     parser.add_argument("--train", required=True, type=Path)
     parser.add_argument("--valid", required=True, type=Path)
@@ -296,10 +298,6 @@ def main() -> None:
     if not set(codes) <= set(CODES):
         parser.error(f"--codes are {', '.join(CODES)}, not {options.codes}")
 
-    try:
-        adapter.check(options.official)
-    except FileNotFoundError as error:
-        parser.error(f"--official: {error}")
     commit = adapter.commit(Path(__file__).parent)  # now: the code is imported, files may change
     official = adapter.load(options.official)
     study = STUDIES[options.data]

@@ -609,7 +609,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="run, and write results to this file")
     parser.add_argument("--table", type=Path, help="print Markdown from a result file")
     parser.add_argument("--plot", type=Path, help="draw the --json or --table file to this .png")
-    parser.add_argument("--official", help="a checkout of the official code")
+    parser.add_argument(
+        "--official", type=adapter.checkout, help="a checkout of the official code"
+    )
     parser.add_argument("--device", choices=DEFAULTS, default="cpu")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS)
     parser.add_argument("--what", nargs="+", choices=WHAT, help="default: all there is data for")
@@ -647,11 +649,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--what epoch needs --train and --valid")
     if options.blocks < 1:
         parser.error(f"--blocks is {options.blocks}, must be at least 1")
-    if options.official is not None:
-        try:
-            adapter.check(options.official)
-        except FileNotFoundError as error:
-            parser.error(f"--official: {error}")
     return options
 
 

@@ -315,7 +315,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--blocks", type=int, default=3, help="turns of each contender")
     parser.add_argument("--seconds", type=float, default=0.5, help="of rounds in each turn")
-    parser.add_argument("--official", help="a checkout of the official code: compare memory too")
+    parser.add_argument(
+        "--official",
+        type=adapter.checkout,
+        help="a checkout of the official code: compare memory too",
+    )
     options = parser.parse_args(arguments)
     known = RUNS[options.device]
     options.runs = options.runs or list(known)

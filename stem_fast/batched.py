@@ -133,6 +133,14 @@ def onednn(x: Tensor) -> bool:
     return x.dtype == torch.float32 or bool(bf16)
 
 
+def packed(weight: Tensor) -> list[Tensor]:
+    """Weights [E, O, I] of E networks as :func:`one_linear` takes them soonest: where oneDNN has
+    their products, in its own layout, which it otherwise makes at every call."""
+    if not onednn(weight):
+        return list(weight.unbind())
+    return [torch.ops.mkldnn._reorder_linear_weight(each) for each in weight.unbind()]
+
+
 def _one_by_one(
     x: Tensor, reads: Sequence[int], weight: Tensor, bias: Tensor, relu: bool
 ) -> Tensor:
@@ -142,7 +150,10 @@ def _one_by_one(
     for n, out, w, b in zip(reads, *parts, strict=False):
         product = one_linear(inputs[n], w, b)
         # The memory is the last step's: that of the product would be fresh in every step.
-        torch.clamp_min(product, 0, out=out) if relu else out.copy_(product)
+        if relu:
+            torch.clamp_min(product, 0, out=out)
+        else:
+            out.copy_(product)
     return y
 
 

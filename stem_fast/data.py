@@ -169,7 +169,7 @@ def _ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
         while (found := ahead.result()) is not None:
             ahead = pool.submit(take)
             batch, copied = found
-            copied.wait()
+            copied.wait(torch.cuda.current_stream(device))
             batch.map(_used_here)
             yield batch
 

@@ -60,12 +60,15 @@ def expert_mixture(
     parameters = [p for layer in layers for p in (layer.weight, layer.bias)]
     masks = ops.signed(see), ops.signed(learn)
     dtype = batched.product_type(layers[0].weight)
+    trained = torch.is_grad_enabled() and any(
+        tensor.requires_grad for tensor in (logits, *inputs, *parameters)
+    )
     with torch.autocast(logits.device.type, enabled=False):
         mixed: tuple[Tensor, ...] = _ExpertMixture.apply(
             tuple(reads),
             *masks,
             dtype,
-            torch.is_grad_enabled(),
+            trained,
             logits,
             len(inputs),
             *inputs,

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 # Rows that go through the network together: on CPU the outputs of all experts stay in the cache, on
 # CUDA they fit the memory.
 CHUNK, CUDA_CHUNK = 1024, 65536
-# Up to as many rows, on CPU, the weights of a group are read once; beyond, networks are products,
-# one after the other. On CUDA those of a group run at once.
+# Up to as many rows, on CPU, the weights of a group are read as they are, once; beyond, networks are
+# products, one after the other, of weights in oneDNN's layout. On CUDA those of a group run at once.
 FEW = 16
 # Kinds of requests, by the shapes of their tensors, whose CUDA graphs are kept: the newest ones.
 GRAPHS = 32
@@ -71,6 +71,8 @@ class Inference:
         """Probabilities (for regression tasks: values) [B, T], of the model's type (fp64: float64);
         arguments and errors as for the model's call."""
         if self.device.type != "cuda":
+            with self.lock:
+                self.model.embedding.flush()
             return self._run(ids, numeric, sequences)
         tensors, names = [ids] if numeric is None else [ids, numeric], []
         for name, given in (sequences or {}).items():
@@ -174,6 +176,7 @@ class _PlainMLP:
                 kind = dtype if relu else block.weight.dtype
                 weight, bias = (p.detach().to(kind, copy=True) for p in (block.weight, block.bias))
                 self.layers.append(batched.Layer(weight, bias, relu))
+        self.packed = [] if at_once else [batched.packed(layer.weight) for layer in self.layers]
 
     def __call__(self, x: Sequence[Tensor], reads: Sequence[int]) -> Tensor:
         """N inputs [B, I] -> [n, B, O], as GroupedMLP."""
@@ -202,8 +205,8 @@ class _PlainMLP:
 
     def _one(self, e: int, x: Tensor) -> Tensor:
         """Network e of [B, I]."""
-        for weight, bias, relu in self.layers:
-            x = batched.one_linear(x.to(weight.dtype), weight[e], bias[e])
+        for weights, (weight, bias, relu) in zip(self.packed, self.layers, strict=True):
+            x = batched.one_linear(x.to(weight.dtype), weights[e], bias[e])
             x = x.relu_() if relu else x
         return x
 

@@ -189,7 +189,7 @@ class TableOptimizer(torch.optim.Optimizer):
 
     def __init__(self, params: EmbeddingArena | Iterable[Any], defaults: dict[str, Any]) -> None:
         self._arenas: dict[Tensor, EmbeddingArena] = {}
-        self._histories: dict[Tensor, Any] = {}  # of tables whose rows may miss steps
+        self._histories: dict[Tensor, Any] = {}  # History of each table whose rows may miss steps
         self._last: dict[Tensor, Tensor] = {}  # the newest step of each of their rows, int32 [R]
         groups: list[Any] = [params] if isinstance(params, EmbeddingArena) else list(params)
         super().__init__(groups, defaults)
@@ -246,6 +246,11 @@ class TableOptimizer(torch.optim.Optimizer):
                 self._run(weight, self._group(weight), rows, None)
             if rows is None:
                 history.flushed()
+
+    @property
+    def made(self) -> int:
+        """Steps that a table has made since its last flush, as far as the host knows."""
+        return max((history.made for history in self._histories.values()), default=0)
 
     def replayed(self) -> None:
         """Counts a step of every table, which the replay of a CUDA graph made.
@@ -438,7 +443,8 @@ class LazyAdam(ExactAdam):
         self, weight: Tensor, group: dict[str, Any], rows: Tensor | None, values: Tensor
     ) -> None:
         super()._update(weight, group, rows, values)
-        self._histories[weight].flushed()  # nothing is owed
+        self._histories[weight].flushed()
+        self._histories[weight].owing = False
 
 
 class Products(History):

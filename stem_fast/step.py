@@ -124,10 +124,11 @@ class TrainStep:
     """:func:`train_step`, on CUDA replayed from a CUDA graph.
 
     The first ``WARM_UP`` batches of ``config.batch_size`` rows are trained as they are, the next is
-    captured. A change of an optimizer's options (the numbers among them) or of its state's place in
-    memory begins anew, as a longer sequence than all before does. Other batches (the last of an
-    epoch), those of a model in evaluation mode, and all batches on the CPU or with
-    ``config.recompute`` are trained as they are always. The steps are the same either way.
+    captured. A change of an optimizer's options (the numbers among them, but not those in tensors
+    on the GPU, which a graph reads), of what is trained or of its place in memory begins anew, as a
+    longer sequence than all before does; what changes at every step is never captured. Other
+    batches (the last of an epoch), those of a model in evaluation mode, and all batches on the CPU
+    or with ``config.recompute`` are trained as they are always. The steps are the same either way.
 
     Args:
         model: on the device of its batches.
@@ -143,20 +144,27 @@ class TrainStep:
         config: TrainingConfig,
     ) -> None:
         self.model, self.optimizers, self.config = model, optimizers, config
-        self.made = 0  # steps since the last flush
         self.warm = 0  # steps with this batch and these options
         self.batch: Batch | None = None  # what a graph reads
+        self.kept: list[Any] = []  # _kept() after the last step
         self.graph: torch.cuda.CUDAGraph | None = None
         self.stream: torch.cuda.Stream | None = None
 
     def __call__(self, batch: Batch) -> Tensor:
         """The loss of the step, as train_step's; errors too."""
-        self.made += 1
-        if self.made > FLUSH and self.graph is not None:  # a schedule that grew would be another
-            self.model.embedding.flush()
-            self.made = 1
+        tables = [each for each in self.optimizers if isinstance(each, TableOptimizer)]
+        if self.graph is not None and any(table.made >= FLUSH for table in tables):
+            self.model.embedding.flush()  # a schedule that grew would be another one
         if not self._capturable(batch):
             return train_step(self.model, self.optimizers, batch, self.config)
+        with torch.cuda.device(batch.ids.device):
+            loss = self._captured_step(batch)
+        if self.graph is not None:
+            for table in tables:
+                table.replayed()
+        return loss
+
+    def _captured_step(self, batch: Batch) -> Tensor:
         if self.batch is None or not self._fits(self.batch, batch):
             self.batch, self.warm, self.graph = _room(batch), 0, None
         elif self.kept != self._kept():
@@ -167,9 +175,6 @@ class TrainStep:
         if self.graph is None:
             self.graph = self._capture(self.batch)
         self.graph.replay()
-        for optimizer in self.optimizers:
-            if isinstance(optimizer, TableOptimizer):
-                optimizer.replayed()
         return self.loss.clone()
 
     def _capturable(self, batch: Batch) -> bool:
@@ -182,24 +187,41 @@ class TrainStep:
         )
 
     def _kept(self) -> list[Any]:
-        """What a graph keeps as it was: options, and where tensors are."""
-        found: list[Any] = []
+        """What a graph keeps as it was: options, what is trained, and where tensors are."""
+        model = self.model
+        found: list[Any] = [(p.data_ptr(), p.requires_grad) for p in model.parameters()]
+        found += [buffer.data_ptr() for buffer in model.buffers()]
         for optimizer in self.optimizers:
             own = isinstance(optimizer, TableOptimizer)
             # train_step sets the weight_decay of a table in every step.
             left_out = ("params", "weight_decay") if own else ("params",)
             for group in optimizer.param_groups:
-                found.append({key: value for key, value in group.items() if key not in left_out})
+                found.append({k: _number(v) for k, v in group.items() if k not in left_out})
             found.append([tensor.data_ptr() for tensor in _tensors(optimizer)])
         return found
 
     @staticmethod
     def _fits(own: Batch, batch: Batch) -> bool:
-        """Whether the graph's own batch holds it: sequences may be longer than those captured."""
-        pairs = zip(own, batch, strict=True)
-        return all((one is None) == (given is None) for one, given in pairs) and all(
-            len(values) <= len(own.sequences[name][0])
-            for name, (values, _) in batch.sequences.items()
+        """Whether the graph's own batch holds it: sequences may be shorter than those captured."""
+
+        def kinds(of: Batch) -> list[Any]:
+            tensors = [of.ids, of.numeric, of.labels, of.weight]
+            tensors += [part for jagged in of.sequences.values() for part in jagged]
+            return [t if t is None else (t.shape[1:], t.dtype, t.device) for t in tensors]
+
+        return (
+            list(own.sequences) == list(batch.sequences)
+            and kinds(own) == kinds(batch)
+            and all(
+                len(values) <= len(room) and len(offsets) == len(own_offsets)
+                for (room, own_offsets), (values, offsets) in zip(
+                    own.sequences.values(), batch.sequences.values(), strict=True
+                )
+            )
+            and all(
+                given is None or len(given) == len(batch.ids)
+                for given in (batch.numeric, batch.labels, batch.weight)
+            )
         )
 
     def _warm_up(self, batch: Batch) -> Tensor:
@@ -216,7 +238,6 @@ class TrainStep:
 
     def _capture(self, batch: Batch) -> torch.cuda.CUDAGraph:
         self.model.embedding.flush()
-        self.made = 1
         graph = torch.cuda.CUDAGraph()
         # Other threads may go on: one of them copies the next batch.
         with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
@@ -248,6 +269,13 @@ def _room(batch: Batch) -> Batch:
         for name, (values, offsets) in batch.sequences.items()
     }
     return batch.map(torch.clone)._replace(sequences=sequences)
+
+
+def _number(value: Any) -> Any:
+    """An option as a graph has it: a tensor of the GPU by its place, of the CPU by its value."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.data_ptr() if value.is_cuda else value.item()
 
 
 def _tensors(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:

@@ -208,7 +208,9 @@ def _resident(
     room = (free - 3 * sum(parameter.nbytes for parameter in model.parameters())) // 2
     found = []
     for name, data in sets.items():
-        if data.nbytes <= room:
+        if data.ids.device.type != "cpu":
+            pass  # it is there already
+        elif data.nbytes <= room:
             room -= data.nbytes
             data = data.to(device)
         else:

@@ -129,8 +129,10 @@ class StandIn:
             return  # the stand-in's capture has made the step
         step = self.step
         assert step.batch is not None
+        StandIn.capturing = True  # the host decides nothing anew
         with Ops() as ops:
             loss = steps.train_step(step.model, step.optimizers, step.batch, step.config)
+        StandIn.capturing = False
         assert ops.seen == self.ops.seen
         step.loss.copy_(loss)
 
@@ -150,6 +152,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
         "Stream": lambda *_: mock.MagicMock(),
         "current_stream": mock.MagicMock,
         "stream": contextlib.nullcontext,
+        "device": contextlib.nullcontext,
         "CUDAGraph": StandIn,
         "graph": lambda graph, **options: graph.capture(**options),
     }.items():
@@ -175,8 +178,8 @@ everywhere = pytest.mark.parametrize(
 def test_steps_are_train_steps(
     name: str, norm: float, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a flush in the middle of each epoch."""
-    monkeypatch.setattr(steps, "FLUSH", 4)
+    """With flushes in the middle of each epoch."""
+    monkeypatch.setattr(steps, "FLUSH", 2)
     settings = config(embedding_optimizer=name, max_gradient_norm=norm)
     ours, theirs = (trained(settings, device, whole) for whole in (True, False))
     torch.testing.assert_close(ours.losses, theirs.losses, rtol=1e-9, atol=0)
@@ -185,12 +188,17 @@ def test_steps_are_train_steps(
 
 
 @everywhere
-@pytest.mark.parametrize("change", ["lr", "weight_decay", "state", "table"])
+@pytest.mark.parametrize(
+    "change", ["lr", "weight_decay", "state", "table", "lr of the table", "lr in a tensor", "frozen"]
+)
 def test_a_graph_is_captured_anew(change: str, device: str) -> None:
     """Where it would go on with options or memory that are no longer the optimizers'."""
     settings, changed = config(), steps.WARM_UP + 2
     ours, theirs = (model().to(device) for _ in range(2))
     optimizers = [train.make_optimizers(each, settings) for each in (ours, theirs)]
+    if change == "lr in a tensor":
+        for _, table in optimizers:
+            table.param_groups[0]["lr"] = torch.tensor(0.01)
     step = steps.TrainStep(ours, optimizers[0], settings)
     epochs = (data().batches(BATCH, seed=seed, device=device) for seed in (1, 2))
     batches = [batch for epoch in epochs for batch in epoch if len(batch.ids) == BATCH]
@@ -203,6 +211,13 @@ def test_a_graph_is_captured_anew(change: str, device: str) -> None:
                     dense.load_state_dict(copy.deepcopy(dense.state_dict()))
                 elif change == "table":
                     table.load_state_dict(table.state_dict())
+                elif change == "lr of the table":
+                    table.param_groups[0]["lr"] = 0.05
+                elif change == "lr in a tensor":
+                    table.param_groups[0]["lr"].fill_(0.05)
+                elif change == "frozen":
+                    for each in (ours, theirs):
+                        each.towers.requires_grad_(False)
                 else:  # torch's Adam's weight_decay is set by no step
                     dense.param_groups[0][change] = 0.05
         expected = steps.train_step(theirs, optimizers[1], batch, settings)
@@ -211,7 +226,10 @@ def test_a_graph_is_captured_anew(change: str, device: str) -> None:
 
 
 @everywhere
-def test_a_failed_capture_leaves_no_graph(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("failing", [0, 1, steps.WARM_UP])
+def test_a_failed_step_leaves_no_graph(
+    failing: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found, settings = model().to(device), config()
     step = steps.TrainStep(found, train.make_optimizers(found, settings), settings)
     real, calls = steps.train_step, 0
@@ -219,24 +237,41 @@ def test_a_failed_capture_leaves_no_graph(device: str, monkeypatch: pytest.Monke
     def fails_once(*arguments: Any) -> torch.Tensor:
         nonlocal calls
         calls += 1
-        if calls == steps.WARM_UP + 1:
+        if calls == failing + 1:
             raise torch.OutOfMemoryError("no room")
         return real(*arguments)
 
     monkeypatch.setattr(steps, "train_step", fails_once)
     batches = list(data().batches(BATCH, device=device))
-    for batch in batches[: steps.WARM_UP]:
+    for batch in batches[:failing]:
         step(batch)
     with pytest.raises(torch.OutOfMemoryError, match="no room"):
-        step(batches[steps.WARM_UP])
+        step(batches[failing])
     assert step.graph is None
-    assert step(batches[steps.WARM_UP]).isfinite()
+    for batch in batches[failing : steps.WARM_UP + 1]:
+        assert step(batch).isfinite()
     assert step.graph is not None
 
 
 @everywhere
-def test_longer_sequences_get_more_room(device: str) -> None:
-    settings = config(embedding_optimizer="dense_adam")
+def test_a_batch_of_another_shape_is_refused_as_by_train_step(device: str) -> None:
+    found, settings = model().to(device), config()
+    step = steps.TrainStep(found, train.make_optimizers(found, settings), settings)
+    batches = list(data().batches(BATCH, device=device))[: steps.WARM_UP + 1]
+    assert batches[0].labels is not None
+    wrong = batches[0]._replace(labels=batches[0].labels[:, :1])
+    for batch in (wrong, *batches, wrong, batches[0]._replace(sequences={})):
+        if any(batch is right for right in batches):
+            step(batch)
+        else:
+            with pytest.raises(ValueError, match="labels have shape|'seen'"):
+                step(batch)
+
+
+@everywhere
+@pytest.mark.parametrize("name", ["adam", "dense_adam"])
+def test_longer_sequences_get_more_room(name: str, device: str) -> None:
+    settings = config(embedding_optimizer=name)
     ours = [model().to(device) for _ in range(2)]
     optimizers = [train.make_optimizers(each, settings) for each in ours]
     step = steps.TrainStep(ours[0], optimizers[0], settings)
@@ -287,3 +322,17 @@ def test_fit_is_what_it_is_on_the_cpu(
             theirs.metrics["tasks"]["time"]["rmse"], rel=1e-5
         )
         assert ours.monitor == pytest.approx(theirs.monitor, abs=1e-3)
+
+
+def test_data_moves_as_far_as_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of what gradients and the optimizer's state will leave is the data's, all of it."""
+    found, rows = model(), data()
+    free = 3 * sum(p.nbytes for p in found.parameters()) + 2 * rows.nbytes
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
+    with pytest.warns(UserWarning, match=r"the validation data takes 0\.0 GB, and 0\.0 GB of cpu"):
+        train_rows, valid_rows = train._resident({"training": rows, "validation": rows}, found, "cpu")
+    assert train_rows is not rows
+    assert valid_rows is rows
+    free -= 2
+    with pytest.warns(UserWarning, match="the training data"):
+        assert train._resident({"training": rows}, found, "cpu") == [rows]

@@ -255,7 +255,7 @@ INLINE void replay(const Job& job, int64_t from, int64_t to, Part<A>& part) {
 // their mean.
 template <typename A>
 struct Missed {
-  A left1 = -1, left2, kept;  // of m, v and w; -1: not made
+  A left1 = -1, left2, kept;  // of m, v and w; what is not made yet has a power of beta1 below 0
   bool series;                // whether the terms left out are below the rounding of A
   A weight, mean, c2, c3, c4, c5, c6;
 
@@ -289,19 +289,26 @@ template <typename A>
 class Ages {
  public:
   Ages(const Job& job, int64_t to)
-      : job_(job), to_(to), known_(job.l2 ? 0 : std::min<int64_t>(to - job.base, kKnown)) {}
+      : job_(job),
+        to_(to),
+        known_(job.l2 ? 0 : std::clamp<int64_t>(to - job.base, 0, kKnown)) {}
 
   INLINE const Missed<A>& since(int64_t from) {
     const int64_t age = to_ - from;
-    Missed<A>& found = age <= static_cast<int64_t>(known_.size()) ? known_[age - 1] : other_;
-    if (&found == &other_ || found.left1 < 0) found = Missed<A>(job_, from, to_);
-    return found;
+    if (age <= static_cast<int64_t>(known_.size())) {
+      Missed<A>& found = known_[age - 1];
+      if (found.left1 < 0) found = Missed<A>(job_, from, to_);
+      return found;
+    }
+    // Rows that were never trained, or not since a flush, are of one age.
+    if (from != other_from_) other_ = Missed<A>(job_, from, to_), other_from_ = from;
+    return other_;
   }
 
  private:
   static constexpr int64_t kKnown = 1024;
   const Job& job_;
-  int64_t to_;
+  int64_t to_, other_from_ = -1;
   std::vector<Missed<A>> known_;
   Missed<A> other_;
 };
