@@ -609,9 +609,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="run, and write results to this file")
     parser.add_argument("--table", type=Path, help="print Markdown from a result file")
     parser.add_argument("--plot", type=Path, help="draw the --json or --table file to this .png")
-    parser.add_argument(
-        "--official", type=adapter.checkout, help="a checkout of the official code"
-    )
+    parser.add_argument("--official", type=adapter.checkout, help="a checkout of the official code")
     parser.add_argument("--device", choices=DEFAULTS, default="cpu")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS)
     parser.add_argument("--what", nargs="+", choices=WHAT, help="default: all there is data for")

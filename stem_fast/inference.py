@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 # Rows that go through the network together: on CPU the outputs of all experts stay in the cache, on
 # CUDA they fit the memory.
 CHUNK, CUDA_CHUNK = 1024, 65536
-# Up to as many rows, on CPU, the weights of a group are read as they are, once; beyond, networks are
-# products, one after the other, of weights in oneDNN's layout. On CUDA those of a group run at once.
+# Up to as many rows, on CPU, the weights of a group are read as they are, once; beyond, networks
+# are products, one after the other, of weights in oneDNN's layout. On CUDA they all run at once.
 FEW = 16
 # Kinds of requests, by the shapes of their tensors, whose CUDA graphs are kept: the newest ones.
 GRAPHS = 32

@@ -189,7 +189,8 @@ def test_steps_are_train_steps(
 
 @everywhere
 @pytest.mark.parametrize(
-    "change", ["lr", "weight_decay", "state", "table", "lr of the table", "lr in a tensor", "frozen"]
+    "change",
+    ["lr", "weight_decay", "state", "table", "lr of the table", "lr in a tensor", "frozen"],
 )
 def test_a_graph_is_captured_anew(change: str, device: str) -> None:
     """Where it would go on with options or memory that are no longer the optimizers'."""
@@ -264,7 +265,7 @@ def test_a_batch_of_another_shape_is_refused_as_by_train_step(device: str) -> No
         if any(batch is right for right in batches):
             step(batch)
         else:
-            with pytest.raises(ValueError, match="labels have shape|'seen'"):
+            with pytest.raises(ValueError, match=r"labels have shape|'seen'"):
                 step(batch)
 
 
@@ -330,7 +331,9 @@ def test_data_moves_as_far_as_there_is_room(monkeypatch: pytest.MonkeyPatch) -> 
     free = 3 * sum(p.nbytes for p in found.parameters()) + 2 * rows.nbytes
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
     with pytest.warns(UserWarning, match=r"the validation data takes 0\.0 GB, and 0\.0 GB of cpu"):
-        train_rows, valid_rows = train._resident({"training": rows, "validation": rows}, found, "cpu")
+        train_rows, valid_rows = train._resident(
+            {"training": rows, "validation": rows}, found, "cpu"
+        )
     assert train_rows is not rows
     assert valid_rows is rows
     free -= 2
