@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stem_fast import ops, reference
+from stem_fast.inference import FEW
 from stem_fast.model import STEMNet
 
 OURS = "stem_fast"
@@ -531,10 +532,56 @@ def mixture_forward_backward(setting: Setting, device: str) -> Case:
     )
 
 
+# Networks
+
+
+def grouped_linear(setting: Setting, device: str) -> Case:
+    """A hidden layer of all experts for a small request, which is the reading of their weights: on
+    CPU in float32, on CUDA in bfloat16."""
+    s, few = setting, min(setting.batch, FEW)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    draw = torch.Generator().manual_seed(5)
+    x = torch.randn(s.experts, few, s.width, generator=draw)
+    weight = torch.randn(s.experts, s.width, s.width, generator=draw) / s.width**0.5
+    bias = torch.randn(s.experts, s.width, generator=draw)
+    x, weight, bias = (part.to(device, dtype) for part in (x, weight, bias))
+    reads = list(range(s.experts))
+    networks = list(zip(x.unbind(), weight.unbind(), bias.unbind(), strict=True))
+
+    def official(networks: Sequence[tuple[Tensor, Tensor, Tensor]]) -> list[Tensor]:
+        return [F.linear(*each).relu() for each in networks]
+
+    def compiled_official() -> Contender:
+        function = compiled(official, device)
+        return Contender(lambda: function(networks))
+
+    def check(actual: Any) -> None:
+        found = actual if isinstance(actual, Tensor) else torch.stack(actual)
+        exact = reference.grouped_linear(x.double(), reads, weight.double(), bias.double(), True)
+        bound = (64 if dtype == torch.float32 else 1) * torch.finfo(dtype).eps
+        torch.testing.assert_close(found.double(), exact, rtol=bound, atol=bound)
+
+    moved = size(weight, bias) + 2 * size(x)  # the output is as large as the input
+    op = torch.ops.stem_fast.grouped_linear
+    return Case(
+        moved=moved,
+        ceilings=("copy",),
+        ceiling_moved=moved,
+        contenders={
+            OURS: lambda: Contender(lambda: op(x, reads, weight, bias, True)),
+            "official": lambda: Contender(lambda: official(networks)),
+            "official, compiled": compiled_official,
+            "copy": lambda: copy_ceiling(moved, device),
+        },
+        check=check,
+    )
+
+
 OPS = {
     "lookup_forward": lookup_forward,
     "lookup_backward": lookup_backward,
     "lookup_backward_rows": lookup_backward_rows,
     "mixture_forward": mixture_forward,
     "mixture_forward_backward": mixture_forward_backward,
+    "grouped_linear": grouped_linear,
 }

@@ -148,13 +148,14 @@ def _one_by_one(
     y = torch.ops.stem_fast.empty_kept(x, [len(reads), x.shape[1], weight.shape[1]])
     inputs, parts = x.unbind(), (y.unbind(), weight.unbind(), bias.unbind())
     for n, out, w, b in zip(reads, *parts, strict=False):
-        product = one_linear(inputs[n], w, b)
-        # The memory is the last step's: that of the product would be fresh in every step.
-        if relu:
-            torch.clamp_min(product, 0, out=out)
-        else:
-            out.copy_(product)
+        write(one_linear(inputs[n], w, b), relu, out)
     return y
+
+
+def write(product: Tensor, relu: bool, out: Tensor) -> Tensor:
+    """A product, with its ReLU, into memory that is the last step's: its own would be fresh in
+    every step."""
+    return torch.clamp_min(product, 0, out=out) if relu else out.copy_(product)
 
 
 def _products(a: Tensor, b: Tensor, out: Tensor, together: bool) -> Tensor:

@@ -117,7 +117,7 @@ class _ExpertMixture(torch.autograd.Function):
             for layer, (weight, bias) in enumerate(layers):
                 x = batched.one_linear(x, weight[e], bias[e])
                 if trained or layer == last:
-                    x = torch.clamp_min(x, 0, out=parts[layer if trained else 0][e])
+                    x = batched.write(x, True, parts[layer if trained else 0][e])
                 else:
                     x.relu_()
         ctx.reads, ctx.masks, ctx.count = reads, (see, learn), count

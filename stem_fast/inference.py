@@ -185,7 +185,11 @@ class _PlainMLP:
             return y
         x = [each.to(self.layers[0].weight.dtype) for each in x]
         if len(x[0]) > FEW:
-            return torch.stack([self._one(e, x[n]) for e, n in enumerate(reads)])
+            size = [len(reads), len(x[0]), self.layers[-1].weight.shape[1]]
+            y = torch.ops.stem_fast.empty_kept(self.layers[-1].weight, size)
+            for e, (n, out) in enumerate(zip(reads, y.unbind(), strict=True)):
+                self._one(e, x[n], out)
+            return y
         y = torch.stack([x[n] for n in reads])
         for weight, bias, relu in self.layers:
             y = y.to(weight.dtype)
@@ -203,12 +207,17 @@ class _PlainMLP:
             reads = range(len(y))
         return y, reads
 
-    def _one(self, e: int, x: Tensor) -> Tensor:
-        """Network e of [B, I]."""
-        for weights, (weight, bias, relu) in zip(self.packed, self.layers, strict=True):
+    def _one(self, e: int, x: Tensor, out: Tensor) -> None:
+        """Network e of [B, I], into [B, O]."""
+        last = len(self.layers) - 1
+        for layer, (weights, (weight, bias, relu)) in enumerate(
+            zip(self.packed, self.layers, strict=True)
+        ):
             x = batched.one_linear(x.to(weight.dtype), weights[e], bias[e])
-            x = x.relu_() if relu else x
-        return x
+            if layer == last:
+                batched.write(x, relu, out)
+            else:  # all but the last have one
+                x.relu_()
 
 
 class _Experts(_PlainMLP):
