@@ -273,7 +273,8 @@ def measure_on_gpu(options: argparse.Namespace, report: dict[str, Any]) -> Itera
                     sys.exit(f"no ceilings: {turn['note']}")
                 ceilings |= {k: max(v, ceilings.get(k, 0.0)) for k, v in turn["rates"].items()}
             for (name, precision), own in rotated(list(found.items()), block):
-                going = [w for w, result in own.items() if result["status"] in ("ok", "not run")]
+                unfinished = ("ok", NOT_RUN["status"])
+                going = [what for what, result in own.items() if result["status"] in unfinished]
                 if not going:
                     continue
                 where = {"contender": name, "precision": precision}
@@ -324,8 +325,7 @@ def add(result: dict[str, Any], turn: Mapping[str, Any]) -> None:
     if turn["status"] != "ok":
         result |= turn
         return
-    if result["status"] == NOT_RUN["status"]:
-        del result["note"]
+    result.pop("note", None)  # that it had not run
     result["status"] = "ok"
     result["turns"].append({key: value for key, value in turn.items() if key != "status"})
 

@@ -19,7 +19,7 @@ import torch
 import typer
 from typer.core import TyperGroup
 
-from stem_fast import checkpoint, data, ops, report, synth
+from stem_fast import __version__, checkpoint, data, ops, report, synth
 from stem_fast import train as training
 from stem_fast.config import (
     EMBEDDING_OPTIMIZERS,
@@ -89,7 +89,7 @@ def main() -> None:
 
 def _version(asked: bool) -> None:
     if asked:
-        report.console().print(f"stem_fast {importlib.metadata.version('stem_fast')}")
+        report.console().print(f"stem_fast {__version__}")
         raise typer.Exit
 
 

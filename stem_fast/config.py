@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,24 +90,14 @@ def _boolean(key: str, value: Any) -> bool:
     return value
 
 
-def _one_of(known: Iterable[str], key: str, value: Any) -> str:
-    known = tuple(known)
-    if not isinstance(value, str) or value not in known:
-        hint = nearest(str(value), known)
-        raise DataError(f"{key} is {value!r}: give one of {', '.join(known)}.{hint}")
-    return value
+def _one_of(known: Collection[str]) -> Check:
+    def check(key: str, value: Any) -> str:
+        if not isinstance(value, str) or value not in known:
+            hint = nearest(str(value), known)
+            raise DataError(f"{key} is {value!r}: give one of {', '.join(known)}.{hint}")
+        return value
 
-
-def _model(key: str, value: Any) -> str:
-    return _one_of(MODELS, key, value)
-
-
-def _optimizer(key: str, value: Any) -> str:
-    return _one_of(EMBEDDING_OPTIMIZERS, key, value)
-
-
-def _precision(key: str, value: Any) -> str:
-    return _one_of(PRECISIONS, key, value)
+    return check
 
 
 def _pooling(key: str, value: Any) -> str:
@@ -154,7 +144,7 @@ _TRAINING: dict[str, Check] = {
     "epochs": _COUNT,
     "batch_size": _COUNT,
     "learning_rate": _POSITIVE,
-    "embedding_optimizer": _optimizer,
+    "embedding_optimizer": _one_of(EMBEDDING_OPTIMIZERS),
     "embedding_regularizer": _NOT_NEGATIVE,
     "net_regularizer": _NOT_NEGATIVE,
     "max_gradient_norm": _NOT_NEGATIVE,
@@ -162,7 +152,7 @@ _TRAINING: dict[str, Check] = {
     "monitor": _text,
     "seed": _integer(0, 2**63 - 1),
     "task_weights": _list_of(_NOT_NEGATIVE),
-    "precision": _precision,
+    "precision": _one_of(PRECISIONS),
     "recompute": _boolean,
 }
 _SCHEMA = tuple(field.name for field in dataclasses.fields(Schema))
@@ -265,7 +255,7 @@ def fit_settings(flags: Mapping[str, Any], file: Path | None = None) -> FitSetti
     return FitSettings(
         **files,
         schema=columns,
-        model=_model("model", given.get("model", "stem")),
+        model=_one_of(MODELS)("model", given.get("model", "stem")),
         network=take(_NETWORK),
         training=TrainingConfig(**training),
     )

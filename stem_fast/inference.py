@@ -209,15 +209,11 @@ class _PlainMLP:
 
     def _one(self, e: int, x: Tensor, out: Tensor) -> None:
         """Network e of [B, I], into [B, O]."""
-        last = len(self.layers) - 1
-        for layer, (weights, (weight, bias, relu)) in enumerate(
-            zip(self.packed, self.layers, strict=True)
-        ):
-            x = batched.one_linear(x.to(weight.dtype), weights[e], bias[e])
-            if layer == last:
-                batched.write(x, relu, out)
-            else:  # all but the last have one
-                x.relu_()
+        *hidden, (weights, last) = zip(self.packed, self.layers, strict=True)
+        for packed, layer in hidden:
+            x = batched.one_linear(x.to(layer.weight.dtype), packed[e], layer.bias[e]).relu_()
+        x = batched.one_linear(x.to(last.weight.dtype), weights[e], last.bias[e])
+        batched.write(x, last.relu, out)
 
 
 class _Experts(_PlainMLP):

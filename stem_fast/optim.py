@@ -262,11 +262,10 @@ class TableOptimizer(torch.optim.Optimizer):
             history.made, history.hidden = history.made + 1, False
 
     def tensors(self) -> Iterator[Tensor]:
-        """What a step works on, gradients aside: a CUDA graph of it needs them where they are."""
-        for weight in self._arenas:
-            yield weight
-            state = self.state.get(weight, {}).values()
-            yield from (t for t in state if isinstance(t, Tensor) and t.dim())
+        """What a step works on, tables and gradients aside: a CUDA graph needs them where they
+        are."""
+        for state in self.state.values():
+            yield from (t for t in state.values() if isinstance(t, Tensor) and t.dim())
         yield from self._last.values()
         for history in self._histories.values():
             yield from (t for t in vars(history).values() if isinstance(t, Tensor))

@@ -197,31 +197,24 @@ class TrainStep:
             left_out = ("params", "weight_decay") if own else ("params",)
             for group in optimizer.param_groups:
                 found.append({k: _number(v) for k, v in group.items() if k not in left_out})
-            found.append([tensor.data_ptr() for tensor in _tensors(optimizer)])
+            found.append([tensor.data_ptr() for tensor in _state(optimizer)])
         return found
 
     @staticmethod
     def _fits(own: Batch, batch: Batch) -> bool:
         """Whether the graph's own batch holds it: sequences may be shorter than those captured."""
 
-        def kinds(of: Batch) -> list[Any]:
-            tensors = [of.ids, of.numeric, of.labels, of.weight]
-            tensors += [part for jagged in of.sequences.values() for part in jagged]
-            return [t if t is None else (t.shape[1:], t.dtype, t.device) for t in tensors]
+        def form(of: Batch) -> list[Any]:
+            """All but the number of a sequence's values."""
+            found: list[Any] = [*of.sequences]
+            for values, offsets in of.sequences.values():
+                found += [values.shape[1:], values.dtype, values.device, offsets]
+            found += [of.ids, of.numeric, of.labels, of.weight]
+            return [(t.shape, t.dtype, t.device) if isinstance(t, Tensor) else t for t in found]
 
-        return (
-            list(own.sequences) == list(batch.sequences)
-            and kinds(own) == kinds(batch)
-            and all(
-                len(values) <= len(room) and len(offsets) == len(own_offsets)
-                for (room, own_offsets), (values, offsets) in zip(
-                    own.sequences.values(), batch.sequences.values(), strict=True
-                )
-            )
-            and all(
-                given is None or len(given) == len(batch.ids)
-                for given in (batch.numeric, batch.labels, batch.weight)
-            )
+        return form(own) == form(batch) and all(
+            len(values) <= len(own.sequences[name][0])
+            for name, (values, _) in batch.sequences.items()
         )
 
     def _warm_up(self, batch: Batch) -> Tensor:
@@ -278,13 +271,10 @@ def _number(value: Any) -> Any:
     return value.data_ptr() if value.is_cuda else value.item()
 
 
-def _tensors(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
-    """What an optimizer's step works on, gradients aside."""
+def _state(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    """What an optimizer's step works on, parameters and gradients aside."""
     if isinstance(optimizer, TableOptimizer):
         yield from optimizer.tensors()
         return
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            yield parameter
-            state = optimizer.state.get(parameter, {})
-            yield from (t for t in state.values() if isinstance(t, Tensor))
+    for state in optimizer.state.values():
+        yield from (t for t in state.values() if isinstance(t, Tensor))

@@ -208,12 +208,11 @@ def _resident(
     room = (free - 3 * sum(parameter.nbytes for parameter in model.parameters())) // 2
     found = []
     for name, data in sets.items():
-        if data.ids.device.type != "cpu":
-            pass  # it is there already
-        elif data.nbytes <= room:
+        here = data.ids.is_cpu
+        if here and data.nbytes <= room:
             room -= data.nbytes
             data = data.to(device)
-        else:
+        elif here:
             warnings.warn(
                 f"the {name} data takes {data.nbytes / 1e9:.1f} GB, and {max(room, 0) / 1e9:.1f} "
                 f"GB of {device} are left for it: batches are copied there one by one",

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stem_fast import reference
 from stem_fast.optim import Products, Schedule
@@ -587,3 +588,16 @@ def check_rows(
             assert_within(actual[i], own[i], exact[i])
         else:
             assert torch.equal(actual[i], exact[i])
+
+
+class Ops(TorchDispatchMode):
+    """Notes the ops of ours that run: the name, and of which arguments there are any."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[Any, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "stem_fast":
+            self.seen.append((str(func), *(arg is None for arg in args)))
+        return func(*args, **(kwargs or {}))

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from cases import assert_within, stem_masks
+from cases import Ops, assert_within, stem_masks
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from stem_fast import experts as module
 from stem_fast import ops
@@ -123,28 +120,21 @@ def test_inputs_and_parameters_that_want_no_gradient(together: bool) -> None:
     sum(out.sum() for out in alone).backward()  # none of the inputs wants one
 
 
-class Kept(TorchDispatchMode):
-    """Counts the tensors whose memory is kept."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func is torch.ops.stem_fast.empty_kept.default
-        return func(*args, **(kwargs or {}))
-
-
 def test_layers_are_kept_for_a_backward_pass_alone() -> None:
     group = GroupedMLP(4, 5, (6, 6, 6))
     inputs = [torch.randn(9, 5) for _ in range(3)]
     arguments = group, inputs, READS, torch.randn(2, 9, 4), SEE[:2], LEARN[:2]
-    with Kept() as trained:
+    with Ops() as trained:
         right = expert_mixture(*arguments, together=False)
-    with Kept() as quiet, torch.no_grad():
+    with Ops() as quiet, torch.no_grad():
         without = expert_mixture(*arguments, together=False)
     group.requires_grad_(False)
-    with Kept() as frozen:
+    with Ops() as frozen:
         expert_mixture(*arguments, together=False)
-    assert (trained.count, quiet.count, frozen.count) == (3, 1, 1)
+    kept = [
+        sum("empty_kept" in name for name, *_ in each.seen) for each in (trained, quiet, frozen)
+    ]
+    assert kept == [3, 1, 1]
     assert torch.equal(torch.stack(right), torch.stack(without))
 
 

@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from cases import Ops
 
 from stem_fast import layers, optim, train
 from stem_fast import step as steps
@@ -91,19 +91,6 @@ def trained(settings: TrainingConfig, device: str, whole: bool, **options: Any) 
     found.losses = torch.stack([loss.double().cpu() for loss in losses])
     assert not whole or step.graph is not None
     return found
-
-
-class Ops(TorchDispatchMode):
-    """Notes the ops of ours that run: the name, and of which arguments there are any."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[Any, ...]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "stem_fast":
-            self.seen.append((str(func), *(arg is None for arg in args)))
-        return func(*args, **(kwargs or {}))
 
 
 class StandIn:

@@ -313,6 +313,7 @@ class Ages {
   Missed<A> other_;
 };
 
+// Steps `from` + 1 .. `to` without any gradient, of a part of a row.
 template <typename A, typename V = typename Lanes<A>::type>
 INLINE void coast(const Job& job, int64_t from, int64_t to, const Missed<A>& missed,
                   Part<A>& part) {

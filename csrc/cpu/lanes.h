@@ -110,6 +110,9 @@ INLINE void fence() {
 #endif
 }
 
+// Rows asked from memory ahead of their use; more than 16 gained nothing.
+constexpr int64_t kAhead = 16;
+
 // Asks for bytes from memory, to the second cache: more of them are under way there than the first
 // one waits for (on Zen 4 a batch's rows come in 0.6 of the time).
 INLINE void prefetch(const void* from, int64_t bytes) {

@@ -39,8 +39,6 @@ using torch::stable::Tensor;
 
 // Slots a thread handles before another is worth waking.
 constexpr int64_t kGrain = 256;
-// Rows asked from memory ahead of their use; more than 16 gained nothing.
-constexpr int64_t kAhead = 16;
 
 struct Sizes {
   int64_t rows, batch, fields, bags, spaces, dim;

@@ -18,8 +18,6 @@
 
 // Rows a thread handles before another is worth waking.
 constexpr int64_t kGrain = 64;
-// Rows asked from memory ahead of their use.
-constexpr int64_t kAhead = 16;
 
 // A table of any float type, of which one row at a time is read and written in A.
 struct Table {
