@@ -642,14 +642,15 @@ def both(name: str, build: Callable[..., Contender], network: str) -> dict[str, 
 
 
 OURS = cases.OURS
+MICRO = f"{OURS}, micro-batches"
 _TRAINING = ("step", "epoch", "memory")
 CONTENDERS: dict[str, Entry] = {
     OURS: Entry(Ours, "stem", "official"),
     f"{OURS}, bf16": Entry(
         functools.partial(Ours, training={"precision": "bf16"}), "stem", "official", _TRAINING
     ),
-    f"{OURS}, recompute": Entry(
-        functools.partial(Ours, training={"recompute": True}), "stem", "official", _TRAINING
+    MICRO: Entry(
+        functools.partial(Ours, training={"micro_batch_size": 1024}), "stem", "official", _TRAINING
     ),
     f"{OURS}, compiled": Entry(
         functools.partial(Ours, inference={}), "stem", "official", ("inference",)
@@ -672,6 +673,6 @@ ON_GPU = (
     "official",
     "official PLE",
     "official, compiled",
-    f"{OURS}, recompute",
+    MICRO,
     "official PLE, compiled",
 )

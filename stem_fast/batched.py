@@ -303,7 +303,8 @@ class _Networks(torch.autograd.Function):
                 for run, part in _runs(x, ctx.reads):
                     _products(d[run].mT, part, dweight[run], ctx.together)
             if layer or wanted:
-                dx = d.new_empty(n, d.shape[1], weights[layer].shape[2])
+                size = [n, d.shape[1], weights[layer].shape[2]]
+                dx = torch.ops.stem_fast.empty_kept(d, size)
                 d = _products(d, weights[layer][:n], dx, ctx.together)
         _copy(late)
         dinputs = _input_gradients(d, ctx.reads, ctx.kinds) if wanted else [None] * count

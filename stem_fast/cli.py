@@ -226,8 +226,8 @@ def fit(
         _Text,
         _flag(_TRAINING, "of products: fp32, tf32, bf16; or fp64", default=_OFFICIAL.precision),
     ] = None,
-    recompute: Annotated[
-        _Bool, _flag(_TRAINING, "less memory, more time", "--recompute/--no-recompute")
+    micro_batch_size: Annotated[
+        _Int, _flag(_TRAINING, "rows in the network together, 0 = all: for less memory", default=0)
     ] = None,
     device: Annotated[_Text, _flag(_TRAINING, "auto, cpu, cuda or cuda:N", default="auto")] = None,
 ) -> None:

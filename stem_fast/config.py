@@ -153,7 +153,7 @@ _TRAINING: dict[str, Check] = {
     "seed": _integer(0, 2**63 - 1),
     "task_weights": _list_of(_NOT_NEGATIVE),
     "precision": _one_of(PRECISIONS),
-    "recompute": _boolean,
+    "micro_batch_size": _integer(0),
 }
 _SCHEMA = tuple(field.name for field in dataclasses.fields(Schema))
 KEYS = (*_FILES, *_SCHEMA, "pooling", "model", *_NETWORK, *_TRAINING)
@@ -177,9 +177,8 @@ class TrainingConfig:
     task_weights           factor on each task's loss; None: all 1
     precision              of matrix products: fp32, tf32 (CUDA) or bf16, or all in fp64, see
                            :mod:`stem_fast.precision`
-    recompute              make the layers' outputs again in the backward pass instead of keeping
-                           them: in batches of more than 1024 rows less memory, more time,
-                           see ``STEMNet.forward``
+    micro_batch_size       rows of a batch that are in the network together, forward and backward,
+                           for less memory; 0: all
 
     Raises DataError for a value of another type or out of range.
     """
@@ -196,7 +195,7 @@ class TrainingConfig:
     seed: int = 2023
     task_weights: tuple[float, ...] | None = None
     precision: str = "fp32"
-    recompute: bool = False
+    micro_batch_size: int = 0
 
     def __post_init__(self) -> None:
         for key, check in _TRAINING.items():

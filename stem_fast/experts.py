@@ -137,7 +137,10 @@ class _ExpertMixture(torch.autograd.Function):
         wanted = ctx.needs_input_grad[7 : 7 + ctx.count]
         dinputs: list[Tensor | None] = [None] * ctx.count
         kinds, types = types[: ctx.count], types[ctx.count :: 2]
-        dweights = [torch.empty_like(w, dtype=t) for w, t in zip(weights, types, strict=True)]
+        kept, like = torch.ops.stem_fast.empty_kept, logits.new_empty
+        dweights = [
+            kept(like(0, dtype=kind), w.shape) for w, kind in zip(weights, types, strict=True)
+        ]
         dbiases = [weight.new_empty(weight.shape[:2]) for weight in dweights]
         see, learn = ctx.masks
         p = reference.gate_weights(logits.to(wide), see)

@@ -123,14 +123,12 @@ class Inference:
                     return model.predict(ids, numeric, sequences)
             # The weights are cast already: what autocast there is around has no part in it.
             with torch.autocast(self.device.type, enabled=False):
-                inputs, added = model._inputs(ids, numeric, sequences)
-                rows = len(inputs[0])
-                outputs = []
+                found = model.lookup(ids, numeric, sequences)
                 size = CHUNK if self.device.type == "cpu" else CUDA_CHUNK
-                for start in range(0, max(rows, 1), size):
-                    part = slice(start, start + size)
-                    chunk = [x[part] for x in inputs], {k: z[part] for k, z in added.items()}
-                    outputs.append(model._network(*chunk, *self.parts)[0])
+                outputs = [
+                    model._network(x, z, *self.parts)[0]
+                    for x, z in zip(*(each.split(size, 1) for each in found), strict=True)
+                ]
         return model._probabilities(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
 
 

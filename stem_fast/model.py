@@ -18,7 +18,6 @@ from stem_fast.inference import Inference
 from stem_fast.layers import EmbeddingArena, GroupedMLP, has_batch_norm
 
 Sequences = Mapping[str, Tensor | tuple[Tensor, Tensor]]
-Added = dict[tuple[int, ...], Tensor]  # inputs -> their sum
 RECOMPUTED = 1024  # rows whose outputs are made again together
 
 
@@ -223,7 +222,8 @@ class STEMNet(nn.Module):
                 offsets [B+1]).
             recompute: keep no outputs of layers for the backward pass, which makes them again for
                 ``RECOMPUTED`` rows at a time: in larger batches less memory, for a third more
-                products. (With dropout, other masks.)
+                products. (With dropout, other masks.) ``TrainingConfig.micro_batch_size`` saves as
+                much without them.
 
         Raises:
             IndexError: an id outside its field's vocabulary (names the field, id, row and size).
@@ -234,46 +234,49 @@ class STEMNet(nn.Module):
             return self._run(ids, numeric, sequences)[0]
         if has_batch_norm(self):
             raise ValueError("recompute is on: give a model without batch norm and Dice")
-        inputs, added = self._inputs(ids, numeric, sequences)
-
-        def part(*tensors: Tensor) -> Tensor:
-            first, sums = list(tensors[: len(inputs)]), tensors[len(inputs) :]
-            parts = self.experts, self.gate_mlps, self.towers
-            return self._network(first, dict(zip(added, sums, strict=True)), *parts)[0]
-
         random = self.training and self.config["net_dropout"] > 0
-        parts = zip(*(t.split(RECOMPUTED) for t in (*inputs, *added.values())), strict=True)
+        parts = (each.split(RECOMPUTED, 1) for each in self.lookup(ids, numeric, sequences))
         logits = [
-            checkpoint(part, *rows, use_reentrant=False, preserve_rng_state=random)
-            for rows in parts
+            checkpoint(self.network, x, z, use_reentrant=False, preserve_rng_state=random)
+            for x, z in zip(*parts, strict=True)
         ]
         return torch.cat(logits)
+
+    def lookup(
+        self, ids: Tensor, numeric: Tensor | None = None, sequences: Sequences | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The first half of the call: what the network reads of every sample.
+
+        Returns:
+            The embeddings of each space [G, B, I], and the sums of spaces that gates of the first
+            layer read [S, B, I].
+        """
+        sums = self._sums(self._live(0))
+        masks = [sum(1 << self.wiring.spaces[n] for n in names) for names in sums]
+        x, z = self.embedding(ids, numeric, sequences, masks)  # [G or S, B, fields, D]
+        if self.order is not None:
+            x, z = (part.index_select(2, self.order) for part in (x, z))
+        return x.flatten(2), z.flatten(2)
+
+    def network(self, x: Tensor, z: Tensor) -> Tensor:
+        """The second half: logits [B, T] of what :meth:`lookup` returns, or of a part of it."""
+        return self._network(x, z, self.experts, self.gate_mlps, self.towers)[0]
 
     def _run(
         self, ids: Tensor, numeric: Tensor | None, sequences: Sequences | None
     ) -> tuple[Tensor, list[Tensor]]:
         """Logits [B, T], and each layer's gate logits [K, B, E] (empty for models without)."""
         parts = self.experts, self.gate_mlps, self.towers
-        return self._network(*self._inputs(ids, numeric, sequences), *parts)
-
-    def _inputs(
-        self, ids: Tensor, numeric: Tensor | None, sequences: Sequences | None
-    ) -> tuple[list[Tensor], Added]:
-        """The first layer's inputs, and the sums of them that its gates read, each [B, I]."""
-        sums = self._sums(self._live(0))
-        masks = [sum(1 << self.wiring.spaces[n] for n in names) for names in sums]
-        x, z = self.embedding(ids, numeric, sequences, masks)  # [G or len(sums), B, fields, D]
-        if self.order is not None:
-            x, z = (part.index_select(2, self.order) for part in (x, z))
-        spaces = x.flatten(2).unbind()  # G of [B, fields*D]
-        inputs = [spaces[g] for g in self.wiring.spaces]
-        return inputs, dict(zip(sums, z.flatten(2).unbind(), strict=True))
+        return self._network(*self.lookup(ids, numeric, sequences), *parts)
 
     def _network(
-        self, inputs: list[Tensor], added: Added, layers: Any, gate_mlps: Any, towers: Any
+        self, x: Tensor, z: Tensor, layers: Any, gate_mlps: Any, towers: Any
     ) -> tuple[Tensor, list[Tensor]]:
         """What follows the lookup, by the model's groups of networks or others called alike."""
         wiring = self.wiring
+        spaces = ops.unbind(x)
+        inputs = [spaces[g] for g in wiring.spaces]
+        added = dict(zip(self._sums(self._live(0)), ops.unbind(z), strict=True))
         gate_logits = []
         for layer, experts in enumerate(layers):
             live = self._live(layer)
@@ -367,6 +370,7 @@ class STEMNet(nn.Module):
         task_weights: Tensor | None = None,
         sample_weights: Tensor | None = None,
         mask: Tensor | None = None,
+        counts: Tensor | None = None,
     ) -> Tensor:
         """Sum over the tasks of the mean loss over the rows that have the task's label.
 
@@ -381,6 +385,8 @@ class STEMNet(nn.Module):
             sample_weights: [B], a factor on each row's loss; the mean still divides by the number
                 of labels, so that a row's weight does not depend on its batch.
             mask: bool [B, T], False for labels to leave out beside the missing ones.
+            counts: [T], the labels that each task's mean divides by; default those that are there.
+                With the whole batch's, the losses of its parts add up to its own.
 
         Returns:
             A scalar; a task without any label adds 0.
@@ -398,7 +404,8 @@ class STEMNet(nn.Module):
             losses = torch.stack([pair[not b] for pair, b in zip(columns, binary, strict=True)], 1)
         if sample_weights is not None:
             losses = losses * sample_weights[:, None]
-        means = torch.where(present, losses, 0).sum(0) / present.sum(0).clamp(min=1)
+        counts = present.sum(0) if counts is None else counts
+        means = torch.where(present, losses, 0).sum(0) / counts.clamp(min=1)
         if task_weights is not None:
             means = means * task_weights
         return means.sum()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from stem_fast.config import TrainingConfig
 from stem_fast.data import Batch
+from stem_fast.layers import has_batch_norm
 from stem_fast.model import STEMNet
 from stem_fast.optim import OPTIMIZERS, TableOptimizer
 from stem_fast.precision import autocast, tf32
@@ -72,21 +73,79 @@ def train_step(
 
 def _backward(model: STEMNet, batch: Batch, config: TrainingConfig) -> Tensor:
     """The loss, the table's L2 term left out, as a detached scalar; and every gradient of it."""
-    # A subclass may have a forward without the option.
-    options = {"recompute": True} if config.recompute else {}
-    with autocast(config.precision, batch.ids.device):
-        logits = model(batch.ids, batch.numeric, batch.sequences, **options)
-    assert batch.labels is not None
-    loss = model.loss(
-        logits,
-        batch.labels,
-        task_weights=_task_weights(config.task_weights, logits.device),
-        sample_weights=batch.weight,
-    )
+    if 0 < config.micro_batch_size < len(batch.ids):
+        loss = _in_micro_batches(model, batch, config)
+    else:
+        with autocast(config.precision, batch.ids.device):
+            logits = model(batch.ids, batch.numeric, batch.sequences)
+        loss = _loss(model, logits, batch, config)
+        loss.backward()
     if config.net_regularizer:
-        loss = loss + model.regularization(0.0, config.net_regularizer)
-    loss.backward()
+        penalty = model.regularization(0.0, config.net_regularizer)
+        penalty.backward()
+        loss = loss + penalty
     return loss.detach()
+
+
+def _in_micro_batches(model: STEMNet, batch: Batch, config: TrainingConfig) -> Tensor:
+    """The loss and its gradients, the network's outputs in memory for a micro-batch at a time; the
+    lookup and its gradient are the whole batch's."""
+    _check_micro_batches(model, config)
+    assert batch.labels is not None
+    counts = (~batch.labels.isnan()).sum(0)
+    size, device = config.micro_batch_size, batch.ids.device
+    with autocast(config.precision, device):
+        whole = model.lookup(batch.ids, batch.numeric, batch.sequences)
+    grads = [torch.zeros_like(each) for each in whole]
+    total = torch.zeros((), dtype=model.embedding.weight.dtype, device=device)
+    for start in range(0, len(batch.ids), size):
+        rows = slice(start, start + size)
+        parts = [each.detach()[:, rows].requires_grad_(each.requires_grad) for each in whole]
+        with autocast(config.precision, device):
+            logits = model.network(*parts)
+        loss = _loss(model, logits, batch, config, rows, counts)
+        loss.backward()
+        for part, grad in zip(parts, grads, strict=True):
+            if part.grad is not None:
+                grad[:, rows] = part.grad
+        total += loss.detach()
+    if whole[0].requires_grad:
+        torch.autograd.backward(whole, grads)
+    return total
+
+
+def _check_micro_batches(model: STEMNet, config: TrainingConfig) -> None:
+    """Refuses what the parts of a batch would change, or pass by."""
+    cause = f"micro_batch_size is {config.micro_batch_size}, and"
+    if has_batch_norm(model):
+        raise DataError(f"{cause} the model has batch norm (or Dice): give one up.")
+    own = [n for n in ("forward", "loss") if getattr(type(model), n) is not getattr(STEMNet, n)]
+    if own:
+        raise DataError(
+            f"{cause} {type(model).__name__} has a {own[0]} of its own, of whole batches: set it "
+            "to 0."
+        )
+
+
+def _loss(
+    model: STEMNet,
+    logits: Tensor,
+    batch: Batch,
+    config: TrainingConfig,
+    rows: slice = slice(None),
+    counts: Tensor | None = None,
+) -> Tensor:
+    """The loss of some rows of a batch, whose labels count in all ``counts`` [T]."""
+    assert batch.labels is not None
+    # A subclass may have a loss that does not know of parts.
+    options = {} if counts is None else {"counts": counts}
+    return model.loss(
+        logits,
+        batch.labels[rows],
+        task_weights=_task_weights(config.task_weights, logits.device),
+        sample_weights=None if batch.weight is None else batch.weight[rows],
+        **options,
+    )
 
 
 @torch.no_grad()
@@ -128,7 +187,7 @@ class TrainStep:
     on the GPU, which a graph reads), of what is trained or of its place in memory begins anew, as a
     longer sequence than all before does; what changes at every step is never captured. Other
     batches (the last of an epoch), those of a model in evaluation mode, and all batches on the CPU
-    or with ``config.recompute`` are trained as they are always. The steps are the same either way.
+    are trained as they are always. The steps are the same either way.
 
     Args:
         model: on the device of its batches.
@@ -178,13 +237,8 @@ class TrainStep:
         return self.loss.clone()
 
     def _capturable(self, batch: Batch) -> bool:
-        config = self.config
-        return (
-            batch.ids.is_cuda
-            and len(batch.ids) == config.batch_size
-            and self.model.training
-            and not config.recompute
-        )
+        whole = len(batch.ids) == self.config.batch_size
+        return batch.ids.is_cuda and whole and self.model.training
 
     def _kept(self) -> list[Any]:
         """What a graph keeps as it was: options, what is trained, and where tensors are."""

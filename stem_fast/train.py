@@ -135,7 +135,7 @@ def fit(
     Calls ``on_step(rows)`` after a step, ``on_best(model)`` after an epoch that improved, then
     ``on_epoch(record)``. The model's weights and dropout come from torch's global generator: seed
     that before building the model to make a run repeatable.
-    Raises DataError for a monitor, task weights, a precision or ``recompute`` that do not fit,
+    Raises DataError for a monitor, task weights, a precision or micro-batches that do not fit,
     TrainingError for a loss or a prediction that is not finite.
     """
     kinds = task_kinds(model)
@@ -316,8 +316,7 @@ def task_kinds(model: STEMNet) -> dict[str, str]:
 
 
 def _refuse_batch_norm(model: STEMNet, rows: int, config: TrainingConfig) -> None:
-    """Batch norm has no variance over one row, and would stop in the middle of an epoch; and its
-    statistics are of the whole batch, which ``recompute`` cuts."""
+    """Batch norm has no variance over one row, and would stop in the middle of an epoch."""
     if not has_batch_norm(model):
         return
     if 1 in (config.batch_size, rows % config.batch_size):
@@ -325,5 +324,3 @@ def _refuse_batch_norm(model: STEMNet, rows: int, config: TrainingConfig) -> Non
             f"batch_norm needs two rows a batch, and {rows} training rows in batches of "
             f"{config.batch_size} leave one alone: choose another --batch-size."
         )
-    if config.recompute:
-        raise DataError("recompute is True, and the model has batch norm (or Dice): give one up.")

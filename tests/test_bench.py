@@ -426,12 +426,12 @@ def test_peers_on_a_gpu(
         options = {**self.common, **what, "device": "cpu"}
         with contextlib.redirect_stdout(sys.stderr):
             lines = [json.dumps({part: found}) for part, found in turns.on_gpu(options)]
-        recompute = "recompute" in what["contender"]
-        return (lines[:2], "its process ended with -6", 0.0) if recompute else (lines, "", 0.0)
+        ended = what["contender"] == contenders.MICRO
+        return (lines[:2], "its process ended with -6", 0.0) if ended else (lines, "", 0.0)
 
     monkeypatch.setattr(peers.Turns, "process", process)
     threads = torch.get_num_threads()
-    names = [cases.OURS, "official", f"{cases.OURS}, recompute"]
+    names = [cases.OURS, "official", contenders.MICRO]
     arguments = ["--device", "cuda", "--json", str(tmp_path / "peers.json"), "--runs", "fp32"]
     arguments += ["bf16", "--settings", "tiny", "--seconds", "0.01", "--contenders", *names]
     if OFFICIAL:

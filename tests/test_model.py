@@ -192,9 +192,9 @@ def test_recompute_changes_nothing_but_memory(
     forward = model._network
     parts: list[int] = []
 
-    def counted(inputs: list[Tensor], *rest: Any) -> Any:
-        parts.append(len(inputs[0]))
-        return forward(inputs, *rest)
+    def counted(x: Tensor, *rest: Any) -> Any:
+        parts.append(x.shape[1])
+        return forward(x, *rest)
 
     monkeypatch.setattr(model, "_network", counted)
     found = []

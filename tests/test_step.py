@@ -17,21 +17,23 @@ from stem_fast import layers, optim, train
 from stem_fast import step as steps
 from stem_fast.config import EMBEDDING_OPTIMIZERS, TrainingConfig
 from stem_fast.data import Dataset
-from stem_fast.model import STEMNet
+from stem_fast.model import MODELS, STEMNet
+from stem_fast.schema import DataError
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 ROWS, BATCH = 150, 20  # the last batch of an epoch is shorter
 
 
-def model(**options: Any) -> STEMNet:
+def model(name: str = "stem", **options: Any) -> STEMNet:
     """Of every kind of field, in float64."""
     torch.manual_seed(3)
     sizes = {"expert_hidden_units": (16, 8), "gate_hidden_units": (8,), "tower_hidden_units": (8,)}
-    return STEMNet(
+    experts = {"single": 0, "shared_bottom": 1}.get(name, 2)
+    return MODELS[name](
         {"user": 30, "item": 20},
         ["click", "time"],
         embedding_dim=4,
-        num_shared_experts=2,
+        num_shared_experts=experts,
         numeric=["price"],
         sequences={"seen": "item"},
         kinds={"time": "regression"},
@@ -172,6 +174,79 @@ def test_steps_are_train_steps(
     torch.testing.assert_close(ours.losses, theirs.losses, rtol=1e-9, atol=0)
     for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize("size", [1, 7, BATCH - 1])
+@pytest.mark.parametrize(
+    ("name", "options"), [*((name, {}) for name in MODELS), ("stem", {"num_layers": 2})]
+)
+def test_micro_batches_change_nothing_but_memory(
+    name: str, options: dict[str, Any], size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses with missing labels and weights, every gradient, clipping and updates."""
+    network, rows = STEMNet._network, []
+
+    def counted(own: STEMNet, x: torch.Tensor, *rest: Any) -> Any:
+        if own.training:
+            rows.append(x.shape[1])
+        return network(own, x, *rest)
+
+    monkeypatch.setattr(STEMNet, "_network", counted)
+    found = []
+    for micro in (0, size):
+        settings = config(micro_batch_size=micro, net_regularizer=0.1, task_weights=(1.0, 0.5))
+        rows.clear()
+        found.append(trained(settings, "cpu", False, name=name, **options))
+    assert max(rows) == size
+    assert sum(rows) == 2 * ROWS
+    torch.testing.assert_close(found[1].losses, found[0].losses, rtol=1e-10, atol=0)
+    for one, other in zip(*(each.parameters() for each in found), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-11)
+
+
+@everywhere
+def test_micro_batches_are_captured(device: str) -> None:
+    ours = trained(config(micro_batch_size=7), device, True)
+    theirs = trained(config(), device, False)
+    torch.testing.assert_close(ours.losses, theirs.losses, rtol=1e-9, atol=0)
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-10)
+
+
+def test_micro_batches_of_a_model_with_frozen_embeddings() -> None:
+    found = []
+    for micro in (0, 7):
+        settings, each = config(micro_batch_size=micro), model()
+        each.embedding.requires_grad_(False)
+        step = steps.TrainStep(each, train.make_optimizers(each, settings), settings)
+        found.append([step(batch) for batch in data().batches(BATCH)])
+    torch.testing.assert_close(*map(torch.stack, found), rtol=1e-10, atol=0)
+
+
+class OwnForward(STEMNet):
+    def forward(self, *arguments: Any, **options: Any) -> torch.Tensor:
+        return super().forward(*arguments, **options)
+
+
+class OwnLoss(STEMNet):
+    def loss(self, *arguments: Any, **options: Any) -> torch.Tensor:
+        return super().loss(*arguments, **options)
+
+
+def test_micro_batches_are_refused_where_they_would_change_something(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own = "has a {} of its own, of whole batches: set it to 0"
+    for kind, options, message in [
+        (STEMNet, {"batch_norm": True}, "the model has batch norm"),
+        (STEMNet, {"hidden_activations": "dice"}, "the model has batch norm"),
+        (OwnForward, {}, f"OwnForward {own.format('forward')}"),
+        (OwnLoss, {}, f"OwnLoss {own.format('loss')}"),
+    ]:
+        monkeypatch.setitem(MODELS, "stem", kind)
+        with pytest.raises(DataError, match=f"micro_batch_size is 7, and {message}"):
+            trained(config(micro_batch_size=7), "cpu", False, **options)
+        assert trained(config(), "cpu", False, **options).losses.isfinite().all()
 
 
 @everywhere

@@ -134,18 +134,14 @@ def test_fp64_trains_with_exact_adam_as_with_dense_adam() -> None:
     assert fp32.metrics != metrics[0][0]
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("options", [{}, {"net_dropout": 0.1}, {"batch_norm": True}])
-def test_bf16_trains_as_fp32_does(
-    options: dict[str, object], recompute: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(
+    ("options", "micro"), [({}, 0), ({}, 24), ({"net_dropout": 0.1}, 0), ({"batch_norm": True}, 0)]
+)
+def test_bf16_trains_as_fp32_does(options: dict[str, object], micro: int) -> None:
     """Step by step close to it, with weights and gradients in float32; and learns."""
-    if recompute and options:
-        pytest.skip("other masks, and batch norm is refused")
-    monkeypatch.setattr("stem_fast.model.RECOMPUTED", 24)
     data, losses = tiny_data(256), []
     for precision in ("fp32", "bf16"):
-        settings = config(precision=precision, recompute=recompute and precision == "bf16")
+        settings = config(precision=precision, micro_batch_size=micro)
         model = tiny_model(**options)
         optimizers = train.make_optimizers(model, settings)
         torch.manual_seed(1)  # of the dropout
@@ -516,20 +512,6 @@ def test_batch_norm_refuses_a_row_alone(rows: int, batch_size: int) -> None:
         train.fit(model, data, data, config(batch_size=batch_size))
 
 
-def test_recompute_trains_alike_and_refuses_batch_norm() -> None:
-    data = tiny_data(60)
-    states = []
-    for recompute in (False, True):
-        model = tiny_model().double()
-        options = config(recompute=recompute, precision="fp64", epochs=1)
-        train.fit(model, data, data, options)
-        states.append(model.state_dict())
-    for kept, again in zip(*(state.values() for state in states), strict=True):
-        torch.testing.assert_close(again, kept, rtol=0, atol=1e-12)
-    with pytest.raises(DataError, match="recompute is True, and the model has batch norm"):
-        train.fit(tiny_model(batch_norm=True), data, data, config(recompute=True))
-
-
 @pytest.mark.parametrize(
     ("key", "value", "rule"),
     [
@@ -545,6 +527,7 @@ def test_recompute_trains_alike_and_refuses_batch_norm() -> None:
         ("net_regularizer", math.inf, "a number of at least 0"),
         ("max_gradient_norm", -1, "a number of at least 0"),
         ("patience", 0, "a whole number of at least 1"),
+        ("micro_batch_size", -1, "a whole number of at least 0"),
         ("monitor", 3, "a text"),
         ("seed", -1, "a whole number from 0 to"),
         ("seed", 2**63, "a whole number from 0 to"),

@@ -20,11 +20,19 @@
 namespace {
 
 constexpr size_t kPage = size_t{1} << 16;
+constexpr size_t kLargest = (size_t{1} << 25) - kPage;  // that glibc's dynamic thresholds follow
 constexpr int64_t kIdle = 256;  // allocations after which an unused block is given back
 
 // Blocks handed out and taken back, smallest fit first.
 class Pool {
  public:
+  // Products have no output that could be given to them, and glibc gives freed memory back to the
+  // system from a size on that grows with the largest block it has freed; here to its most, 64 MiB.
+  Pool() {
+    void* volatile block = std::malloc(kLargest);
+    std::free(block);
+  }
+
   void* take(size_t asked) {
     const size_t unit = asked < kHugePage ? kPage : kHugePage;
     const size_t bytes = (asked + unit - 1) / unit * unit;
