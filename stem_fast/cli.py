@@ -52,9 +52,9 @@ class _Commands(TyperGroup):
                 raise
             reason, _, _ = str(error).partition("\n")
             report.error(
-                "out of memory: lower --batch-size, or fit a smaller network with a lower "
-                "--embedding-dim, --expert-hidden-units or --num-shared-experts, or a higher "
-                f"--min-count ({reason})."
+                "out of memory: lower --batch-size, give fit a --micro-batch-size, or fit a "
+                "smaller network with a lower --embedding-dim, --expert-hidden-units or "
+                f"--num-shared-experts, or a higher --min-count ({reason})."
             )
             code = 2
         except Exception as error:

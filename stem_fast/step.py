@@ -165,8 +165,10 @@ def _clip(model: STEMNet, config: TrainingConfig) -> Tensor | float:
         rows, values = model.embedding.row_gradients()
         grads.append(table[rows].mul_(config.embedding_regularizer).add_(values))
     norm = nn.utils.get_total_norm(grads)
-    nn.utils.clip_grads_with_norm_(dense, config.max_gradient_norm, norm)
     factor = (config.max_gradient_norm / (norm + 1e-6)).clamp(max=1.0)
+    if factor.is_cpu and factor == 1:  # on CUDA a look would make every step wait
+        return 1.0
+    nn.utils.clip_grads_with_norm_(dense, config.max_gradient_norm, norm)
     if sparse is not None:
         sparse._values().mul_(factor)
     return factor

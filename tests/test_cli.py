@@ -532,7 +532,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_network_too_large_is_no_bug(monkeypatch: pytest.MonkeyPatch) -> None:
-    said = ("out of memory: lower --batch-size, or", "--embedding-dim", "--min-count")
+    said = ("out of memory: lower --batch-size, give fit a --micro-batch-size", "--min-count")
     refused(fit(ok=False, embedding_dim=10**12), *said, "DefaultCPUAllocator")
 
     def full(*_: object, **__: object) -> None:
