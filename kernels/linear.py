@@ -293,7 +293,7 @@ def bias_relu(y: Tensor, bias: Tensor, relu: bool) -> None:
         _bias_relu[grid](y, bias.contiguous(), batch, width, RELU=relu, **tile)
 
 
-def relu_backward(grad: Tensor, y: Tensor) -> Tensor:
+def relu_backward(grad: Tensor, y: Tensor, transposed: Tensor | None = None) -> Tensor:
     """Triton version of :func:`stem_fast.reference.relu_backward` (same arguments and result)."""
     _require_contiguous("grad", grad)
     one = grad.dim() == 2
@@ -307,6 +307,8 @@ def relu_backward(grad: Tensor, y: Tensor) -> Tensor:
         grid = blocks, triton.cdiv(width, tile["COLUMNS"]), experts
         with torch.cuda.device_of(y):
             _relu_backward[grid](grad, y, partials, batch, width, blocks, TILES=TILES, **tile)
+    if transposed is not None:
+        transposed.copy_(grad.mT)
     sums = partials[:, 0] if blocks == 1 else partials.sum(1)
     return sums[0] if one else sums
 

@@ -144,6 +144,9 @@ class _ExpertMixture(torch.autograd.Function):
         dbiases = [weight.new_empty(weight.shape[:2]) for weight in dweights]
         see, learn = ctx.masks
         p = reference.gate_weights(logits.to(wide), see)
+        # In float32 oneDNN has the gradient of a weight a tenth faster, if d lies column by column;
+        # but not of an empty batch.
+        by_columns = logits.dtype == torch.float32 and batched.onednn(logits) and len(grads[0]) > 0
         dp = torch.empty_like(p)
         dps = dp.unbind(2)
         # An expert's parts, layer by layer: cheaper than an index for each.
@@ -153,9 +156,12 @@ class _ExpertMixture(torch.autograd.Function):
             dps[e].copy_(own)
             for layer in reversed(range(layers)):
                 x = ys[layer - 1][e] if layer else inputs[n]
-                dbiases[layer][e] = torch.ops.stem_fast.relu_backward(d, ys[layer][e])
+                columns = kept(d, [d.shape[1], len(d)]) if by_columns else None
+                dbiases[layer][e] = torch.ops.stem_fast.relu_backward(d, ys[layer][e], columns)
                 dweight = dws[layer][e]
-                if dweight.dtype == d.dtype:
+                if columns is not None:
+                    dweight.copy_(_times(columns, x))
+                elif dweight.dtype == d.dtype:
                     torch.mm(d.T, x, out=dweight)
                 else:
                     dweight.copy_(torch.mm(d.T, x))

@@ -49,7 +49,7 @@ SCHEMAS = {
     " -> (Tensor, Tensor)",
     "mixture_expert_backward": "(Tensor[] grads, Tensor y, Tensor p, int[] learn, int e)"
     " -> (Tensor, Tensor)",
-    "relu_backward": "(Tensor(a!) grad, Tensor y) -> Tensor",
+    "relu_backward": "(Tensor(a!) grad, Tensor y, Tensor(b!)? transposed=None) -> Tensor",
     "bias_relu": "(Tensor(a!) y, Tensor bias, bool relu) -> ()",
     "grouped_linear": "(Tensor x, int[] reads, Tensor weight, Tensor bias, bool relu) -> Tensor",
     "expert_mixture_inference": "(Tensor x, int[] reads, Tensor weight, Tensor bias, Tensor logits,"
@@ -316,7 +316,7 @@ def _mixture_expert_backward_fake(
     return y.new_empty(y.shape), p.new_empty(p.shape[:2])
 
 
-def _relu_backward_fake(grad: Tensor, y: Tensor) -> Tensor:
+def _relu_backward_fake(grad: Tensor, y: Tensor, transposed: Tensor | None = None) -> Tensor:
     size = [*y.shape[:-2], y.shape[-1]]
     return y.new_empty(size, dtype=torch.promote_types(y.dtype, torch.float32))
 

@@ -383,18 +383,21 @@ def mask_matrix(masks: Sequence[int], like: Tensor) -> Tensor:
     return torch.tensor([[bool(m >> e & 1) for e in experts] for m in masks], device=like.device)
 
 
-def relu_backward(grad: Tensor, y: Tensor) -> Tensor:
+def relu_backward(grad: Tensor, y: Tensor, transposed: Tensor | None = None) -> Tensor:
     """The backward pass of ``y = relu(x + bias)``.
 
     Args:
         grad: [B, H] of y; becomes that of x, in place. Or of E networks, [E, B, H] (the C++ version
             takes one network).
         y: as grad, of the same type.
+        transposed: [H, B] or [E, H, B], of the same type; becomes the new grad too.
 
     Returns:
         [H] or [E, H], the gradient of the bias: float32, for float64 float64.
     """
     grad.masked_fill_(y <= 0, 0)
+    if transposed is not None:
+        transposed.copy_(grad.mT)
     return grad.sum(-2, dtype=torch.promote_types(y.dtype, torch.float32))
 
 

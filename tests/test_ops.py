@@ -444,7 +444,7 @@ def test_sgd_and_adagrad_rows_are_the_same_with_one_thread() -> None:
 
 @devices
 @dtypes
-@pytest.mark.parametrize("shape", [(0, 3), (1, 1), (5, 20), (131, 37), (300, 512)])
+@pytest.mark.parametrize("shape", [(0, 3), (1, 1), (5, 20), (131, 37), (276, 30), (300, 512)])
 def test_relu_backward(shape: tuple[int, int], dtype: torch.dtype, device: str) -> None:
     check_relu_backward(torch.ops.stem_fast.relu_backward, shape, dtype, device)
 
@@ -478,16 +478,21 @@ def test_relu_backward_is_the_same_with_one_thread() -> None:
 
 @cpp
 @pytest.mark.parametrize(
-    ("grad", "message"),
+    ("grad", "transposed", "message"),
     [
-        (torch.zeros(3, 2), "must be .B, H. of one type"),
-        (torch.zeros(2, 3).double(), "must be .B, H. of one type"),
-        (torch.zeros(3, 2).T, "must be contiguous"),
+        (torch.zeros(3, 2), None, "must be .B, H. of one type"),
+        (torch.zeros(2, 3).double(), None, "must be .B, H. of one type"),
+        (torch.zeros(3, 2).T, None, "must be contiguous"),
+        (torch.zeros(2, 3), torch.zeros(2, 3), "transposed must be contiguous, .H, B."),
+        (torch.zeros(2, 3), torch.zeros(2, 3).T, "transposed must be contiguous, .H, B."),
+        (torch.zeros(2, 3), torch.zeros(3, 2).double(), "of the gradient's type"),
     ],
 )
-def test_relu_backward_refuses_other_shapes_and_types(grad: torch.Tensor, message: str) -> None:
+def test_relu_backward_refuses_other_shapes_and_types(
+    grad: torch.Tensor, transposed: torch.Tensor | None, message: str
+) -> None:
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.stem_fast.relu_backward(grad, torch.zeros(2, 3))
+        torch.ops.stem_fast.relu_backward(grad, torch.zeros(2, 3), transposed)
 
 
 @devices
@@ -721,7 +726,9 @@ def test_opcheck(name: str, device: str) -> None:
     torch.library.opcheck(library.mixture_backward.default, (grad, strided, logits, see, learn))
     one = (list(grad), y[0], reference.gate_weights(logits, see), learn, 0)
     torch.library.opcheck(library.mixture_expert_backward.default, one)
-    torch.library.opcheck(library.relu_backward.default, (grad[0].contiguous(), y[0].contiguous()))
+    one = grad[0].contiguous(), y[0].contiguous()
+    torch.library.opcheck(library.relu_backward.default, one)
+    torch.library.opcheck(library.relu_backward.default, (*one, one[0].new_empty(y[0].T.shape)))
     if device == "cuda":
         torch.library.opcheck(library.relu_backward.default, (torch.randn_like(y), y))
     bias = y.new_ones(len(y), y.shape[2])

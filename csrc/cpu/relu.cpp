@@ -9,8 +9,13 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <type_traits>
 #include <vector>
+
+#ifdef __SSE2__
+#include <xmmintrin.h>
+#endif
 
 #include "lanes.h"
 
@@ -50,10 +55,42 @@ INLINE void mask(T* grad, const T* y, A* sums, int64_t width) {
   }
 }
 
+// Rows [n, width] as columns that are `batch` long, past the caches: they are read much later.
+template <typename T>
+INLINE void transpose(const T* rows, T* columns, int64_t n, int64_t width, int64_t batch) {
+  int64_t b = 0;
+#ifdef __SSE2__
+  // Four columns of sixteen rows fill four lines of the cache.
+  const bool aligned = reinterpret_cast<uintptr_t>(columns) % 16 == 0 && batch % 4 == 0;
+  if constexpr (std::is_same_v<T, float>) {
+    for (; aligned && b + 16 <= n; b += 16) {
+      int64_t h = 0;
+      for (; h + 4 <= width; h += 4) {
+        __m128 parts[4][4];
+        for (int i = 0; i < 16; ++i) parts[i / 4][i % 4] = _mm_loadu_ps(rows + (b + i) * width + h);
+        for (auto& p : parts) _MM_TRANSPOSE4_PS(p[0], p[1], p[2], p[3]);
+        for (int j = 0; j < 4; ++j) {
+          for (int i = 0; i < 4; ++i) {
+            _mm_stream_ps(columns + (h + j) * batch + b + i * 4, parts[i][j]);
+          }
+        }
+      }
+      for (; h < width; ++h) {
+        for (int i = 0; i < 16; ++i) columns[h * batch + b + i] = rows[(b + i) * width + h];
+      }
+    }
+    fence();
+  }
+#endif
+  for (; b < n; ++b) {
+    for (int64_t h = 0; h < width; ++h) columns[h * batch + b] = rows[b * width + h];
+  }
+}
+
 // Blocks [begin, end) of samples, each with its sums.
 template <typename T, typename A = Sum<T>>
-INLINE void mask_blocks(T* grad, const T* y, A* sums, int64_t batch, int64_t width, int64_t begin,
-                        int64_t end) {
+INLINE void mask_blocks(T* grad, const T* y, A* sums, T* columns, int64_t batch, int64_t width,
+                        int64_t begin, int64_t end) {
   for (int64_t block = begin; block < end; ++block) {
     A* sum = sums + block * width;
     std::fill(sum, sum + width, A(0));
@@ -61,27 +98,34 @@ INLINE void mask_blocks(T* grad, const T* y, A* sums, int64_t batch, int64_t wid
     int64_t b = block * kBlock;
     for (; b + kTile <= last; b += kTile) mask<kTile>(grad + b * width, y + b * width, sum, width);
     for (; b < last; ++b) mask<1>(grad + b * width, y + b * width, sum, width);
+    if (columns == nullptr) continue;
+    const int64_t first = block * kBlock;
+    transpose(grad + first * width, columns + first, last - first, width, batch);
   }
 }
 
 // A template cannot be multiversioned, so each type has its entry.
 #define ENTRY(T)                                                                                \
-  MULTIVERSION void entry(T* grad, const T* y, Sum<T>* sums, int64_t batch, int64_t width,      \
-                          int64_t begin, int64_t end) {                                         \
-    mask_blocks<T>(grad, y, sums, batch, width, begin, end);                                    \
+  MULTIVERSION void entry(T* grad, const T* y, Sum<T>* sums, T* columns, int64_t batch,         \
+                          int64_t width, int64_t begin, int64_t end) {                          \
+    mask_blocks<T>(grad, y, sums, columns, batch, width, begin, end);                           \
   }
 ENTRY(double)
 ENTRY(float)
 ENTRY(torch::headeronly::BFloat16)
 ENTRY(torch::headeronly::Half)
 
-Tensor relu_backward(Tensor grad, const Tensor& y_in) {
+Tensor relu_backward(Tensor grad, const Tensor& y_in, std::optional<Tensor> transposed) {
   const Tensor y = torch::stable::contiguous(y_in);
   STD_TORCH_CHECK(grad.dim() == 2 && y.dim() == 2 && grad.size(0) == y.size(0) &&
                       grad.size(1) == y.size(1) && grad.scalar_type() == y.scalar_type(),
                   "relu_backward: the gradient and y must be [B, H] of one type");
   STD_TORCH_CHECK(grad.is_contiguous(), "relu_backward: the gradient must be contiguous");
   const int64_t batch = y.size(0), width = y.size(1);
+  STD_TORCH_CHECK(!transposed || (transposed->dim() == 2 && transposed->size(0) == width &&
+                                  transposed->size(1) == batch && transposed->is_contiguous() &&
+                                  transposed->scalar_type() == y.scalar_type()),
+                  "relu_backward: transposed must be contiguous, [H, B], of the gradient's type");
   Tensor sums;
   for_type(y.scalar_type(), "relu_backward", [&](auto zero) {
     using T = decltype(zero);
@@ -90,9 +134,10 @@ Tensor relu_backward(Tensor grad, const Tensor& y_in) {
     sums = torch::stable::new_zeros(y, {width}, type);
     const int64_t blocks = (batch + kBlock - 1) / kBlock;
     std::vector<A> partial(blocks * width);
+    T* columns = transposed ? static_cast<T*>(transposed->mutable_data_ptr()) : nullptr;
     torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
       entry(static_cast<T*>(grad.mutable_data_ptr()), static_cast<const T*>(y.const_data_ptr()),
-            partial.data(), batch, width, begin, end);
+            partial.data(), columns, batch, width, begin, end);
     });
     A* total = static_cast<A*>(sums.mutable_data_ptr());
     for (int64_t i = 0; i < blocks; ++i) {
