@@ -650,7 +650,7 @@ CONTENDERS: dict[str, Entry] = {
         functools.partial(Ours, training={"precision": "bf16"}), "stem", "official", _TRAINING
     ),
     MICRO: Entry(
-        functools.partial(Ours, training={"micro_batch_size": 1024}), "stem", "official", _TRAINING
+        functools.partial(Ours, training={"micro_batch_size": 512}), "stem", "official", _TRAINING
     ),
     f"{OURS}, compiled": Entry(
         functools.partial(Ours, inference={}), "stem", "official", ("inference",)

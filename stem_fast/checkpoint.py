@@ -32,7 +32,7 @@ from stem_fast.config import TrainingConfig
 from stem_fast.model import MODELS, STEMNet
 from stem_fast.schema import DataError, Encoding, nearest
 
-VERSION = 1
+VERSION = 2
 WEIGHTS, SCHEMA, CONFIG = "model.safetensors", "schema.json", "config.json"
 HISTORY, METRICS = "history.json", "metrics.json"
 _FILES = (WEIGHTS, SCHEMA, CONFIG, HISTORY, METRICS)

@@ -77,12 +77,12 @@ def expert_mixture(
     return mixed
 
 
-def _times(x: Tensor, weight: Tensor) -> Tensor:
-    """``x @ weight``; in bfloat16 oneDNN would reorder a transposed weight."""
+def _times(x: Tensor, y: Tensor) -> Tensor:
+    """``x @ y``; in bfloat16 oneDNN would reorder a transposed y."""
     if x.dtype == torch.float32 and batched.onednn(x):
-        return torch.ops.mkldnn._linear_pointwise(x, weight.T, None, "none", [], None)
-    out = torch.ops.stem_fast.empty_kept(x, [len(x), weight.shape[1]])
-    return torch.mm(x, weight, out=out)
+        return torch.ops.mkldnn._linear_pointwise(x, y.T, None, "none", [], None)
+    out = torch.ops.stem_fast.empty_kept(x, [len(x), y.shape[1]])
+    return torch.mm(x, y, out=out)
 
 
 class _ExpertMixture(torch.autograd.Function):
@@ -137,9 +137,10 @@ class _ExpertMixture(torch.autograd.Function):
         wanted = ctx.needs_input_grad[7 : 7 + ctx.count]
         dinputs: list[Tensor | None] = [None] * ctx.count
         kinds, types = types[: ctx.count], types[ctx.count :: 2]
-        kept, like = torch.ops.stem_fast.empty_kept, logits.new_empty
+        kept = torch.ops.stem_fast.empty_kept
         dweights = [
-            kept(like(0, dtype=kind), w.shape) for w, kind in zip(weights, types, strict=True)
+            kept(logits.new_empty(0, dtype=kind), weight.shape)
+            for weight, kind in zip(weights, types, strict=True)
         ]
         dbiases = [weight.new_empty(weight.shape[:2]) for weight in dweights]
         see, learn = ctx.masks
@@ -161,6 +162,7 @@ class _ExpertMixture(torch.autograd.Function):
                 dweight = dws[layer][e]
                 if columns is not None:
                     dweight.copy_(_times(columns, x))
+                    del columns  # before the next ones are made
                 elif dweight.dtype == d.dtype:
                     torch.mm(d.T, x, out=dweight)
                 else:

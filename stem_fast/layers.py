@@ -35,7 +35,7 @@ ACTIVATIONS = {
 }
 
 
-def _runs_ahead(tensor: Tensor) -> bool:
+def runs_ahead(tensor: Tensor) -> bool:
     """Whether looking at a tensor's values makes the device wait."""
     return tensor.is_cuda
 
@@ -216,7 +216,7 @@ class EmbeddingArena(nn.Module):
     def raise_bad_ids(self) -> None:
         """On CUDA, wait for the device and raise IndexError for the first id that was outside its
         vocabulary since the last call (``bounds`` "raise"); training does so once an epoch."""
-        if not _runs_ahead(self.bad) or self.bounds != "raise":
+        if not runs_ahead(self.bad) or self.bounds != "raise":
             return
         for name, place in zip(self.tables, self.bad.tolist(), strict=True):
             if place != _NEVER:
@@ -241,7 +241,7 @@ class EmbeddingArena(nn.Module):
 
         ``bounds`` are the offsets of a sequence field, whose ids are [values, 1].
         """
-        if _runs_ahead(ids):
+        if runs_ahead(ids):
             if self.bounds == "off":
                 return ids
             return ops.check_ids(ids, self.sizes[fields], self.bad[fields])
@@ -310,7 +310,7 @@ class EmbeddingArena(nn.Module):
             raise TypeError(f"sequence {name!r} is {values.dtype}, expected int32 or int64")
         if len(offsets) != batch + 1:
             raise ValueError(f"sequence {name!r}: offsets must be [{batch + 1}]")
-        if not (padded or _runs_ahead(offsets) or torch.compiler.is_compiling()):
+        if not (padded or runs_ahead(offsets) or torch.compiler.is_compiling()):
             if int(offsets[0]) != 0 or int(offsets[-1]) != len(values):
                 raise ValueError(f"sequence {name!r}: offsets must be from 0 to {len(values)}")
             if (offsets.diff() < 0).any():

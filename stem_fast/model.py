@@ -222,8 +222,8 @@ class STEMNet(nn.Module):
                 offsets [B+1]).
             recompute: keep no outputs of layers for the backward pass, which makes them again for
                 ``RECOMPUTED`` rows at a time: in larger batches less memory, for a third more
-                products. (With dropout, other masks.) ``TrainingConfig.micro_batch_size`` saves as
-                much without them.
+                products. (With dropout, other masks.) ``TrainingConfig.micro_batch_size`` saves
+                memory without them.
 
         Raises:
             IndexError: an id outside its field's vocabulary (names the field, id, row and size).
@@ -249,7 +249,7 @@ class STEMNet(nn.Module):
 
         Returns:
             The embeddings of each space [G, B, I], and the sums of spaces that gates of the first
-            layer read [S, B, I].
+            layer read [S, B, I]; each in memory of its own, which micro-batches write to.
         """
         sums = self._sums(self._live(0))
         masks = [sum(1 << self.wiring.spaces[n] for n in names) for names in sums]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from stem_fast.config import TrainingConfig
 from stem_fast.data import Batch
-from stem_fast.layers import has_batch_norm
+from stem_fast.layers import has_batch_norm, runs_ahead
 from stem_fast.model import STEMNet
 from stem_fast.optim import OPTIMIZERS, TableOptimizer
 from stem_fast.precision import autocast, tf32
@@ -82,7 +82,8 @@ def _backward(model: STEMNet, batch: Batch, config: TrainingConfig) -> Tensor:
         loss.backward()
     if config.net_regularizer:
         penalty = model.regularization(0.0, config.net_regularizer)
-        penalty.backward()
+        if penalty.requires_grad:
+            penalty.backward()
         loss = loss + penalty
     return loss.detach()
 
@@ -118,7 +119,12 @@ def _check_micro_batches(model: STEMNet, config: TrainingConfig) -> None:
     cause = f"micro_batch_size is {config.micro_batch_size}, and"
     if has_batch_norm(model):
         raise DataError(f"{cause} the model has batch norm (or Dice): give one up.")
-    own = [n for n in ("forward", "loss") if getattr(type(model), n) is not getattr(STEMNet, n)]
+    # A compiled model's is no method of STEMNet either.
+    own = [
+        name
+        for name in ("forward", "loss")
+        if getattr(getattr(model, name), "__func__", None) is not getattr(STEMNet, name)
+    ]
     if own:
         raise DataError(
             f"{cause} {type(model).__name__} has a {own[0]} of its own, of whole batches: set it "
@@ -166,7 +172,7 @@ def _clip(model: STEMNet, config: TrainingConfig) -> Tensor | float:
         grads.append(table[rows].mul_(config.embedding_regularizer).add_(values))
     norm = nn.utils.get_total_norm(grads)
     factor = (config.max_gradient_norm / (norm + 1e-6)).clamp(max=1.0)
-    if factor.is_cpu and factor == 1:  # on CUDA a look would make every step wait
+    if not runs_ahead(factor) and factor == 1:
         return 1.0
     nn.utils.clip_grads_with_norm_(dense, config.max_gradient_norm, norm)
     if sparse is not None:

@@ -283,8 +283,8 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     "other json": (lambda run: (run / "config.json").write_text("[]"), "has no 'version'"),
     "no model": (edit(lambda c: c.pop("model")), "has no 'model'"),
     "version": (
-        edit(lambda c: c.update(version=2)),
-        "has version 2, this stem_fast reads version 1: use the release that made the run",
+        edit(lambda c: c.update(version=1)),
+        "has version 1, this stem_fast reads version 2: use the release that made the run",
     ),
     "schema version": (
         lambda run: (run / "schema.json").write_text('{"version": 99}'),

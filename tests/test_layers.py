@@ -67,7 +67,7 @@ def test_dense_and_sparse_gradients_agree() -> None:
 
 def test_bad_ids_on_a_device_are_named_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """What CUDA does, on tensors of the CPU: replaced by the unknown value, noted, raised once."""
-    monkeypatch.setattr("stem_fast.layers._runs_ahead", lambda tensor: True)
+    monkeypatch.setattr("stem_fast.layers.runs_ahead", lambda tensor: True)
     layer = arena()
     history = torch.tensor([[3, -5, 0], [0, 4, 0]])
     x, _ = layer(torch.tensor([[1, 2], [9, 0]]), PRICE, {**SEQUENCES, "history": history})

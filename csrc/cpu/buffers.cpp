@@ -89,7 +89,7 @@ Pool& pool() {
 }
 
 torch::stable::Tensor scratch(const torch::stable::Tensor& like, std::vector<int64_t> sizes) {
-  return empty_kept(like, sizes, kScratch);
+  return empty_kept(like, sizes, kKept);
 }
 
 // Asks for huge pages where nothing was written yet: random rows of a table miss the small ones' table.

@@ -9,8 +9,8 @@
 #include <cstdint>
 #include <vector>
 
-// What lives for a moment is kept from this size on.
-constexpr size_t kScratch = size_t{1} << 18;
+// Outputs are kept from this size on.
+constexpr size_t kKept = size_t{1} << 18;
 // What is read or written in no order: in pages of this size the processor finds it at once.
 constexpr size_t kHugePage = size_t{1} << 21;
 

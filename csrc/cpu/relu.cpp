@@ -1,5 +1,5 @@
-// The backward pass of a bias and a ReLU on CPU: masks the gradient and sums it over the samples in
-// one read of it. The mathematics is stem_fast/reference.py's relu_backward.
+// The backward pass of a bias and a ReLU on CPU: masks the gradient, sums it over the samples in one
+// read of it and, if asked, transposes it. The mathematics is stem_fast/reference.py's relu_backward.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -9,13 +9,10 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <optional>
 #include <type_traits>
 #include <vector>
-
-#ifdef __SSE2__
-#include <xmmintrin.h>
-#endif
 
 #include "lanes.h"
 
@@ -55,36 +52,49 @@ INLINE void mask(T* grad, const T* y, A* sums, int64_t width) {
   }
 }
 
-// Rows [n, width] as columns that are `batch` long, past the caches: they are read much later.
+// Rows that make a line of the cache in each column of float32.
+constexpr int kLine = 16;
+
+// Four columns of kLine rows, past the caches where the place allows it: they are read much later.
+template <typename T>
+INLINE void four_columns(const T* rows, T* columns, int64_t width, int64_t batch) {
+#ifdef __SSE2__
+  if constexpr (std::is_same_v<T, float>) {
+    __m128 parts[kLine / 4][4];
+    for (int i = 0; i < kLine; ++i) parts[i / 4][i % 4] = _mm_loadu_ps(rows + i * width);
+    for (auto& p : parts) _MM_TRANSPOSE4_PS(p[0], p[1], p[2], p[3]);
+    const bool aligned = reinterpret_cast<uintptr_t>(columns) % 16 == 0 && batch % 4 == 0;
+    for (int i = 0; i < kLine; ++i) {
+      float* to = columns + i / 4 * batch + i % 4 * 4;
+      aligned ? _mm_stream_ps(to, parts[i % 4][i / 4]) : _mm_storeu_ps(to, parts[i % 4][i / 4]);
+    }
+    return;
+  }
+#endif
+  for (int j = 0; j < 4; ++j) {
+    T line[kLine];
+    for (int i = 0; i < kLine; ++i) line[i] = rows[i * width + j];
+    std::memcpy(columns + j * batch, line, sizeof(line));
+  }
+}
+
+// Rows [n, width] as columns that are `batch` long.
 template <typename T>
 INLINE void transpose(const T* rows, T* columns, int64_t n, int64_t width, int64_t batch) {
   int64_t b = 0;
-#ifdef __SSE2__
-  // Four columns of sixteen rows fill four lines of the cache.
-  const bool aligned = reinterpret_cast<uintptr_t>(columns) % 16 == 0 && batch % 4 == 0;
-  if constexpr (std::is_same_v<T, float>) {
-    for (; aligned && b + 16 <= n; b += 16) {
-      int64_t h = 0;
-      for (; h + 4 <= width; h += 4) {
-        __m128 parts[4][4];
-        for (int i = 0; i < 16; ++i) parts[i / 4][i % 4] = _mm_loadu_ps(rows + (b + i) * width + h);
-        for (auto& p : parts) _MM_TRANSPOSE4_PS(p[0], p[1], p[2], p[3]);
-        for (int j = 0; j < 4; ++j) {
-          for (int i = 0; i < 4; ++i) {
-            _mm_stream_ps(columns + (h + j) * batch + b + i * 4, parts[i][j]);
-          }
-        }
-      }
-      for (; h < width; ++h) {
-        for (int i = 0; i < 16; ++i) columns[h * batch + b + i] = rows[(b + i) * width + h];
-      }
+  for (; b + kLine <= n; b += kLine) {
+    int64_t h = 0;
+    for (; h + 4 <= width; h += 4) {
+      four_columns(rows + b * width + h, columns + h * batch + b, width, batch);
     }
-    fence();
+    for (; h < width; ++h) {
+      for (int i = 0; i < kLine; ++i) columns[h * batch + b + i] = rows[(b + i) * width + h];
+    }
   }
-#endif
   for (; b < n; ++b) {
     for (int64_t h = 0; h < width; ++h) columns[h * batch + b] = rows[b * width + h];
   }
+  fence();
 }
 
 // Blocks [begin, end) of samples, each with its sums.
