@@ -303,8 +303,7 @@ class _Networks(torch.autograd.Function):
                 for run, part in _runs(x, ctx.reads):
                     _products(d[run].mT, part, dweight[run], ctx.together)
             if layer or wanted:
-                size = [n, d.shape[1], weights[layer].shape[2]]
-                dx = torch.ops.stem_fast.empty_kept(d, size)
+                dx = d.new_empty(n, d.shape[1], weights[layer].shape[2])
                 d = _products(d, weights[layer][:n], dx, ctx.together)
         _copy(late)
         dinputs = _input_gradients(d, ctx.reads, ctx.kinds) if wanted else [None] * count

@@ -137,11 +137,7 @@ class _ExpertMixture(torch.autograd.Function):
         wanted = ctx.needs_input_grad[7 : 7 + ctx.count]
         dinputs: list[Tensor | None] = [None] * ctx.count
         kinds, types = types[: ctx.count], types[ctx.count :: 2]
-        kept = torch.ops.stem_fast.empty_kept
-        dweights = [
-            kept(logits.new_empty(0, dtype=kind), weight.shape)
-            for weight, kind in zip(weights, types, strict=True)
-        ]
+        dweights = [torch.empty_like(w, dtype=t) for w, t in zip(weights, types, strict=True)]
         dbiases = [weight.new_empty(weight.shape[:2]) for weight in dweights]
         see, learn = ctx.masks
         p = reference.gate_weights(logits.to(wide), see)
@@ -157,7 +153,7 @@ class _ExpertMixture(torch.autograd.Function):
             dps[e].copy_(own)
             for layer in reversed(range(layers)):
                 x = ys[layer - 1][e] if layer else inputs[n]
-                columns = kept(d, [d.shape[1], len(d)]) if by_columns else None
+                columns = d.new_empty(d.shape[1], len(d)) if by_columns else None
                 dbiases[layer][e] = torch.ops.stem_fast.relu_backward(d, ys[layer][e], columns)
                 dweight = dws[layer][e]
                 if columns is not None:

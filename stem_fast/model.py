@@ -274,9 +274,9 @@ class STEMNet(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """What follows the lookup, by the model's groups of networks or others called alike."""
         wiring = self.wiring
-        spaces = ops.unbind(x)
+        spaces = x.unbind()
         inputs = [spaces[g] for g in wiring.spaces]
-        added = dict(zip(self._sums(self._live(0)), ops.unbind(z), strict=True))
+        added = dict(zip(self._sums(self._live(0)), z.unbind(), strict=True))
         gate_logits = []
         for layer, experts in enumerate(layers):
             live = self._live(layer)

@@ -257,25 +257,6 @@ class _SparseLookup(torch.autograd.Function):
         return None, gradient, *(None,) * 6
 
 
-def unbind(x: Tensor) -> tuple[Tensor, ...]:
-    """``x.unbind()``; on CPU its gradient lies in memory that is kept for the next step."""
-    if x.is_cpu and x.requires_grad and not torch.compiler.is_compiling():
-        return _Unbind.apply(x)
-    return x.unbind()
-
-
-class _Unbind(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, ...]:
-        return x.unbind()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        size = [len(grads), *grads[0].shape]
-        return torch.stack(grads, out=torch.ops.stem_fast.empty_kept(grads[0], size))
-
-
 def mixture(y: Tensor, logits: Tensor, see: Sequence[int], learn: Sequence[int]) -> Tensor:
     """The AFTB gated mixture with its asymmetric backward; see :func:`reference.mixture`.
 

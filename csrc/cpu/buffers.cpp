@@ -16,21 +16,29 @@
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 
 namespace {
 
 constexpr size_t kPage = size_t{1} << 16;
-constexpr size_t kLargest = (size_t{1} << 25) - kPage;  // that glibc's dynamic thresholds follow
+constexpr size_t kLargest = (size_t{1} << 25) - kPage;  // that glibc's threshold follows
+constexpr int kIdleHeap = 1 << 28;  // of freed memory at the heap's end
 constexpr int64_t kIdle = 256;  // allocations after which an unused block is given back
 
 // Blocks handed out and taken back, smallest fit first.
 class Pool {
  public:
-  // Products have no output that could be given to them, and glibc gives freed memory back to the
-  // system from a size on that grows with the largest block it has freed; here to its most, 64 MiB.
+  // Products have no output that could be given to them, and glibc maps large blocks one by one and
+  // gives freed memory back, in every step. It maps no block as small as one it has freed (up to
+  // 32 MiB), and gives back what is beyond a threshold, unless the user has set one.
   Pool() {
     void* volatile block = std::malloc(kLargest);
     std::free(block);
+#ifdef __GLIBC__
+    if (std::getenv("MALLOC_TRIM_THRESHOLD_") == nullptr) mallopt(M_TRIM_THRESHOLD, kIdleHeap);
+#endif
   }
 
   void* take(size_t asked) {
@@ -89,7 +97,7 @@ Pool& pool() {
 }
 
 torch::stable::Tensor scratch(const torch::stable::Tensor& like, std::vector<int64_t> sizes) {
-  return empty_kept(like, sizes, kKept);
+  return empty_kept(like, sizes, kScratch);
 }
 
 // Asks for huge pages where nothing was written yet: random rows of a table miss the small ones' table.

@@ -509,7 +509,7 @@ Tensor reduce_rows(const Tensor& grad_x_in, const Tensor& grad_z_in,
                       std::all_of(plan.sources, plan.sources + m,
                                   [&](int32_t at) { return at >= 0 && at < s.batch * s.fields; }),
                   "row_gradients: the plan is of another batch");
-  Tensor out = empty_kept(grad_x, {rows ? table : unique, s.spaces * dim}, kKept);
+  Tensor out = empty_kept(grad_x, {rows ? table : unique, s.spaces * dim}, kScratch);
   const int64_t row_bytes = s.spaces * dim * static_cast<int64_t>(grad_x.element_size());
   if (rows || m == 0) {
     torch::stable::parallel_for(0, out.size(0), kGrain, [&](int64_t begin, int64_t end) {

@@ -331,7 +331,7 @@ Tensor mixture(const Tensor& y_in, const Tensor& logits_in, const std::vector<in
   const Tensor y = planes(y_in), logits = planes(logits_in);
   const Sizes s = check(y, logits, see_in, learn_in);
   const auto see = bits(see_in);
-  Tensor out = empty_kept(y, {s.gates, s.batch, s.width}, kKept);
+  Tensor out = empty_kept(y, {s.gates, s.batch, s.width}, kOutput);
   for_type(y.scalar_type(), "mixture", [&](auto zero) {
     using T = decltype(zero);
     torch::stable::parallel_for(0, s.batch, grain(s), [&](int64_t begin, int64_t end) {
@@ -354,8 +354,8 @@ std::tuple<Tensor, Tensor> mixture_backward(const Tensor& grad_in, const Tensor&
                   "mixture: the gradient must be [K, B, H] of y's type");
   s.grad_stride = grad.stride(0);
   const auto see = bits(see_in), learn = bits(learn_in);
-  Tensor dy = empty_kept(y, {s.experts, s.batch, s.width}, kKept);
-  Tensor dlogits = empty_kept(logits, {s.gates, s.batch, s.experts}, kKept);
+  Tensor dy = empty_kept(y, {s.experts, s.batch, s.width}, kScratch);
+  Tensor dlogits = empty_kept(logits, {s.gates, s.batch, s.experts}, kScratch);
   for_type(y.scalar_type(), "mixture", [&](auto zero) {
     using T = decltype(zero);
     torch::stable::parallel_for(0, s.batch, grain(s), [&](int64_t begin, int64_t end) {
@@ -388,7 +388,7 @@ std::tuple<Tensor, Tensor> mixture_expert_backward(const std::vector<Tensor>& gr
     grads.push_back(torch::stable::contiguous(grad));
   }
   const auto learn = bits(learn_in);
-  Tensor dy = empty_kept(y, {s.batch, s.width}, kKept);
+  Tensor dy = empty_kept(y, {s.batch, s.width}, kOutput);
   Tensor dp = torch::stable::new_empty(p, {s.gates, s.batch});
   for_type(y.scalar_type(), "mixture", [&](auto zero) {
     using T = decltype(zero);
