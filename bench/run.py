@@ -8,7 +8,7 @@
 Each op of bench/cases.py is timed by pytest-benchmark (bench/test_ops.py). On the CPU everything
 runs twice, each time in a process of its own: with the allocator as it comes, and with glibc's kept
 warm, because page faults of fresh buffers are a large part of what PyTorch's ops cost, and freeing
-peers of them is no merit of a kernel. (Once ours has run, glibc keeps up to 64 MiB of what is
+peers of them is no merit of a kernel. (Once ours has run, glibc keeps up to 256 MiB of what is
 freed, for all in that process: see csrc/cpu/buffers.cpp.) On CUDA it runs once with each of our
 backends. With --official, a checkout of the official code, the peak memory of a training step is
 compared too.
