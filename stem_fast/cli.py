@@ -227,7 +227,12 @@ def fit(
         _flag(_TRAINING, "of products: fp32, tf32, bf16; or fp64", default=_OFFICIAL.precision),
     ] = None,
     micro_batch_size: Annotated[
-        _Int, _flag(_TRAINING, "rows in the network together, 0 = all: for less memory", default=0)
+        _Int,
+        _flag(
+            _TRAINING,
+            "rows in the network together, 0 = all: for less memory",
+            default=_OFFICIAL.micro_batch_size,
+        ),
     ] = None,
     device: Annotated[_Text, _flag(_TRAINING, "auto, cpu, cuda or cuda:N", default="auto")] = None,
 ) -> None:

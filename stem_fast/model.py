@@ -231,7 +231,7 @@ class STEMNet(nn.Module):
             ValueError: ``recompute`` with batch norm or Dice, which look at the whole batch.
         """
         if not recompute:
-            return self._run(ids, numeric, sequences)[0]
+            return self.network(*self.lookup(ids, numeric, sequences))
         if has_batch_norm(self):
             raise ValueError("recompute is on: give a model without batch norm and Dice")
         random = self.training and self.config["net_dropout"] > 0
@@ -262,17 +262,11 @@ class STEMNet(nn.Module):
         """The second half: logits [B, T] of what :meth:`lookup` returns, or of a part of it."""
         return self._network(x, z, self.experts, self.gate_mlps, self.towers)[0]
 
-    def _run(
-        self, ids: Tensor, numeric: Tensor | None, sequences: Sequences | None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Logits [B, T], and each layer's gate logits [K, B, E] (empty for models without)."""
-        parts = self.experts, self.gate_mlps, self.towers
-        return self._network(*self.lookup(ids, numeric, sequences), *parts)
-
     def _network(
         self, x: Tensor, z: Tensor, layers: Any, gate_mlps: Any, towers: Any
     ) -> tuple[Tensor, list[Tensor]]:
-        """What follows the lookup, by the model's groups of networks or others called alike."""
+        """What follows the lookup, by the model's groups of networks or others called alike: logits
+        [B, T], and each layer's gate logits [K, B, E] (empty for models without)."""
         wiring = self.wiring
         spaces = x.unbind()
         inputs = [spaces[g] for g in wiring.spaces]
@@ -358,7 +352,8 @@ class STEMNet(nn.Module):
         training = self.training
         self.eval()
         try:
-            return self._run(ids, numeric, sequences)
+            parts = self.experts, self.gate_mlps, self.towers
+            return self._network(*self.lookup(ids, numeric, sequences), *parts)
         finally:
             self.train(training)
 

@@ -23,21 +23,19 @@
 namespace {
 
 constexpr size_t kPage = size_t{1} << 16;
-constexpr size_t kLargest = (size_t{1} << 25) - kPage;  // that glibc's threshold follows
-constexpr int kIdleHeap = 1 << 28;  // of freed memory at the heap's end
+constexpr int kMapped = 1 << 25;    // bytes from which on glibc maps a block by itself: its most
+constexpr int kIdleHeap = 1 << 28;  // bytes of freed memory that it keeps at the heap's end
 constexpr int64_t kIdle = 256;  // allocations after which an unused block is given back
 
 // Blocks handed out and taken back, smallest fit first.
 class Pool {
  public:
   // Products have no output that could be given to them, and glibc maps large blocks one by one and
-  // gives freed memory back, in every step. It maps no block as small as one it has freed (up to
-  // 32 MiB), and gives back what is beyond a threshold, unless the user has set one.
+  // gives freed memory back, in every step; here it does not, unless the user has set when it does.
   Pool() {
-    void* volatile block = std::malloc(kLargest);
-    std::free(block);
 #ifdef __GLIBC__
-    if (std::getenv("MALLOC_TRIM_THRESHOLD_") == nullptr) mallopt(M_TRIM_THRESHOLD, kIdleHeap);
+    if (!std::getenv("MALLOC_MMAP_THRESHOLD_")) mallopt(M_MMAP_THRESHOLD, kMapped);
+    if (!std::getenv("MALLOC_TRIM_THRESHOLD_")) mallopt(M_TRIM_THRESHOLD, kIdleHeap);
 #endif
   }
 
