@@ -145,7 +145,7 @@ def _one_by_one(
     x: Tensor, reads: Sequence[int], weight: Tensor, bias: Tensor, relu: bool
 ) -> Tensor:
     """:func:`linear`, network by network."""
-    y = torch.ops.stem_fast.empty_kept(x, [len(reads), x.shape[1], weight.shape[1]])
+    y = x.new_empty(len(reads), x.shape[1], weight.shape[1])
     inputs, parts = x.unbind(), (y.unbind(), weight.unbind(), bias.unbind())
     for n, out, w, b in zip(reads, *parts, strict=False):
         write(one_linear(inputs[n], w, b), relu, out)
