@@ -14,8 +14,10 @@ demo: $(READY)  ## train STEM-Net, single-task and shared-bottom models on made 
 	$(BIN)/stem-fast compare runs/demo/stem runs/demo/single runs/demo/shared_bottom \
 	  --json runs/demo/comparison.json
 
+# Two tests at a time: threads that wait must not spin. pytest-benchmark, which these need only in
+# processes of their own, warns beside pytest-xdist.
 test: $(READY)  ## all tests
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal -p no:benchmark
 
 bench: $(READY)  ## the ops against the official formulation and other libraries
 	$(BIN)/python -m bench.run --json bench/results/kernels_cpu.json

@@ -7,6 +7,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
+os.environ.pop("PYTEST_XDIST_WORKER", None)  # the benchmarks that a test starts are no worker
 
 
 @pytest.fixture(autouse=True)
