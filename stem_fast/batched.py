@@ -98,6 +98,23 @@ def stacked(inputs: Sequence[Tensor]) -> Tensor:
     return first.as_strided(size, (step, *first.stride()), start)
 
 
+class _Unbind(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, ...]:
+        return x.unbind()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return stacked(grads)
+
+
+def unbind(x: Tensor) -> tuple[Tensor, ...]:
+    """``x.unbind()`` whose gradient is not copied where the parts of it lie side by side, as the
+    networks here make them."""
+    parts: tuple[Tensor, ...] = x.unbind() if torch.compiler.is_compiling() else _Unbind.apply(x)
+    return parts
+
+
 def fused(dtype: torch.dtype) -> bool:
     """Whether products in a type run on tensor cores, where ours add the bias to what is in
     registers; in float32 and float64 cuBLAS is faster."""

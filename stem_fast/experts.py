@@ -135,10 +135,12 @@ class _ExpertMixture(torch.autograd.Function):
         wide = torch.promote_types(logits.dtype, torch.float32)
         # needs_input_grad: of reads, see, learn, dtype, trained, logits, N, then of each tensor.
         wanted = ctx.needs_input_grad[7 : 7 + ctx.count]
-        dinputs: list[Tensor | None] = [None] * ctx.count
         kinds, types = types[: ctx.count], types[ctx.count :: 2]
         dweights = [torch.empty_like(w, dtype=t) for w, t in zip(weights, types, strict=True)]
         dbiases = [weight.new_empty(weight.shape[:2]) for weight in dweights]
+        # Side by side, where batched.unbind finds them.
+        dinputs = inputs[0].new_empty(ctx.count, *inputs[0].shape, dtype=wide)
+        seen = set[int]()
         see, learn = ctx.masks
         p = reference.gate_weights(logits.to(wide), see)
         # In float32 oneDNN has the gradient of a weight a tenth faster, if d lies column by column;
@@ -166,12 +168,16 @@ class _ExpertMixture(torch.autograd.Function):
                 if layer:
                     d = _times(d, ws[layer][e])
             if wanted[n]:
-                d, before = _times(d, ws[0][e]), dinputs[n]
-                dinputs[n] = d.to(wide) if before is None else before.add_(d)
+                write = dinputs[n].add_ if n in seen else dinputs[n].copy_
+                write(_times(d, ws[0][e]))
+                seen.add(n)
         dlogits = reference.softmax_backward(p, dp).to(logits_type)
+        for n, want in enumerate(wanted):
+            if want and n not in seen:  # no expert reads it
+                dinputs[n].zero_()
         found = [
-            torch.zeros_like(x) if want and d is None else d if d is None else d.to(kind)
-            for d, x, want, kind in zip(dinputs, inputs, wanted, kinds, strict=True)
+            d.to(kind) if want else None
+            for d, want, kind in zip(dinputs.unbind(), wanted, kinds, strict=True)
         ]
         parameters = [g for pair in zip(dweights, dbiases, strict=True) for g in pair]
         return None, None, None, None, None, dlogits, None, *found, *parameters

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from stem_fast import fuxictr, ops, reference
+from stem_fast import batched, fuxictr, ops, reference
 from stem_fast.experts import expert_mixture
 from stem_fast.inference import Inference
 from stem_fast.layers import EmbeddingArena, GroupedMLP, has_batch_norm
@@ -268,9 +268,9 @@ class STEMNet(nn.Module):
         """What follows the lookup, by the model's groups of networks or others called alike: logits
         [B, T], and each layer's gate logits [K, B, E] (empty for models without)."""
         wiring = self.wiring
-        spaces = x.unbind()
+        spaces = batched.unbind(x)
         inputs = [spaces[g] for g in wiring.spaces]
-        added = dict(zip(self._sums(self._live(0)), z.unbind(), strict=True))
+        added = dict(zip(self._sums(self._live(0)), batched.unbind(z), strict=True))
         gate_logits = []
         for layer, experts in enumerate(layers):
             live = self._live(layer)

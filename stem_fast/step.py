@@ -169,7 +169,10 @@ def _clip(model: STEMNet, config: TrainingConfig) -> Tensor | float:
     sparse = table.grad if table.grad is not None and table.grad.is_sparse else None
     if sparse is not None:
         rows, values = model.embedding.row_gradients()
-        grads.append(table[rows].mul_(config.embedding_regularizer).add_(values))
+        assert rows is not None
+        # Not table[rows]: on CPU that takes five times as long.
+        own = table.index_select(0, rows)
+        grads.append(torch.add(values, own, alpha=config.embedding_regularizer))
     norm = nn.utils.get_total_norm(grads)
     factor = (config.max_gradient_norm / (norm + 1e-6)).clamp(max=1.0)
     if not runs_ahead(factor) and factor == 1:
