@@ -23,32 +23,25 @@ using torch::stable::Tensor;
 
 // Samples of a partial sum: fixed, so that the sums are the same bits for any number of threads.
 constexpr int64_t kBlock = 128;
-// Samples handled together: a sum is read and written once for all of them.
-constexpr int kTile = 4;
 
-template <int n, typename T, typename A = Sum<T>>
+// One row. Several together would read and write each sum once, but take half as long again: rows
+// of a power of two lie on one another in the cache.
+template <typename T, typename A = Sum<T>>
 INLINE void mask(T* grad, const T* y, A* sums, int64_t width) {
   constexpr int lanes = Lanes<A>::n;
   int64_t h = 0;
   for (; h + lanes <= width; h += lanes) {
-    typename Lanes<A>::type sum;
+    typename Lanes<A>::type g, value, sum;
+    load(grad + h, g);
+    load(y + h, value);
     load(sums + h, sum);
-    for (int i = 0; i < n; ++i) {
-      typename Lanes<A>::type g, value;
-      load(grad + i * width + h, g);
-      load(y + i * width + h, value);
-      g = value <= 0 ? typename Lanes<A>::type{} : g;
-      store(g, grad + i * width + h);
-      sum += g;
-    }
-    store(sum, sums + h);
+    g = value <= 0 ? typename Lanes<A>::type{} : g;
+    store(g, grad + h);
+    store(sum + g, sums + h);
   }
   for (; h < width; ++h) {
-    for (int i = 0; i < n; ++i) {
-      T* g = grad + i * width + h;
-      if (static_cast<A>(y[i * width + h]) <= 0) *g = static_cast<T>(A(0));
-      sums[h] += static_cast<A>(*g);
-    }
+    if (static_cast<A>(y[h]) <= 0) grad[h] = static_cast<T>(A(0));
+    sums[h] += static_cast<A>(grad[h]);
   }
 }
 
@@ -104,12 +97,9 @@ INLINE void mask_blocks(T* grad, const T* y, A* sums, T* columns, int64_t batch,
   for (int64_t block = begin; block < end; ++block) {
     A* sum = sums + block * width;
     std::fill(sum, sum + width, A(0));
-    const int64_t last = std::min(batch, (block + 1) * kBlock);
-    int64_t b = block * kBlock;
-    for (; b + kTile <= last; b += kTile) mask<kTile>(grad + b * width, y + b * width, sum, width);
-    for (; b < last; ++b) mask<1>(grad + b * width, y + b * width, sum, width);
+    const int64_t first = block * kBlock, last = std::min(batch, first + kBlock);
+    for (int64_t b = first; b < last; ++b) mask(grad + b * width, y + b * width, sum, width);
     if (columns == nullptr) continue;
-    const int64_t first = block * kBlock;
     transpose(grad + first * width, columns + first, last - first, width, batch);
   }
 }
