@@ -104,7 +104,7 @@ sanitize() {
   # Without torch's caching allocator every tensor has bounds of its own.
   beside "$1, $2" 45 env STEM_FAST_BACKEND="$2" PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
     compute-sanitizer --tool "$1" --error-exitcode 9 --target-processes all \
-    "$python" -m pytest tests/test_ops.py -x -W default -m gpu -k odd
+    "$python" -m pytest tests/ops -x -W default -m gpu -k odd
 }
 
 check() {
@@ -130,7 +130,7 @@ check() {
   stage benchmarks 240 "$python" -m bench.run --device cuda --seconds 0.2 --threads "$(nproc)" \
     --json "$scratch/bench.json"
   stage steps 100 "$python" -m bench.run --device cuda --seconds 0.2 --threads "$(nproc)" \
-    --settings tall --ops embedding_step embedding_step_l2 catch_up_l2 --blocks 1 --json "$scratch/steps.json"
+    --settings tall --ops embedding_step embedding_step_l2 adam_rows catch_up_l2 --blocks 1 --json "$scratch/steps.json"
   awk -F '\t' '$2 != 0 { failed = 1 } END { exit failed }' "$scratch"/stages/*
 }
 

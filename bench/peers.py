@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib
 import json
 import os
 import statistics
@@ -42,16 +41,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench import cases, contenders, memory, parity, run
+from bench import cases, contenders, parity, run
 from bench import official as adapter
-from bench.contenders import CONTENDERS, GATES, ON_GPU, OURS, REQUESTS, SETTINGS, TOWERS
+from bench.contenders import CONTENDERS, GATES, ON_GPU, REQUESTS, SETTINGS, TOWERS
+from bench.peers_report import MEMORY, PRECISIONS, WHAT, plot, text
 
-WHAT = ("step", "inference", "memory", "epoch")
 DEFAULT_SETTINGS = ("tiktok", "2m_rows", "10m_rows", "4_tasks", "2_layers")
 ALLOCATORS: dict[str, dict[str, str]] = run.RUNS["cpu"]
 NOT_RUN = {"status": "not run", "note": "the run ended before"}
-# On CUDA there is a column for each precision, where on the CPU there is one for each allocator.
-PRECISIONS = {"fp32": "float32", "tf32": "tf32", "bf16": "bfloat16"}  # and the names of their rates
 # What depends on the device, where it isn't given.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "cpu": {
@@ -73,7 +70,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "limit": 150.0,
     },
 }
-MEMORY = {"gives back": memory.ALLOCATOR}
 PACKAGES = (*run.PACKAGES, "torch-rechub", "deepctr-torch", "pandas", "h5py", "scikit-learn")
 KEY = ("setting", "what", "contender", "allocator")
 
@@ -386,219 +382,6 @@ def spread(turns: Sequence[Sequence[float]]) -> dict[str, Any]:
 def roofline(ideal: Cost, rates: Mapping[str, float], dtype: str, seconds: float) -> dict[str, Any]:
     least = ideal.seconds(rates, dtype)
     return {**ideal._asdict(), "roofline_seconds": least, "of_roofline": least / seconds}
-
-
-# Tables
-
-
-def tables(report: Mapping[str, Any]) -> list[list[list[str]]]:
-    """One table for each thing measured: a row a contender (and request), columns of allocators."""
-    found = []
-    for what in WHAT:
-        results = [r for r in report["results"] if r["what"] == what]
-        if results:
-            found.append({"memory": memory_rows, "epoch": epoch_rows}.get(what, time_rows)(results))
-    found.append(ceiling_rows(report["ceilings"]))
-    return [table for table in found if len(table) > 1]
-
-
-def column(result: Mapping[str, Any]) -> str:
-    """An allocator, or on CUDA a precision."""
-    return str(result["precision" if "precision" in result else "allocator"])
-
-
-def grouped(results: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
-    """(setting, contender) -> column -> result."""
-    found: dict[tuple[str, str], dict[str, Any]] = {}
-    for result in results:
-        key = result["setting"], result["contender"]
-        found.setdefault(key, {})[column(result)] = result
-    return found
-
-
-def time_rows(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Of steps, or of requests of each size."""
-    allocators = list(dict.fromkeys(map(column, results)))
-    inference = results[0]["what"] == "inference"
-    head = ["setting", *(["rows of a request"] if inference else []), "contender"]
-    for allocator in allocators:
-        unit = "p50 / p99 ms" if inference else "ms of a step"
-        head += [f"{unit}, {allocator}", "of the roofline", "ours is faster"]
-    table = [head]
-    by_contender = grouped(results)
-    for rows in REQUESTS if inference else (None,):
-        for (setting, name), found in by_contender.items():
-            line = [setting, *([str(rows)] if inference else []), name]
-            for allocator in allocators:
-                result = times(found.get(allocator), rows)
-                ours = times(by_contender.get((setting, OURS), {}).get(allocator), rows)
-                line += time_cells(result, None if name == OURS else ours, inference)
-            table.append(line)
-    # All of a setting together.
-    order = list(dict.fromkeys(r["setting"] for r in results))
-    return [head, *sorted(table[1:], key=lambda line: order.index(line[0]))]
-
-
-def times(result: Mapping[str, Any] | None, rows: int | None) -> Mapping[str, Any] | None:
-    """The part of a result that is of requests of ``rows`` rows, None for a step."""
-    if result is None or rows is None or "requests" not in result:
-        return result
-    return {"status": result["status"], **result["requests"][str(rows)]}
-
-
-def time_cells(
-    result: Mapping[str, Any] | None, ours: Mapping[str, Any] | None, percentiles: bool
-) -> list[str]:
-    if result is None or "seconds" not in result or result["status"] != "ok":
-        return [status(result), "", ""]
-    text = f"{result['seconds'] * 1000:.3g}"
-    if percentiles:
-        text += f" / {result['p99_seconds'] * 1000:.3g}"
-    faster = ""
-    if ours is not None and ours["status"] == "ok" and "seconds" in ours:
-        faster = f"{result['seconds'] / ours['seconds']:.2f}x"
-    return [text, f"{result['of_roofline']:.0%}", faster]
-
-
-def status(result: Mapping[str, Any] | None) -> str:
-    """Why there is no time."""
-    if result is None or result["status"] == "ok":
-        return ""
-    if result["status"].startswith("not "):
-        return f"{result['status']}: {result['note']}"
-    return str(result["status"])
-
-
-def memory_rows(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    columns = list(dict.fromkeys(map(column, results)))
-    table = [["setting", "contender"]]
-    for each in columns:
-        of = "" if each in MEMORY else f", {each}"
-        table[0] += [f"peak MB of training{of}", "MB of parameters", "of ours"]
-    by_contender = grouped(results)
-    for (setting, name), found in by_contender.items():
-        line = [setting, name]
-        for each in columns:
-            result = found.get(each)
-            ours = by_contender.get((setting, OURS), {}).get(each, {})
-            cells = [status(result), "", ""]
-            if result is not None and "peak" in result:
-                cells = [f"{result['peak'] / 1e6:.0f}", f"{result['parameters'] / 1e6:.0f}", ""]
-                if name != OURS and "peak" in ours:
-                    cells[2] = f"{result['peak'] / ours['peak']:.2f}x"
-            line += cells
-        table.append(line)
-    return table
-
-
-def epoch_rows(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    allocators = list(dict.fromkeys(map(column, results)))
-    head = ["setting", "contender"]
-    for allocator in allocators:
-        head += [f"samples/s of an epoch, {allocator}", "ours is faster"]
-    # An allocator changes no metric; a precision does.
-    told = [each for each in allocators if each in PRECISIONS] or allocators[-1:]
-    for each in told:
-        of = f", {each}" if each in PRECISIONS else ""
-        head += [f"AUC{of}", f"gAUC{of}"]
-    table = [head]
-    by_contender = grouped(results)
-    for (setting, name), found in by_contender.items():
-        line = [setting, name]
-        for allocator in allocators:
-            result = found.get(allocator)
-            ours = by_contender.get((setting, OURS), {}).get(allocator, {})
-            if result is None or "samples_per_s" not in result:
-                line += [status(result), ""]
-                continue
-            faster = ours.get("samples_per_s", 0.0) / result["samples_per_s"]
-            shown = f"{faster:.2f}x" if faster and name != OURS else ""
-            line += [f"{result['samples_per_s']:,.0f}", shown]
-        for each in told:
-            last = found.get(each, {})
-            line += [f"{last[m]:.4f}" if m in last else "" for m in ("auc", "gauc")]
-        table.append(line)
-    return table
-
-
-def ceiling_rows(ceilings: Mapping[str, Any]) -> list[list[str]]:
-    known = {name for found in ceilings.values() for name in found}
-    names = [name for name in PRECISIONS.values() if name in known]
-    table = [["setting", *(f"GFLOP/s, {name}" for name in names), "GB/s of a copy"]]
-    for setting, found in ceilings.items():
-        if found:
-            rates = [found[name] / 1e9 for name in (*names, "copy")]
-            table.append([setting, *(f"{rate:.0f}" for rate in rates)])
-    return table
-
-
-def text(report: Mapping[str, Any]) -> str:
-    """A report in Markdown."""
-    title = run.title(report, report["others_cores"])
-    return "\n\n".join([title, *map(run.markdown, tables(report)), ""])
-
-
-# Plot
-
-
-def plot(report: Mapping[str, Any], path: Path) -> None:
-    """Bars of a step and of a request for each contender and setting, and the rooflines."""
-    try:
-        pyplot: Any = importlib.import_module("matplotlib.pyplot")
-    except ImportError:
-        sys.exit("--plot needs matplotlib: pip install matplotlib")
-    panels: dict[tuple[str, int | None], list[Mapping[str, Any]]] = {}
-    for result in report["results"]:
-        if result["what"] in ("step", "inference"):
-            for rows in REQUESTS if result["what"] == "inference" else (None,):
-                panels.setdefault((result["setting"], rows), []).append(result)
-    panels = dict(sorted(panels.items(), key=lambda item: item[0][1] is not None))
-    if not panels:
-        sys.exit("--plot: the file has no steps and no requests")
-    across = min(len(panels), 3)
-    down = -(-len(panels) // across)
-    names = [name for name in CONTENDERS if any(timed(r, name) for r in report["results"])]
-    figure, axes = pyplot.subplots(
-        down, across, figsize=(5.5 * across, (0.32 * len(names) + 1.3) * down), squeeze=False
-    )
-    allocators = list(dict.fromkeys(column(r) for p in panels.values() for r in p))
-    height = 0.8 / len(allocators)
-    for axis, ((setting, rows), results) in zip(axes.flat, panels.items(), strict=False):
-        longest = 0.0
-        for result in results:
-            found = times(result, rows)
-            if found is None or found["status"] != "ok" or "seconds" not in found:
-                continue
-            name, turn = result["contender"], allocators.index(column(result))
-            milliseconds = 1000 * found["seconds"]
-            longest = max(longest, milliseconds)
-            place = names.index(name) + height * turn
-            colour = "#c44e52" if name.startswith(OURS) else "#7f8fa6"
-            shade = 0.5 + 0.5 * turn / max(len(allocators) - 1, 1)
-            axis.barh(place, milliseconds, height, color=colour, alpha=shade)
-            axis.text(milliseconds, place, f" {milliseconds:.3g}", va="center", fontsize=6)
-            if result["contender"] in (OURS, "official"):
-                axis.axvline(1000 * found["roofline_seconds"], color="black", ls="--", lw=1)
-        axis.set_yticks([i + height * (len(allocators) - 1) / 2 for i in range(len(names))], names)
-        axis.tick_params(labelsize=7)
-        axis.invert_yaxis()
-        axis.set_xlim(0, longest * 1.15 or 1)
-        what = "a training step" if rows is None else f"a request of {rows:,} row(s), median"
-        axis.set_title(f"{setting}: ms of {what}", fontsize=9)
-    for axis in list(axes.flat)[len(panels) :]:
-        axis.set_visible(False)
-    shades = f"From light to dark: {', '.join(allocators)}."
-    figure.suptitle(
-        f"{run.title(report, report['others_cores'])}\n{shades} Dashed: STEM's roofline.",
-        fontsize=8,
-    )
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
-
-
-def timed(result: Mapping[str, Any], name: str) -> bool:
-    return result["contender"] == name and ("seconds" in result or "requests" in result)
 
 
 # Command line

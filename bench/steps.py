@@ -1,5 +1,5 @@
 """What is measured of the embedding optimizers: whole steps of the tables (lookup, its backward,
-update), and the catch-up of rows that have missed very many steps."""
+update), the update alone, and the catch-up of rows that have missed very many steps."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from bench.cases import (
     size,
     zipf,
 )
-from stem_fast import reference
+from stem_fast import ops, reference
 from stem_fast.layers import EmbeddingArena
 from stem_fast.optim import ExactAdam, Schedule
 
@@ -221,6 +221,68 @@ def embedding_step_l2(setting: Setting, device: str) -> Case:
     return embedding_step(setting, device, decay=1e-6)
 
 
+def adam_rows(setting: Setting, device: str) -> Case:
+    """The update alone, of a batch's rows that owe no step: weight, m and v are read and written,
+    the gradient is read."""
+    s, steps = setting, Steps(setting, device, 0.0)
+    draw = torch.Generator().manual_seed(5)
+    ids = zipf(s.rows // s.fields, (s.batch, s.fields), 1.1, draw).to(device)
+    rows = ops.row_plan(ids, steps.offsets, rows=s.rows).rows
+    grad = torch.randn(len(rows), s.spaces * s.dim, generator=draw).to(device) / s.batch
+    named = rows != 0  # on CUDA padding fills the plan
+    before = steps.start()[rows[named]]
+
+    def ours() -> Contender:
+        tables = [steps.start()]
+        tables += [torch.zeros_like(tables[0]) for _ in range(2)]
+        last = torch.zeros(s.rows, dtype=torch.int32, device=device)
+        schedule = Schedule((0.9, 0.999), 0, torch.device(device))
+        schedule.advance(RATE, 0.0, EPS, decoupled=False)
+        history = schedule.steps, schedule.leaps, schedule.clock
+        mine = rows[named]
+
+        def prepare() -> tuple[()]:
+            last[rows] = 0  # as before the step
+            return ()
+
+        def run() -> tuple[Tensor, Tensor]:
+            torch.ops.stem_fast.adam_rows(
+                *tables, last, rows, grad, *history, 0.9, 0.999, EPS, False, False
+            )
+            return tables[0], mine
+
+        return Contender(run, prepare)
+
+    def torchs() -> Contender:
+        weight = torch.nn.Parameter(before.clone())
+        weight.grad = grad[named]
+        every = torch.arange(len(weight), device=device)
+        optimizer = torch.optim.Adam(
+            [weight], lr=RATE, eps=EPS, fused=True, capturable=device == "cuda"
+        )
+
+        def run() -> tuple[Tensor, Tensor]:
+            optimizer.step()
+            return weight.detach(), every
+
+        return Contender(run)
+
+    def check(actual: tuple[Tensor, Tensor]) -> None:
+        table, places = actual
+        assert len(table) < s.rows or not table[steps.offsets].any()  # padding
+        exact = grad[named].double()
+        exact = before.double() - RATE * exact / (exact.abs() + EPS)
+        torch.testing.assert_close(table[places].double(), exact, rtol=0, atol=2e-6)
+
+    moved = 7 * size(before)
+    contenders = {
+        OURS: ours,
+        "torch's fused Adam, those rows side by side": torchs,
+        "copy": lambda: copy_ceiling(moved, device),
+    }
+    return Case(moved, ("copy",), moved, contenders, check)
+
+
 MISSED = 10_000
 
 
@@ -273,5 +335,6 @@ def catch_up_l2(setting: Setting, device: str) -> Case:
 OPS = {
     "embedding_step": embedding_step,
     "embedding_step_l2": embedding_step_l2,
+    "adam_rows": adam_rows,
     "catch_up_l2": catch_up_l2,
 }

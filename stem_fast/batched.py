@@ -105,7 +105,8 @@ class _Unbind(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return stacked(grads)
+        # A second derivative goes through a copy: a view is connected to one part alone.
+        return torch.stack(grads) if torch.is_grad_enabled() else stacked(grads)
 
 
 def unbind(x: Tensor) -> tuple[Tensor, ...]:
@@ -162,6 +163,7 @@ def _one_by_one(
     x: Tensor, reads: Sequence[int], weight: Tensor, bias: Tensor, relu: bool
 ) -> Tensor:
     """:func:`linear`, network by network."""
+    # Not kept: these are small, and while they lay idle the experts would need as much beside them.
     y = x.new_empty(len(reads), x.shape[1], weight.shape[1])
     inputs, parts = x.unbind(), (y.unbind(), weight.unbind(), bias.unbind())
     for n, out, w, b in zip(reads, *parts, strict=False):
@@ -170,8 +172,7 @@ def _one_by_one(
 
 
 def write(product: Tensor, relu: bool, out: Tensor) -> Tensor:
-    """A product, with its ReLU, into memory that is the last step's: its own would be fresh in
-    every step."""
+    """A product, with its ReLU, into memory where others of its layer are."""
     return torch.clamp_min(product, 0, out=out) if relu else out.copy_(product)
 
 

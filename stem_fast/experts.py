@@ -168,8 +168,8 @@ class _ExpertMixture(torch.autograd.Function):
                 if layer:
                     d = _times(d, ws[layer][e])
             if wanted[n]:
-                write = dinputs[n].add_ if n in seen else dinputs[n].copy_
-                write(_times(d, ws[0][e]))
+                join = dinputs[n].add_ if n in seen else dinputs[n].copy_
+                join(_times(d, ws[0][e]))
                 seen.add(n)
         dlogits = reference.softmax_backward(p, dp).to(logits_type)
         for n, want in enumerate(wanted):

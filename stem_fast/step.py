@@ -172,7 +172,7 @@ def _clip(model: STEMNet, config: TrainingConfig) -> Tensor | float:
         assert rows is not None
         # Not table[rows]: on CPU that takes five times as long.
         own = table.index_select(0, rows)
-        grads.append(torch.add(values, own, alpha=config.embedding_regularizer))
+        grads.append(torch.add(values, own, alpha=config.embedding_regularizer, out=own))
     norm = nn.utils.get_total_norm(grads)
     factor = (config.max_gradient_norm / (norm + 1e-6)).clamp(max=1.0)
     if not runs_ahead(factor) and factor == 1:

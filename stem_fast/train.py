@@ -28,6 +28,7 @@ from stem_fast.step import train_step as train_step
 
 MIN_DELTA = 1e-6  # an epoch must be better than the best one by this much
 LR_FACTOR, MIN_LR = 0.1, 1e-6  # after an epoch that is not
+DROWNS = 30  # a loss so many times a binary task's is all that is learned
 LOSS_CHECK = 1000  # steps between two looks at the loss: each look waits for the device
 
 
@@ -135,6 +136,7 @@ def fit(
     Calls ``on_step(rows)`` after a step, ``on_best(model)`` after an epoch that improved, then
     ``on_epoch(record)``. The model's weights and dropout come from torch's global generator: seed
     that before building the model to make a run repeatable.
+    Warns of a regression whose loss drowns the binary tasks'.
     Raises DataError for a monitor, task weights, a precision or micro-batches that do not fit,
     TrainingError for a loss or a prediction that is not finite.
     """
@@ -142,6 +144,7 @@ def fit(
     monitor = check(config, kinds)
     check_precision(config.precision, device)
     _refuse_batch_norm(model, len(train), config)
+    _warn_of_units(train, kinds, config)
     # Whether a metric is defined depends on labels alone: say so before training, not after.
     monitor.value(score(np.full((len(valid), len(kinds)), 0.5), valid, kinds))
 
@@ -313,6 +316,25 @@ def score(predictions: np.ndarray, data: Dataset, kinds: Mapping[str, str]) -> d
 def task_kinds(model: STEMNet) -> dict[str, str]:
     """Task -> "binary" or "regression", in task order."""
     return {task: model.config["kinds"][task] for task in model.config["tasks"]}
+
+
+def _warn_of_units(data: Dataset, kinds: Mapping[str, str], config: TrainingConfig) -> None:
+    """A regression in seconds has a loss of thousands, and is then all that a model learns."""
+    weights = dict(zip(kinds, config.task_weights or (1.0,) * len(kinds), strict=True))
+    binary = [math.log(2) * weights[task] for task, kind in kinds.items() if kind == "binary"]
+    if data.labels is None or not binary:
+        return
+    for column, (task, kind) in enumerate(kinds.items()):
+        if kind == "binary":
+            continue
+        loss = weights[task] * data.labels[:, column].double().square().nanmean().item()
+        if loss > DROWNS * max(binary):
+            warnings.warn(
+                f"regression {task!r} begins with a loss of {loss:.3g}, binary tasks with "
+                f"{max(binary):.2g}: it alone will be learned. Put its column in larger units "
+                "(hours, not seconds), or lower its --task-weights",
+                stacklevel=3,
+            )
 
 
 def _refuse_batch_norm(model: STEMNet, rows: int, config: TrainingConfig) -> None:

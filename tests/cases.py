@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stem_fast import reference
+from stem_fast import backends, ops, reference
 from stem_fast.optim import Products, Schedule
 
 # Tests of the ops run on every device there is.
@@ -22,6 +22,10 @@ DEVICES = [
         marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")],
     ),
 ]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+cpp = pytest.mark.skipif(backends()["cpp"] != "in use on cpu", reason="no C++ library")
+devices = pytest.mark.parametrize("device", DEVICES)
+dtypes = pytest.mark.parametrize("dtype", DTYPES)
 
 
 def to(device: str, arguments: Any) -> list[Any]:
@@ -103,6 +107,36 @@ LOOKUPS = {
     "empty sequences": LookupCase((9,), 5, 3, 2, (), ("sum", "mean"), length=0),
     "long sequences": LookupCase((50, 3), 11, 20, 2, (0b11,), ("mean",), length=200),
 }
+# Larger than what malloc keeps: its outputs come from buffers that are used again.
+LARGE = LookupCase((500, 7), 1500, 24, 3, (0b101, 0b110), ("mean", "sum"), length=9, weighted=True)
+
+
+def check_lookup(case: LookupCase, dtype: torch.dtype, ids: torch.dtype, device: str) -> None:
+    """Both outputs, the plan, and the dense and the sparse gradient."""
+    weight, *rest = to(device, case.arguments(dtype, ids))
+    weights = [w.requires_grad_() for w in (weight, weight.clone().detach(), weight.double())]
+    outputs = [ops.lookup(weights[0], *rest)]
+    outputs += [reference.lookup(w, *rest) for w in weights[1:]]
+    for actual, own, exact in zip(*outputs, strict=True):
+        assert_within(actual, own, exact)
+    draw = [torch.randn_like(exact).to(dtype) for exact in outputs[2]]
+    grads = [
+        torch.autograd.grad(out, w, [g.to(w.dtype) for g in draw])[0]
+        for out, w in zip(outputs, weights, strict=True)
+    ]
+    assert_within(*grads)
+    plan = ops.row_plan(rest[0], rest[1], *rest[4:])
+    outputs = [ops.lookup(weights[0], *rest, plan=plan)]
+    (sparse,) = torch.autograd.grad(outputs[0], weights[0], draw)
+    assert sparse.layout == torch.sparse_coo
+    assert_within(sparse.to_dense(), *grads[1:])
+    expected = reference.row_plan(rest[0], rest[1], *rest[4:])
+    unique, read = len(expected[0]), len(expected[2])
+    assert torch.equal(plan.rows[:unique], expected[0])
+    assert not plan.rows[unique:].any()
+    assert torch.equal(plan.segments[: unique + 1], expected[1])
+    assert torch.equal(plan.sources[:read], expected[2])
+    torch.testing.assert_close(plan.scales[: len(expected[3])], expected[3])
 
 
 class MixtureCase(NamedTuple):
@@ -149,6 +183,24 @@ MIXTURES = {
     "extreme logits": MixtureCase(5, 3, 11, 7, *stem_masks(2, 2, 1), scale=1e4),
     "extreme ties": MixtureCase(5, 3, 11, 7, *stem_masks(2, 2, 1), scale=1e4, ties=True),
 }
+# As large.
+LARGE_MIXTURE = MixtureCase(10, 2, 700, 96, (1023, 1023), (1021, 1022))
+
+
+def check_mixture(case: MixtureCase, dtype: torch.dtype, device: str) -> None:
+    y, logits, see, learn = to(device, case.arguments(dtype))
+    inputs = [(y, logits), (y.clone(), logits.clone()), (y.double(), logits.double())]
+    draw = torch.randn(case.gates, case.batch, case.width, dtype=torch.float64, device=device)
+    results = []
+    for op, pair in zip((ops.mixture, *[reference.mixture] * 2), inputs, strict=True):
+        pair = tuple(t.detach().requires_grad_() for t in pair)
+        out = op(*pair, see, learn)
+        grads = torch.autograd.grad(
+            out, pair, draw.to(dtype).to(out.dtype), allow_unused=True, materialize_grads=True
+        )
+        results.append((out, *grads))
+    for actual, own, exact in zip(*results, strict=True):
+        assert_within(actual, own, exact)
 
 
 def check_relu_backward(run: Any, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:

@@ -2,12 +2,16 @@
 
 import os
 
+import hypothesis
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
-os.environ.pop("PYTEST_XDIST_WORKER", None)  # the benchmarks that a test starts are no worker
+# pytest-benchmark, in a process that a test starts, would take itself for a worker.
+os.environ.pop("PYTEST_XDIST_WORKER", None)
+hypothesis.settings.register_profile("any time", deadline=None)
+hypothesis.settings.load_profile("any time")
 
 
 @pytest.fixture(autouse=True)

@@ -171,6 +171,23 @@ def test_other_tensors_are_stacked() -> None:
         assert torch.equal(batched.stacked(parts), torch.stack(list(parts)))
 
 
+def test_unbind_copies_no_gradient_that_lies_side_by_side() -> None:
+    x = torch.randn(3, 9, 5, requires_grad=True)
+    parts = batched.unbind(x)
+    assert torch.equal(torch.stack(parts), x)
+    whole = torch.randn(3, 9, 5)
+    (grad,) = torch.autograd.grad(parts, x, whole.unbind(), retain_graph=True)
+    assert grad.data_ptr() == whole.data_ptr()
+    assert torch.equal(grad, whole)
+    apart = [torch.randn(9, 5) for _ in range(3)]
+    (grad,) = torch.autograd.grad(parts, x, apart, retain_graph=True)
+    assert torch.equal(grad, torch.stack(apart))
+    (grad,) = torch.autograd.grad(parts[1], x, apart[1])
+    assert torch.equal(grad, torch.stack([torch.zeros(9, 5), apart[1], torch.zeros(9, 5)]))
+    x = x.detach().double().requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda x: torch.stack(batched.unbind(x)) ** 3, x)
+
+
 @pytest.mark.parametrize(
     "options", [{"dropout": 0.5}, {"batch_norm": True}, {"hidden_activations": "gelu"}]
 )

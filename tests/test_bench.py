@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import cases, contenders, memory, peers, run, test_ops, turns
+from bench import cases, contenders, memory, peers, peers_report, run, test_ops, turns
 from stem_fast.model import MODELS, STEMNet
 
 ROOT = Path(__file__).parents[1]
@@ -287,6 +287,7 @@ def in_process(
     monkeypatch.setattr(turns, "ceilings", lambda *_: {"rates": RATES})
     monkeypatch.setattr(turns, "REQUESTS", (1, 64))
     monkeypatch.setattr(peers, "REQUESTS", (1, 64))
+    monkeypatch.setattr(peers_report, "REQUESTS", (1, 64))
     return asked
 
 

@@ -219,7 +219,7 @@ def test_regression_weights_and_monitor() -> None:
         labels="is_click,seconds:regression",
         weight="weight",
         monitor="seconds.rmse",
-        task_weights="1,0.5",
+        task_weights="1,0.01",
         learning_rate=0.1,
     )
     tasks = read("run/metrics.json")["tasks"]
@@ -308,6 +308,7 @@ FILE = {
     "categorical": ["user_id", "video_id"],
     "sequences": {"seen": {"shares": "video_id", "max_len": 3}},
     "monitor": "is_click.auc",
+    "task_weights": [1, 0.01],
     **NETWORK,
     **TRAINING,
 }

@@ -78,7 +78,7 @@ def test_emulated_on_the_cpu(tmp_path: Path) -> None:
 def test_on_a_gpu() -> None:
     run_tests("tests/emulate/checks.py", STEM_FAST_BACKEND="cuda", STEM_FAST_EMULATED="")
     if os.environ.get("STEM_FAST_BACKEND", "auto") == "auto":  # else they run as they are
-        run_tests("tests/test_ops.py", "-k", "cuda", STEM_FAST_BACKEND="cuda")
+        run_tests("tests/ops", "-k", "cuda", STEM_FAST_BACKEND="cuda")
 
 
 def cuobjdump() -> str | None:

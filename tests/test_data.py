@@ -70,7 +70,7 @@ def write(path: Path, table: list[tuple[str | None, str | None, list[str | None]
             )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     train=rows,
     valid=rows,
@@ -220,7 +220,7 @@ def test_numbers_are_standardised_with_the_training_moments(tmp_path: Path) -> N
     np.testing.assert_allclose(numeric, [[0, 0, 0], [np.sqrt(3 / 14), 2, 5]], rtol=1e-6)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(
         st.lists(st.one_of(st.just(float("nan")), st.floats(-1e6, 1e6))), min_size=1, max_size=5

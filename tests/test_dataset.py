@@ -128,7 +128,7 @@ def sample(lengths: list[int]) -> Dataset:
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.integers(0, 4), min_size=1, max_size=40),
     st.integers(1, 50),
@@ -163,7 +163,7 @@ def test_batches_hold_every_row_once(lengths: list[int], size: int, seed: int | 
         assert found == torch.randperm(total, generator=generator).tolist()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.integers(0, 4), min_size=1, max_size=40),
     st.integers(1, 50),

@@ -7,8 +7,8 @@ import torch
 from cases import Ops, assert_within, stem_masks
 from torch import Tensor, nn
 
+from stem_fast import batched, ops
 from stem_fast import experts as module
-from stem_fast import ops
 from stem_fast.experts import expert_mixture
 from stem_fast.layers import GroupedMLP
 
@@ -88,16 +88,40 @@ def test_float32_and_bfloat16_within_bounds(
 def test_a_graph_that_is_kept_can_be_walked_again(together: bool) -> None:
     """Multi-task methods that compare gradients (PCGrad, CAGrad) go back once a task."""
     group = GroupedMLP(4, 5, (6, 6))
-    inputs = [torch.randn(9, 5) for _ in range(3)]
-    arguments = inputs, READS, torch.randn(2, 9, 4), SEE[:2], LEARN[:2]
+    x = torch.randn(3, 9, 5, requires_grad=True)
+    arguments = batched.unbind(x), READS, torch.randn(2, 9, 4), SEE[:2], LEARN[:2]
     first, second = expert_mixture(group, *arguments, together=together)
-    weight = group.blocks[0].weight
     loss = first.sum(), second.square().sum()
-    alone = [torch.autograd.grad(each, weight, retain_graph=True)[0] for each in loss]
-    again = [torch.autograd.grad(each, weight, retain_graph=True)[0] for each in loss]
-    (both,) = torch.autograd.grad(loss[0] + loss[1], weight)
-    assert torch.equal(alone[0], again[0])
-    torch.testing.assert_close(alone[0] + alone[1], both)
+    for source in (group.blocks[0].weight, x):
+        alone = [torch.autograd.grad(each, source, retain_graph=True)[0] for each in loss]
+        again = [torch.autograd.grad(each, source, retain_graph=True)[0] for each in loss]
+        (both,) = torch.autograd.grad(loss[0] + loss[1], source, retain_graph=True)
+        assert torch.equal(alone[0], again[0])
+        torch.testing.assert_close(alone[0] + alone[1], both)
+
+
+@ways
+def test_inputs_that_no_expert_reads_and_that_are_given_twice(together: bool) -> None:
+    group = GroupedMLP(4, 5, (6, 6)).double()
+    x, unread, y = (torch.randn(9, 5, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    arguments = [x, unread, x, y], (0, 0, 2, 3)
+    masks = torch.randn(2, 9, 4, dtype=torch.float64), SEE[:2], LEARN[:2]
+    outputs = expert_mixture(group, *arguments, *masks, together=together)
+    expected = ops.mixture(group.step_by_step(*arguments), *masks).unbind()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fresh memory is full of NaN
+    try:
+        gradients = [
+            torch.autograd.grad(
+                sum(o.sin().sum() for o in found),
+                [x, unread, y],
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            for found in (outputs, expected)
+        ]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(*gradients)
 
 
 @ways

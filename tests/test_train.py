@@ -379,6 +379,20 @@ def test_undefined_monitor_is_refused_before_training() -> None:
     assert steps == []
 
 
+def test_a_regression_in_small_units_is_warned_of() -> None:
+    data = tiny_data(40, missing=0.2)
+    assert data.labels is not None
+    data.labels[:, 1] *= 1000
+    model = tiny_model(kinds={"like": "regression"})
+    with pytest.warns(UserWarning, match=r"regression 'like' begins with a loss of \d\.\d+e\+05"):
+        train.fit(model, data, data, config(epochs=1))
+    # None where weights make up for it, and none without another task to drown.
+    train.fit(model, data, data, config(epochs=1, task_weights=(1.0, 1e-6)))
+    train.fit(model, data, data, config(epochs=1, task_weights=(1e6, 1.0)))
+    model = tiny_model(kinds={"click": "regression", "like": "regression"})
+    train.fit(model, data, data, config(epochs=1, monitor="rmse"))
+
+
 # ---- whole runs ----------------------------------------------------------------------------
 
 

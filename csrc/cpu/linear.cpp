@@ -1,6 +1,6 @@
 // A linear layer of several networks for few samples on CPU, with or without a ReLU: every weight is
 // read once, in order, by all threads together. For as few samples a matrix product costs more to
-// start than to do. The mathematics is stem_fast/reference.py's grouped_linear.
+// start than to do. The mathematics is stem_fast/reference/linear.py's grouped_linear.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

@@ -4,7 +4,7 @@
 //   weight  [R, G*D]       float64, float32, bfloat16 or float16; sums in float32 (float64)
 //   ids     [B, F]         int32 or int64
 //   offsets [F]            int64, first row of each field
-//   bags    (rows [n], bounds [S, B+1], weights [n])   sequences, see stem_fast/reference.py
+//   bags    (rows [n], bounds [S, B+1], weights [n])   sequences, see stem_fast/reference/lookup.py
 //   x       [G, B, (F+S)*D]
 //   z       [K, B, (F+S)*D]
 //

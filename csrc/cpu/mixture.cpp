@@ -6,8 +6,8 @@
 //   see, learn         K bit masks over the experts
 //   out    [K, B, H]
 //
-// The mathematics is stem_fast/reference.py's mixture and mixture_backward. Samples are independent,
-// so the result is the same bits for any number of threads.
+// The mathematics is in stem_fast/reference/mixture.py. Samples are independent, so the result is
+// the same bits for any number of threads.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

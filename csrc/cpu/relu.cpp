@@ -1,5 +1,5 @@
 // The backward pass of a bias and a ReLU on CPU: masks the gradient, sums it over the samples in one
-// read of it and, if asked, transposes it. The mathematics is stem_fast/reference.py's relu_backward.
+// read of it and, if asked, transposes it. See relu_backward of stem_fast/reference/linear.py.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

@@ -6,8 +6,8 @@
 //   see, learn         K bit masks over the experts
 //   out    [K, B, H]
 //
-// The mathematics is stem_fast/reference.py's mixture and mixture_backward. A sample is summed by
-// the same threads in the same order whatever the grid, so results repeat bit for bit.
+// The mathematics is in stem_fast/reference/mixture.py. A sample is summed by the same threads
+// in the same order whatever the grid, so results repeat bit for bit.
 
 #include <algorithm>
 #include <cmath>

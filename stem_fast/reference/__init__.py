@@ -1,0 +1,73 @@
+"""The mathematics of STEM-Net in plain PyTorch, one loop for one sum.
+
+Every faster version of an op is tested against the function of the same name here, so these stay
+simple enough to be checked by eye against the paper (Su et al., AAAI 2024, section 4) and the
+official code (LiangcaiSu/STEM, ``models/STEM.py``). Autograd of these functions *is* the
+definition of the gradients, the asymmetric backward included.
+
+Symbols: B batch, F categorical fields, G embedding spaces, D embedding dimension, E experts,
+K gates, I and O the widths of a layer's input and output, H the width of an expert's output.
+"""
+
+from stem_fast.reference.adagrad import adagrad_rows
+from stem_fast.reference.adam import (
+    LEAP,
+    POLYNOMIALS,
+    SERIES,
+    adam_leap,
+    adam_rows,
+    adam_schedule,
+    new_rows,
+)
+from stem_fast.reference.buffers import empty_kept, huge_pages
+from stem_fast.reference.linear import bias_relu, grouped_linear, relu_backward
+from stem_fast.reference.lookup import (
+    check_ids,
+    lookup,
+    lookup_backward,
+    outside,
+    row_gradients,
+    row_plan,
+    space_sums,
+)
+from stem_fast.reference.mixture import (
+    expert_mixture_inference,
+    gate_weights,
+    mask_matrix,
+    mixture,
+    mixture_backward,
+    mixture_expert_backward,
+    softmax_backward,
+)
+from stem_fast.reference.sgd import sgd_rows
+
+__all__ = [
+    "LEAP",
+    "POLYNOMIALS",
+    "SERIES",
+    "adagrad_rows",
+    "adam_leap",
+    "adam_rows",
+    "adam_schedule",
+    "bias_relu",
+    "check_ids",
+    "empty_kept",
+    "expert_mixture_inference",
+    "gate_weights",
+    "grouped_linear",
+    "huge_pages",
+    "lookup",
+    "lookup_backward",
+    "mask_matrix",
+    "mixture",
+    "mixture_backward",
+    "mixture_expert_backward",
+    "new_rows",
+    "outside",
+    "relu_backward",
+    "row_gradients",
+    "row_plan",
+    "sgd_rows",
+    "softmax_backward",
+    "space_sums",
+]

@@ -1,0 +1,94 @@
+"""Adam's rows, schedule and leaps against the float64 reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import (
+    ADAMS,
+    LEAPS,
+    SCHEDULES,
+    AdamCase,
+    ScheduleCase,
+    check_adam_leap,
+    check_adam_rows,
+    check_adam_schedule,
+    cpp,
+    devices,
+    dtypes,
+)
+
+
+@devices
+@pytest.mark.parametrize("case", ADAMS.values(), ids=ADAMS.keys())
+@pytest.mark.parametrize("grads", [False, True])
+@dtypes
+def test_adam_rows(case: AdamCase, grads: bool, dtype: torch.dtype, device: str) -> None:
+    check_adam_rows(torch.ops.stem_fast.adam_rows, case, dtype, grads, device)
+
+
+@devices
+@pytest.mark.parametrize("case", SCHEDULES.values(), ids=SCHEDULES.keys())
+def test_adam_schedule(case: ScheduleCase, device: str) -> None:
+    check_adam_schedule(torch.ops.stem_fast.adam_schedule, case, device)
+
+
+@devices
+@pytest.mark.parametrize("case", LEAPS.values(), ids=LEAPS.keys())
+def test_adam_leap(case: ScheduleCase, device: str) -> None:
+    check_adam_leap(torch.ops.stem_fast.adam_leap, case, device)
+
+
+@cpp
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({0: torch.zeros(9, 11)}, "steps must be contiguous float64"),
+        ({1: torch.zeros(2)}, "clock must be contiguous int64"),
+        ({1: torch.tensor([0, 8])}, "line 9 of a table of 9"),
+        ({2: torch.zeros(2)}, "options must be contiguous float64"),
+    ],
+)
+def test_adam_schedule_refuses_other_shapes_and_types(change: dict[int, Any], message: str) -> None:
+    steps, options = torch.zeros(9, 17, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    arguments = {0: steps, 1: torch.tensor([0, 0]), 2: options} | change
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.stem_fast.adam_schedule(*arguments.values(), 0.9, 0.999, 1e-8, False, False)
+
+
+@cpp
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({1: torch.zeros(40, 6)}, "exp_avg and exp_avg_sq must be as weight"),
+        ({2: torch.zeros(7, 40).T}, "what is changed in place must be contiguous"),
+        ({3: torch.zeros(40)}, "last must be int32"),
+        ({4: torch.zeros(3)}, "rows must be int64"),
+        ({4: torch.tensor([1, 2, 40]), 5: None}, "row 40 at 2 is outside the table of 40 rows"),
+        ({5: torch.zeros(4, 7)}, "grad must be"),
+        ({6: torch.zeros(3, 7)}, "steps must be float64"),
+        ({7: torch.zeros(3, 22)}, "leaps must be float64"),
+        ({8: torch.tensor([0, 5000])}, "lines for steps 0 to 5000"),
+    ],
+)
+def test_adam_rows_refuses_other_shapes_and_types(change: dict[int, Any], message: str) -> None:
+    arguments = dict(enumerate(ADAMS["early"].arguments(grads=True))) | change
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.stem_fast.adam_rows(*arguments.values())
+
+
+@cpp
+def test_adam_rows_is_the_same_with_one_thread() -> None:
+    results = []
+    threads = torch.get_num_threads()
+    for count in (threads, threads, 1):
+        torch.set_num_threads(count)
+        arguments = AdamCase(3000, 48, 40, base=400).arguments(torch.float32)
+        torch.ops.stem_fast.adam_rows(*arguments)
+        results.append(arguments[:4])
+    torch.set_num_threads(threads)
+    for first, second, alone in zip(*results, strict=True):
+        assert torch.equal(first, second)
+        assert torch.equal(first, alone)
