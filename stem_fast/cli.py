@@ -62,9 +62,15 @@ class _Commands(TyperGroup):
             if not hasattr(error, "format_message"):
                 raise
             if message := error.format_message():  # empty where the help has been printed
-                report.error(message)
+                report.error(message + _value(error))
             code = 2
         sys.exit(code or 0)
+
+
+def _value(error: Exception) -> str:
+    """The value that a usage error is about, where releases of typer by pydantic leave it out."""
+    cause: Any = error.__cause__
+    return f": {cause.errors()[0]['input']!r}" if hasattr(cause, "errors") else ""
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

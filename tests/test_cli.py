@@ -510,6 +510,7 @@ def test_other_commands_refuse() -> None:
     refused(stem_fast("evaluate", "nope", *data), "no run folder nope")
     refused(stem_fast("evaluate", "run"), "--data")
     refused(stem_fast("evaluate", "run", *data, "--batch-size", 0), "--batch-size")
+    refused(stem_fast("evaluate", "run", *data, "--batch-size", "ten"), "--batch-size", "'ten'")
     refused(stem_fast("predict", "run", *data, "--out", "p.txt"), "name a .parquet or .csv file")
     refused(stem_fast("predict", "run", *data, "--out", "p.csv", "--join", "x"), "join is 'x'")
     pq.write_table(table(5, 0).drop_columns(["is_click"]), "unlabelled.parquet")
