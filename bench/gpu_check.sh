@@ -9,8 +9,9 @@
 # run. Leaves gpu_<device>_<date>.json, written anew after every stage, and the log beside it, in
 # $OUT (default bench/results). Exits with 1 if a stage failed.
 #
-# Needs python3 (or $PYTHON) with a CUDA build of torch, setuptools, pytest, pytest-benchmark, the
-# package's own dependencies, nvcc, and compute-sanitizer. With pytest-xdist the tests are faster.
+# Needs python3 (or $PYTHON) with a CUDA build of torch, setuptools, pytest, pytest-benchmark,
+# hypothesis, the package's own dependencies, nvcc, and compute-sanitizer. With pytest-xdist the
+# tests are faster.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 

@@ -233,9 +233,11 @@ def adam_rows(setting: Setting, device: str) -> Case:
     before = steps.start()[rows[named]]
 
     def ours() -> Contender:
-        tables = [steps.start()]
-        tables += [torch.zeros_like(tables[0]) for _ in range(2)]
-        last = torch.zeros(s.rows, dtype=torch.int32, device=device)
+        # In huge pages, as ExactAdam has them.
+        shape = s.rows, before.shape[1]
+        tables = [ops.new_table(before.new_empty(shape)).zero_() for _ in range(3)]
+        tables[0].copy_(steps.start())
+        last = ops.new_table(rows.new_empty(s.rows, dtype=torch.int32)).zero_()
         schedule = Schedule((0.9, 0.999), 0, torch.device(device))
         schedule.advance(RATE, 0.0, EPS, decoupled=False)
         history = schedule.steps, schedule.leaps, schedule.clock

@@ -70,7 +70,8 @@ class _Commands(TyperGroup):
 def _value(error: Exception) -> str:
     """The value that a usage error is about, where releases of typer by pydantic leave it out."""
     cause: Any = error.__cause__
-    return f": {cause.errors()[0]['input']!r}" if hasattr(cause, "errors") else ""
+    found = cause.errors() if hasattr(cause, "errors") else []
+    return f": {found[0]['input']!r}" if found else ""
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -321,17 +321,17 @@ def task_kinds(model: STEMNet) -> dict[str, str]:
 def _warn_of_units(data: Dataset, kinds: Mapping[str, str], config: TrainingConfig) -> None:
     """A regression in seconds has a loss of thousands, and is then all that a model learns."""
     weights = dict(zip(kinds, config.task_weights or (1.0,) * len(kinds), strict=True))
-    binary = [math.log(2) * weights[task] for task, kind in kinds.items() if kind == "binary"]
+    binary = max([math.log(2) * weights[t] for t, kind in kinds.items() if kind == "binary"] or [0])
     if data.labels is None or not binary:
         return
     for column, (task, kind) in enumerate(kinds.items()):
         if kind == "binary":
             continue
-        loss = weights[task] * data.labels[:, column].double().square().nanmean().item()
-        if loss > DROWNS * max(binary):
+        loss = weights[task] * data.labels[:, column].square().nanmean().item()
+        if loss > DROWNS * binary:
             warnings.warn(
                 f"regression {task!r} begins with a loss of {loss:.3g}, binary tasks with "
-                f"{max(binary):.2g}: it alone will be learned. Put its column in larger units "
+                f"{binary:.2g}: it alone will be learned. Put its column in larger units "
                 "(hours, not seconds), or lower its --task-weights",
                 stacklevel=3,
             )

@@ -107,8 +107,8 @@ LOOKUPS = {
     "empty sequences": LookupCase((9,), 5, 3, 2, (), ("sum", "mean"), length=0),
     "long sequences": LookupCase((50, 3), 11, 20, 2, (0b11,), ("mean",), length=200),
 }
-# Larger than what malloc keeps: its outputs come from buffers that are used again.
-LARGE = LookupCase((500, 7), 1500, 24, 3, (0b101, 0b110), ("mean", "sum"), length=9, weighted=True)
+# So large that in float32 its outputs come from buffers that are used again.
+LARGE = LookupCase((500, 7), 2000, 24, 3, (0b101, 0b110), ("mean", "sum"), length=9, weighted=True)
 
 
 def check_lookup(case: LookupCase, dtype: torch.dtype, ids: torch.dtype, device: str) -> None:
@@ -183,7 +183,7 @@ MIXTURES = {
     "extreme logits": MixtureCase(5, 3, 11, 7, *stem_masks(2, 2, 1), scale=1e4),
     "extreme ties": MixtureCase(5, 3, 11, 7, *stem_masks(2, 2, 1), scale=1e4, ties=True),
 }
-# As large.
+# So large that its gradient does.
 LARGE_MIXTURE = MixtureCase(10, 2, 700, 96, (1023, 1023), (1021, 1022))
 
 

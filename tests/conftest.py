@@ -1,4 +1,4 @@
-"""Where there is no GPU, Triton kernels run under the interpreter."""
+"""What all tests share. Where there is no GPU, Triton kernels run under the interpreter."""
 
 import os
 
@@ -10,6 +10,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
 # pytest-benchmark, in a process that a test starts, would take itself for a worker.
 os.environ.pop("PYTEST_XDIST_WORKER", None)
+pytest.register_assert_rewrite("cases")
 hypothesis.settings.register_profile("any time", deadline=None)
 hypothesis.settings.load_profile("any time")
 

@@ -389,6 +389,7 @@ def test_a_regression_in_small_units_is_warned_of() -> None:
     # None where weights make up for it, and none without another task to drown.
     train.fit(model, data, data, config(epochs=1, task_weights=(1.0, 1e-6)))
     train.fit(model, data, data, config(epochs=1, task_weights=(1e6, 1.0)))
+    train.fit(model, data, data, config(epochs=1, task_weights=(0.0, 1.0)))
     model = tiny_model(kinds={"click": "regression", "like": "regression"})
     train.fit(model, data, data, config(epochs=1, monitor="rmse"))
 

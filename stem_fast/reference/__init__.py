@@ -9,6 +9,7 @@ Symbols: B batch, F categorical fields, G embedding spaces, D embedding dimensio
 K gates, I and O the widths of a layer's input and output, H the width of an expert's output.
 """
 
+# The functions lookup and mixture take the names of their modules.
 from stem_fast.reference.adagrad import adagrad_rows
 from stem_fast.reference.adam import (
     LEAP,

@@ -26,7 +26,7 @@ def test_lookup_and_its_gradients(
 
 
 @devices
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_lookup_of_any_shape(data: st.DataObject, device: str) -> None:
     spaces = data.draw(st.integers(1, 6))

@@ -71,7 +71,7 @@ def test_mixture_and_its_gradients(case: MixtureCase, dtype: torch.dtype, device
 
 
 @devices
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_mixture_of_any_shape(data: st.DataObject, device: str) -> None:
     experts, gates = data.draw(st.integers(1, 64)), data.draw(st.integers(1, 16))
