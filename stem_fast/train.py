@@ -331,8 +331,8 @@ def _warn_of_units(data: Dataset, kinds: Mapping[str, str], config: TrainingConf
         if loss > DROWNS * binary:
             warnings.warn(
                 f"regression {task!r} begins with a loss of {loss:.3g}, binary tasks with "
-                f"{binary:.2g}: it alone will be learned. Put its column in larger units "
-                "(hours, not seconds), or lower its --task-weights",
+                f"{binary:.2g}: it alone will be learned. Scale its column to values of about 1, "
+                "or lower its --task-weights",
                 stacklevel=3,
             )
 
