@@ -321,7 +321,7 @@ def task_kinds(model: STEMNet) -> dict[str, str]:
 def _warn_of_units(data: Dataset, kinds: Mapping[str, str], config: TrainingConfig) -> None:
     """A regression in seconds has a loss of thousands, and is then all that a model learns."""
     weights = dict(zip(kinds, config.task_weights or (1.0,) * len(kinds), strict=True))
-    binary = max([math.log(2) * weights[t] for t, kind in kinds.items() if kind == "binary"] or [0])
+    binary = math.log(2) * max((weights[t] for t in kinds if kinds[t] == "binary"), default=0.0)
     if data.labels is None or not binary:
         return
     for column, (task, kind) in enumerate(kinds.items()):

@@ -1,6 +1,7 @@
 """What all tests share. Where there is no GPU, Triton kernels run under the interpreter."""
 
 import os
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
@@ -19,3 +20,11 @@ hypothesis.settings.load_profile("any time")
 def seeded() -> None:
     """Every test draws the same numbers in every run."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Memory that torch hands out is full of NaN: what a kernel forgets to write shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -101,6 +101,7 @@ def test_a_graph_that_is_kept_can_be_walked_again(together: bool) -> None:
 
 
 @ways
+@pytest.mark.usefixtures("poisoned")
 def test_inputs_that_no_expert_reads_and_that_are_given_twice(together: bool) -> None:
     group = GroupedMLP(4, 5, (6, 6)).double()
     x, unread, y = (torch.randn(9, 5, dtype=torch.float64, requires_grad=True) for _ in range(3))
@@ -108,19 +109,15 @@ def test_inputs_that_no_expert_reads_and_that_are_given_twice(together: bool) ->
     masks = torch.randn(2, 9, 4, dtype=torch.float64), SEE[:2], LEARN[:2]
     outputs = expert_mixture(group, *arguments, *masks, together=together)
     expected = ops.mixture(group.step_by_step(*arguments), *masks).unbind()
-    torch.use_deterministic_algorithms(True, warn_only=True)  # fresh memory is full of NaN
-    try:
-        gradients = [
-            torch.autograd.grad(
-                sum(o.sin().sum() for o in found),
-                [x, unread, y],
-                allow_unused=True,
-                materialize_grads=True,
-            )
-            for found in (outputs, expected)
-        ]
-    finally:
-        torch.use_deterministic_algorithms(False)
+    gradients = [
+        torch.autograd.grad(
+            sum(o.sin().sum() for o in found),
+            [x, unread, y],
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        for found in (outputs, expected)
+    ]
     torch.testing.assert_close(*gradients)
 
 
