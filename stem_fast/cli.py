@@ -103,7 +103,8 @@ def _version(asked: bool) -> None:
 @app.callback()
 def _common(
     version: Annotated[
-        bool, typer.Option("--version", help="print it", is_eager=True, callback=_version)
+        bool,
+        typer.Option("--version", help="print it", is_eager=True, callback=_version, metavar=""),
     ] = False,
 ) -> None:
     pass
@@ -149,7 +150,7 @@ def fit(
     ] = None,
     valid: Annotated[_Text, _flag(_DATA, "validation table (needed)")] = None,
     out: Annotated[_Text, _flag(_DATA, "run folder to make (needed)")] = None,
-    overwrite: Annotated[_Bool, _flag(_DATA, "replace a run", "--overwrite")] = None,
+    overwrite: Annotated[_Bool, _flag(_DATA, "replace a run", "--overwrite", metavar="")] = None,
     join: _Join = None,
     cache: _Cache = None,
     labels: Annotated[
@@ -196,7 +197,7 @@ def fit(
     hidden_activations: Annotated[_Text, _flag(_NETWORK, "by name", default="relu")] = None,
     net_dropout: Annotated[_Float, _flag(_NETWORK, "after hidden layers", default=0)] = None,
     batch_norm: Annotated[
-        _Bool, _flag(_NETWORK, "in hidden layers", "--batch-norm/--no-batch-norm")
+        _Bool, _flag(_NETWORK, "in hidden layers", "--batch-norm/--no-batch-norm", metavar="")
     ] = None,
     epochs: Annotated[_Int, _flag(_TRAINING, "at most", default=_OFFICIAL.epochs)] = None,
     batch_size: Annotated[_Int, _flag(_TRAINING, "rows", default=_OFFICIAL.batch_size)] = None,
@@ -310,7 +311,7 @@ def _fit(settings: FitSettings) -> None:
         raise training.TrainingError(f"{error}{kept}") from error
     best = [record for record in records if record.best][-1]
     checkpoint.save_json(settings.out / checkpoint.METRICS, best.metrics)
-    report.print_metrics(best.metrics, f"validation, epoch {best.epoch} of {len(records)}")
+    _print_metrics(best.metrics, f"validation, epoch {best.epoch} of {len(records)}", schema.group)
     console.print(f"saved to {settings.out}")
 
 
@@ -378,7 +379,7 @@ def evaluate(
         )
     if json is not None:
         checkpoint.save_json(json, result)
-    report.print_metrics(result, f"{run} on {table}")
+    _print_metrics(result, f"{run} on {table}", encoding.schema.group)
 
 
 @app.command()
@@ -413,13 +414,21 @@ def predict(
     report.console().print(f"{len(rows):,} rows of {', '.join(columns)} written to {out}")
 
 
+def _print_metrics(result: dict[str, Any], title: str, group: str | None) -> None:
+    report.print_metrics(result, title)
+    without = [task for task, values in result["tasks"].items() if values.get("gauc", 0) is None]
+    if without:
+        why = "the run has no --group" if group is None else f"no {group} has both classes"
+        report.console().print(f"no gauc for {', '.join(without)}: {why}")
+
+
 def _refuse_folder(json: Path | None) -> None:
     if json is not None and json.is_dir():
         raise DataError(f"--json is {json}, a folder: name a file.")
 
 
 def _joins(texts: list[str] | None) -> tuple[data.Join, ...]:
-    return tuple(parse_join("join", text) for text in texts or ())
+    return tuple(parse_join("--join", text) for text in texts or ())
 
 
 @app.command()
@@ -455,7 +464,9 @@ def make_synthetic(
     rows: Annotated[int, typer.Option(help="of the training table")] = 120_000,
     valid_rows: Annotated[int, typer.Option(help="of the validation table")] = 20_000,
     seed: int = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an older one")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="replace an older one", metavar="")
+    ] = False,
 ) -> None:
     """Make a feedback log whose tasks share some tastes and conflict in others, with its truth."""
     synth.generate(out, rows=rows, valid_rows=valid_rows, seed=seed, overwrite=overwrite)

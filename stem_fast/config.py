@@ -224,9 +224,9 @@ class FitSettings:
 def fit_settings(flags: Mapping[str, Any], file: Path | None = None) -> FitSettings:
     """Settings from a YAML file and the flags that were given, which override it.
 
-    A key whose value is None (YAML: null) counts as not given. Raises DataError naming the key and
-    the value for anything unknown, missing or out of range. The default monitor is "auc", or "rmse"
-    where every task is a regression.
+    A key whose value is None (YAML: null) counts as not given. Raises DataError naming the key (or
+    the flag) and the value for anything unknown, missing or out of range. The default monitor is
+    "auc", or "rmse" where every task is a regression.
     """
     given = {} if file is None else read_yaml(file)
     for key in given:
@@ -238,14 +238,17 @@ def fit_settings(flags: Mapping[str, Any], file: Path | None = None) -> FitSetti
         options = ", ".join(f"--{key}" for key in absent)
         raise DataError(f"missing: {options} (or the same key in the --config file).")
 
+    def named(key: str) -> str:
+        return f"--{key.replace('_', '-')}" if flags.get(key) is not None else key
+
     def take(checks: Mapping[str, Check]) -> dict[str, Any]:
-        return {key: check(key, given[key]) for key, check in checks.items() if key in given}
+        return {key: check(named(key), given[key]) for key, check in checks.items() if key in given}
 
     files = take(_FILES)
     files["joins"] = files.pop("join", ())
     schema = {key: given[key] for key in _SCHEMA if key in given}
     if "pooling" in given:
-        pooling = _pooling("pooling", given["pooling"])
+        pooling = _pooling(named("pooling"), given["pooling"])
         schema["sequences"] = _with_pooling(schema.get("sequences"), pooling)
     columns = Schema.from_dict(schema)
     training = take(_TRAINING)
@@ -254,7 +257,7 @@ def fit_settings(flags: Mapping[str, Any], file: Path | None = None) -> FitSetti
     return FitSettings(
         **files,
         schema=columns,
-        model=_one_of(MODELS)("model", given.get("model", "stem")),
+        model=_one_of(MODELS)(named("model"), given.get("model", "stem")),
         network=take(_NETWORK),
         training=TrainingConfig(**training),
     )

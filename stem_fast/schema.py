@@ -18,9 +18,9 @@ class DataError(ValueError):
     """Bad configuration or bad data; the message is complete for the user."""
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str], likeness: float = 0.6) -> str:
     """``" Did you mean 'x'?"`` for the known name most like ``name``, or ``""``."""
-    found = difflib.get_close_matches(str(name), list(known), n=1)
+    found = difflib.get_close_matches(str(name), list(known), n=1, cutoff=likeness)
     return f" Did you mean '{found[0]}'?" if found else ""
 
 

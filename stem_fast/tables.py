@@ -32,6 +32,7 @@ TEXT = pa.large_string()
 # Text that means "missing", in CSV cells, Parquet strings and list elements alike.
 MISSING = pa.array(["", "NULL", "\\N", "NaN", "nan"], TEXT)
 INVALID_UTF8 = re.compile(r"column #(\d+): Row #(\d+): .*invalid UTF8")  # pyarrow's words
+TYPO = 0.85  # likeness of a name of seven letters to itself with one of them wrong
 NUMBERS = (
     pa.types.is_integer,
     pa.types.is_floating,
@@ -297,7 +298,12 @@ def read_blocks(table: Table, columns: Iterable[str], joins: Sequence[Join]) -> 
         plan.append((other, join.key, taken))
         available.update(names)
         where += f" joined with {other.path}"
-    require(where, wanted, available)
+    require(
+        where,
+        wanted,
+        available,
+        " A side table's columns need its --join FILE:KEY in every command.",
+    )
     sides = [_Side(*parts) for parts in plan]
     rows = 0
     for file, start, part in table.blocks([name for name in wanted if name in own]):
@@ -307,18 +313,23 @@ def read_blocks(table: Table, columns: Iterable[str], joins: Sequence[Join]) -> 
         raise DataError(f"{table.path}: no rows.")
 
 
-def require(where: str | Path, columns: Iterable[str], names: Iterable[str]) -> None:
-    """Raise DataError that names every absent column, and the unused names most like them."""
+def require(
+    where: str | Path, columns: Iterable[str], names: Iterable[str], advice: str = ""
+) -> None:
+    """Raise DataError that names every absent column and the names most like them, and ends with
+    ``advice`` if one is like none."""
     known, columns = list(names), list(columns)
     absent = [name for name in columns if name not in known]
     if absent:
         quoted = ", ".join(f"'{name}'" for name in absent)
         unused = [name for name in known if name not in columns]
-        hints = [nearest(name, unused) for name in absent]
+        # A name in use is not what is meant, unless a letter or so makes the difference.
+        hints = [nearest(name, known, TYPO) or nearest(name, unused) for name in absent]
+        advice = "" if all(hints) else advice
         if len(absent) > 1:
             pairs = zip(hints, absent, strict=True)
             hints = [hint and f"{hint[:-1]} for '{name}'?" for hint, name in pairs]
-        raise DataError(f"{where}: no column {quoted}.{''.join(hints)}")
+        raise DataError(f"{where}: no column {quoted}.{''.join(hints)}{advice}")
 
 
 @contextlib.contextmanager

@@ -29,6 +29,7 @@ from stem_fast.step import train_step as train_step
 MIN_DELTA = 1e-6  # an epoch must be better than the best one by this much
 LR_FACTOR, MIN_LR = 0.1, 1e-6  # after an epoch that is not
 DROWNS = 30  # a loss so many times a binary task's is all that is learned
+DROWNED = 500  # one so many times smaller is hardly learned: what is shared obeys the others
 LOSS_CHECK = 1000  # steps between two looks at the loss: each look waits for the device
 
 
@@ -136,7 +137,7 @@ def fit(
     Calls ``on_step(rows)`` after a step, ``on_best(model)`` after an epoch that improved, then
     ``on_epoch(record)``. The model's weights and dropout come from torch's global generator: seed
     that before building the model to make a run repeatable.
-    Warns of a regression whose loss drowns the binary tasks'.
+    Warns of a regression whose loss drowns the binary tasks', or drowns in them.
     Raises DataError for a monitor, task weights, a precision or micro-batches that do not fit,
     TrainingError for a loss or a prediction that is not finite.
     """
@@ -319,7 +320,8 @@ def task_kinds(model: STEMNet) -> dict[str, str]:
 
 
 def _warn_of_units(data: Dataset, kinds: Mapping[str, str], config: TrainingConfig) -> None:
-    """A regression in seconds has a loss of thousands, and is then all that a model learns."""
+    """A regression in seconds has a loss of thousands, and is then all that a model learns; one in
+    thousandths has a loss of millionths, and is not learned."""
     weights = dict(zip(kinds, config.task_weights or (1.0,) * len(kinds), strict=True))
     binary = math.log(2) * max((weights[t] for t in kinds if kinds[t] == "binary"), default=0.0)
     if data.labels is None or not binary:
@@ -329,12 +331,17 @@ def _warn_of_units(data: Dataset, kinds: Mapping[str, str], config: TrainingConf
             continue
         loss = weights[task] * data.labels[:, column].square().nanmean().item()
         if loss > DROWNS * binary:
-            warnings.warn(
-                f"regression {task!r} begins with a loss of {loss:.3g}, binary tasks with "
-                f"{binary:.2g}: it alone will be learned. Scale its column to values of about 1, "
-                "or lower its --task-weights",
-                stacklevel=3,
-            )
+            fate, change = "it alone will be learned", "lower"
+        elif 0 < loss < binary / DROWNED:
+            fate, change = "it will hardly be learned", "raise"
+        else:
+            continue
+        warnings.warn(
+            f"regression {task!r} begins with a loss of {loss:.3g}, binary tasks with "
+            f"{binary:.2g}: {fate}. Scale its column to values of about 1, or {change} its "
+            "--task-weights",
+            stacklevel=3,
+        )
 
 
 def _refuse_batch_norm(model: STEMNet, rows: int, config: TrainingConfig) -> None:

@@ -149,8 +149,9 @@ def test_fit_writes_a_run() -> None:
 
 
 def test_without_a_group_gauc_is_null() -> None:
-    fit(group=None)
+    result = fit(group=None)
     assert {task["gauc"] for task in read("run/metrics.json")["tasks"].values()} == {None}
+    assert "no gauc for is_click, long_view: the run has no --group\n" in result.stdout
 
 
 def test_evaluate_gives_what_fit_wrote() -> None:
@@ -160,6 +161,11 @@ def test_evaluate_gives_what_fit_wrote() -> None:
     assert read("new/m.json") == read("run/metrics.json")
     auc = read("run/metrics.json")["tasks"]["long_view"]["auc"]
     assert f"{auc:.5f}" in result.stdout
+    assert "no gauc" not in result.stdout
+    valid = pq.read_table("valid.parquet")
+    pq.write_table(valid.filter(pa.compute.equal(valid["long_view"], 0)), "valid.parquet")
+    result = stem_fast("evaluate", "run", "--data", "valid.parquet")
+    assert "no gauc for long_view: no user_id has both classes\n" in result.stdout
 
 
 @pytest.mark.filterwarnings("default")
@@ -245,7 +251,7 @@ def test_side_tables_are_joined() -> None:
     result = stem_fast("evaluate", "run", "--data", "valid.parquet", "--json", "m.json", *joins)
     assert result.exit_code == 0, result.output
     assert read("m.json") == read("run/metrics.json")
-    refused(stem_fast("evaluate", "run", "--data", "valid.parquet"), "author", "city")
+    refused(stem_fast("evaluate", "run", "--data", "valid.parquet"), "author", "city", "its --join")
 
 
 # ---- predict -------------------------------------------------------------------------------
@@ -395,10 +401,13 @@ def test_values_have_their_types() -> None:
     ],
 )
 def test_bad_values_name_key_and_value(key: str, value: Any, rule: str) -> None:
-    with pytest.raises(DataError) as error:
-        settings(**{key: value})
-    assert str(error.value).startswith(f"{key} is ")
-    assert rule in str(error.value)
+    file = Path("c.yaml")
+    file.write_text(yaml.safe_dump({**FILE, "out": "run", key: value}))
+    for name, flags in ((key, {}), (f"--{key.replace('_', '-')}", {key: value})):
+        with pytest.raises(DataError) as error:
+            config.fit_settings(flags, file)
+        assert str(error.value).startswith(f"{name} is ")
+        assert rule in str(error.value)
 
 
 def test_the_default_monitor_is_a_metric_that_the_tasks_have() -> None:
@@ -483,7 +492,7 @@ def test_bad_files(text: str, message: str) -> None:
         ),
         ({"epochs": "x"}, ["--epochs"]),
         ({"epoch": 3}, ["--epoch"]),
-        ({"batch_size": 0}, ["batch_size is 0"]),
+        ({"batch_size": 0}, ["--batch-size is 0"]),
         ({"out": "train.parquet"}, ["train.parquet is a file"]),
         ({"out": ".", "overwrite": True}, ["which no run has"]),
     ],
@@ -512,7 +521,7 @@ def test_other_commands_refuse() -> None:
     refused(stem_fast("evaluate", "run", *data, "--batch-size", 0), "--batch-size")
     refused(stem_fast("evaluate", "run", *data, "--batch-size", "ten"), "--batch-size", "'ten'")
     refused(stem_fast("predict", "run", *data, "--out", "p.txt"), "name a .parquet or .csv file")
-    refused(stem_fast("predict", "run", *data, "--out", "p.csv", "--join", "x"), "join is 'x'")
+    refused(stem_fast("predict", "run", *data, "--out", "p.csv", "--join", "x"), "--join is 'x'")
     pq.write_table(table(5, 0).drop_columns(["is_click"]), "unlabelled.parquet")
     refused(stem_fast("evaluate", "run", "--data", "unlabelled.parquet"), "is_click")
     refused(stem_fast("evaluate", "run", *data, "--json", "."), "--json is ., a folder: name a")
@@ -685,3 +694,6 @@ def test_help() -> None:
     shown = stem_fast("fit", "--help").stdout
     for key in config.KEYS:
         assert f"--{key.replace('_', '-')}" in shown  # every key of the file is a flag
+    for command in ("fit", "synth"):
+        shown = stem_fast(command, "--help").stdout.splitlines()
+        assert not [line for line in shown if "<bool>" in line and "--help" not in line]

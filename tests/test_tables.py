@@ -280,6 +280,14 @@ def test_columns_that_are_not_there(tmp_path: Path) -> None:
     path = text(tmp_path / "log.csv", "user_id,video_id\n1,2\n")
     with refused("log.csv: no column 'usr_id', 'zzz'. Did you mean 'user_id' for 'usr_id'?"):
         blocks(path, "video_id usr_id zzz")
+    side = Join(text(tmp_path / "users.csv", "user_id,user_city\n1,x\n"), "user_id")
+    with refused("no column 'usr_id'. Did you mean 'user_id'?"):  # in use, and nearer than the rest
+        blocks(path, "user_id usr_id", side)
+    # Of the names in use only a misspelt one: as much like 'video_id' is many another column.
+    with refused(
+        "no column 'video_type'. A side table's columns need its --join FILE:KEY in every"
+    ):
+        blocks(path, "user_id video_id video_type")
     folder = tmp_path / "parts"
     folder.mkdir()
     text(folder / "0.csv", "x,y\n1,2\n")

@@ -379,7 +379,7 @@ def test_undefined_monitor_is_refused_before_training() -> None:
     assert steps == []
 
 
-def test_a_regression_in_small_units_is_warned_of() -> None:
+def test_a_regression_in_units_too_small_or_large_is_warned_of() -> None:
     data = tiny_data(40, missing=0.2)
     assert data.labels is not None
     data.labels[:, 1] *= 1000
@@ -390,6 +390,11 @@ def test_a_regression_in_small_units_is_warned_of() -> None:
     train.fit(model, data, data, config(epochs=1, task_weights=(1.0, 1e-6)))
     train.fit(model, data, data, config(epochs=1, task_weights=(1e6, 1.0)))
     train.fit(model, data, data, config(epochs=1, task_weights=(0.0, 1.0)))
+    data.labels[:, 1] /= 1e6
+    with pytest.warns(UserWarning, match=r"e-07, .* hardly be learned\. .* or raise its --task-w"):
+        train.fit(model, data, data, config(epochs=1))
+    train.fit(model, data, data, config(epochs=1, task_weights=(1.0, 1e6)))
+    train.fit(model, data, data, config(epochs=1, task_weights=(1.0, 0.0)))
     model = tiny_model(kinds={"click": "regression", "like": "regression"})
     train.fit(model, data, data, config(epochs=1, monitor="rmse"))
 
