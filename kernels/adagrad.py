@@ -45,6 +45,7 @@ def _adagrad_rows(
                 _, g = _load(weight, grad, row * width + here, u * width + here, decay, inside, SUM)
                 squares += g * g
             total = tl.load(sums + row).to(SUM) + tl.sum(squares) / width
+            tl.debug_barrier()  # every warp has read for itself
             tl.store(sums + row, total.to(sums.dtype.element_ty))
             size = lr / (tl.sqrt(total) + EPS)
         for start in range(0, width, BLOCK):

@@ -173,13 +173,13 @@ def _coast(
     """Steps made + 1 .. due without any gradient, at once: see stem_fast/optim.py."""
     start = steps + made * COLUMNS
     first = tl.load(start + MOMENTS)
-    weight = tl.where(first != 0, first, 1.0)
-    n1 = tl.load(start + MOMENTS + 1) / weight
-    n2 = tl.load(start + MOMENTS + 2) / weight
-    n3 = tl.load(start + MOMENTS + 3) / weight
-    n4 = tl.load(start + MOMENTS + 4) / weight
-    n5 = tl.load(start + MOMENTS + 5) / weight
-    n6 = tl.load(start + MOMENTS + 6) / weight
+    share = 1 / tl.where(first != 0, first, 1.0)
+    n1 = tl.load(start + MOMENTS + 1) * share
+    n2 = tl.load(start + MOMENTS + 2) * share
+    n3 = tl.load(start + MOMENTS + 3) * share
+    n4 = tl.load(start + MOMENTS + 4) * share
+    n5 = tl.load(start + MOMENTS + 5) * share
+    n6 = tl.load(start + MOMENTS + 6) * share
     d2 = n1 * n1
     d3 = d2 * n1
     mean = tl.load(start + COLUMNS + 1) * ROOT2 + n1
@@ -286,6 +286,7 @@ def _adam_schedule(
 ):
     now = tl.load(clock + 1) + 1
     line = now - tl.load(clock)
+    tl.debug_barrier()  # every warp reads the clock for itself
     tl.store(clock + 1, now)
     if line >= lines:
         tl.store(steps + 3, 0.0)  # Schedule.advance looks there
@@ -311,6 +312,7 @@ def _adam_schedule(
                 tl.store(first + p, 0.0)
             tl.store(own + STEEP, UNKNOWN)
             # The lines of rows that made their last step not too long ago gain a term.
+            p = tl.arange(0, triton.next_power_of_2(POWERS))[None, :]
             for begin in range(0, LONGEST, AGES):
                 age = begin + tl.arange(0, AGES) + 1
                 start = line - age
@@ -323,10 +325,13 @@ def _adam_schedule(
                 distance -= tl.exp2(tl.full([], 0.5 * LOG2, tl.float64)) * after
                 term = size * tl.exp2(LOG1 * age.to(tl.float64)) / left
                 term *= tl.load(at + 3, mask=inside, other=0.0)
-                for p in tl.static_range(POWERS):
-                    sums = at + MOMENTS + p
-                    tl.store(sums, tl.load(sums, mask=inside, other=0.0) + term, mask=inside)
-                    term *= distance
+                d = distance[:, None]
+                to_p = tl.where(p & 1 != 0, d, 1.0) * tl.where(p & 2 != 0, d * d, 1.0)
+                to_p *= tl.where(p & 4 != 0, d * d * d * d, 1.0)
+                sums = at[:, None] + MOMENTS + p
+                gains = inside[:, None] & (p < POWERS)
+                old = tl.load(sums, mask=gains, other=0.0)
+                tl.store(sums, old + term[:, None] * to_p, mask=gains)
 
 
 @triton.jit
@@ -437,9 +442,10 @@ def _adam_rows(
     u = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + u) if NAMED else u
     base, now = tl.load(clock), tl.load(clock + 1)
-    made = tl.maximum(tl.load(last + row).to(tl.int64), base)
     # Row 0 is padding where rows are named: a plan repeats it.
-    if (made < now) & ((row != 0) | (not NAMED)) & (now - base < lines):
+    if ((row != 0) | (not NAMED)) & (now - base < lines):
+        # What the row holds is asked for before it is known what it owes: memory is far away.
+        made = tl.maximum(tl.load(last + row).to(tl.int64), base)
         due = now - 1 if GRAD else now
         for start in range(0, width, BLOCK):
             column = start + tl.arange(0, BLOCK)
@@ -448,6 +454,8 @@ def _adam_rows(
             w = tl.load(weight + at, mask=inside, other=0.0).to(SUM)
             m = tl.load(exp_avg + at, mask=inside, other=0.0).to(SUM)
             v = tl.load(exp_avg_sq + at, mask=inside, other=1.0).to(SUM)  # 0 would refuse a leap
+            if GRAD:
+                g = tl.load(grad + u * width + column, mask=inside, other=0.0).to(SUM)
             if made < due:
                 if L2:
                     w, m, v = _replay(
@@ -460,12 +468,13 @@ def _adam_rows(
                         ROOT2, MOST, not GRAD, LEAST, SUM,
                     )  # fmt: skip
             if GRAD:
-                g = tl.load(grad + u * width + column, mask=inside, other=0.0).to(SUM)
                 step = steps + (now - base) * COLUMNS
                 w, m, v = _make_step(w, m, v, g, step, BETA1, BETA2, EPS, DECOUPLED, SUM)
-            tl.store(weight + at, w.to(weight.dtype.element_ty), mask=inside)
-            tl.store(exp_avg + at, m.to(exp_avg.dtype.element_ty), mask=inside)
-            tl.store(exp_avg_sq + at, v.to(exp_avg_sq.dtype.element_ty), mask=inside)
+            if made < now:
+                tl.store(weight + at, w.to(weight.dtype.element_ty), mask=inside)
+                tl.store(exp_avg + at, m.to(exp_avg.dtype.element_ty), mask=inside)
+                tl.store(exp_avg_sq + at, v.to(exp_avg_sq.dtype.element_ty), mask=inside)
+        tl.debug_barrier()  # every warp has read for itself when the row made its last step
         tl.store(last + row, now.to(tl.int32))
 
 
@@ -541,8 +550,8 @@ def _schedule_constants(
         "DECOUPLED": decoupled,
         "L2": l2,
         "LONGEST": longest,
-        "AGES": min(triton.next_power_of_2(longest), 128),
-        "num_warps": 1,  # several would read the clock while one writes it
+        "AGES": min(triton.next_power_of_2(longest), 512),
+        "num_warps": 1 if l2 else 8,
     }
 
 

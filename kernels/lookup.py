@@ -13,9 +13,9 @@ from stem_fast.kernels import bit_masks
 from torch import Tensor
 
 TILE = 1024  # values of a tile of rows, 8 a thread: addresses take registers too
-# Occurrences of one row that one program adds up. A row of thousands (a gender, a popular video)
-# would keep one program at work long after the others.
-CHUNK = 128
+# Occurrences that one program adds up, all of them on their way from memory at once. A row of
+# thousands (a gender, a popular video) is many programs' work.
+CHUNK = 16
 
 
 @triton.jit
@@ -125,101 +125,107 @@ def _pool(
 
 
 @triton.jit
-def _terms(
-    grad_x, grad_z, sums, sources, scales, begin, end, stride,
-    SCALED: tl.constexpr, SPACES: tl.constexpr, DIM: tl.constexpr, SP: tl.constexpr,
-    DP: tl.constexpr, SUMS: tl.constexpr, SUM: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Sum of the gradients of occurrences begin..end, [SP, DP]."""
-    stride = tl.cast(stride, tl.int64)
-    space, column = tl.arange(0, SP), tl.arange(0, DP)
-    total = tl.zeros([SP, DP], dtype=SUM)
-    for start in range(begin, end, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        slot = tl.load(sources + i, mask=i < end, other=0).to(tl.int64)
-        place = slot[:, None] * DIM + column[None, :]  # [BLOCK, DP]
-        flat = (i < end)[:, None] & (column < DIM)[None, :]
-        inside = flat[:, None, :] & (space < SPACES)[None, :, None]
-        at = space.to(tl.int64)[None, :, None] * stride + place[:, None, :]
-        grad = tl.load(grad_x + at, mask=inside, other=0.0).to(SUM)
-        for k in tl.static_range(SUMS):
-            named = ((tl.load(sums + k) >> space) & 1).to(SUM)
-            added = tl.load(grad_z + k * stride + place, mask=flat, other=0.0).to(SUM)
-            grad += added[:, None, :] * named[None, :, None]
-        if SCALED:
-            factor = tl.load(scales + i, mask=i < end, other=0.0).to(SUM)
-            grad *= factor[:, None, None]
-        total += tl.sum(grad, axis=0)
-    return total
+def _row_of(segments, place, unique, WIDE: tl.constexpr):
+    """The last row whose segment begins at or before a place; a few wide looks, not many narrow."""
+    low, left = tl.zeros([], tl.int32), unique
+    while left > 1:
+        step = (left + WIDE - 1) // WIDE
+        ahead = tl.arange(0, WIDE) * step
+        starts = tl.load(segments + low + ahead, mask=ahead < left, other=0)
+        passed = tl.sum(((ahead < left) & (starts <= place)).to(tl.int32)) - 1
+        passed = tl.maximum(passed, 0) * step
+        low += passed
+        left = tl.minimum(step, left - passed)
+    return low
 
 
 @triton.jit
-def _partials(
-    grad_x, grad_z, sums, segments, sources, scales, partials, unique, stride,
-    SCALED: tl.constexpr, SPACES: tl.constexpr, DIM: tl.constexpr, SP: tl.constexpr,
-    DP: tl.constexpr, SUMS: tl.constexpr, SUM: tl.constexpr, BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
-):  # fmt: skip
-    """Sums of the chunks of occurrences that belong to one row; see _row_gradients."""
-    begin = tl.program_id(0) * CHUNK
-    # segments[low] <= begin < segments[high], or the end
-    low, high = tl.zeros([], tl.int32), unique
-    while high - low > 1:
-        middle = (low + high) // 2
-        right = tl.load(segments + middle) <= begin
-        low = tl.where(right, middle, low)
-        high = tl.where(right, high, middle)
-    if tl.load(segments + low + 1) >= begin + CHUNK:
-        total = _terms(
-            grad_x, grad_z, sums, sources, scales, begin, begin + CHUNK, stride,
-            SCALED, SPACES, DIM, SP, DP, SUMS, SUM, BLOCK,
-        )  # fmt: skip
-        at = tl.arange(0, SP)[:, None] * DP + tl.arange(0, DP)[None, :]
-        tl.store(partials + tl.program_id(0).to(tl.int64) * (SP * DP) + at, total)
-
-
-@triton.jit
-def _row_gradients(
+def _chunk_sums(
     grad_x,  # [SPACES, B, slots*DIM]
     grad_z,  # [SUMS, B, slots*DIM]
     sums,  # [SUMS]
     segments,  # [U+1]
     sources,  # [m]
     scales,  # [m]
-    partials,  # [m // CHUNK, SP, DP], of the chunks within one row
     out,  # [U, SPACES*DIM]
-    stride,
+    partials,  # [chunks, 2, SPACES*DIM], of rows that lie in several chunks
+    first_rows,  # [chunks], of their first occurrences
+    unique,  # U
+    stride,  # B*slots*DIM
     SCALED: tl.constexpr,
     SPACES: tl.constexpr,
     DIM: tl.constexpr,
-    SP: tl.constexpr,
     DP: tl.constexpr,
     SUMS: tl.constexpr,
     SUM: tl.constexpr,
-    BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    begin, end = tl.load(segments + row), tl.load(segments + row + 1)
-    first, last = (begin + CHUNK - 1) // CHUNK, end // CHUNK  # whole chunks
-    whole = last > first
-    head = tl.where(whole, first * CHUNK, end)
-    total = _terms(
-        grad_x, grad_z, sums, sources, scales, begin, head, stride,
-        SCALED, SPACES, DIM, SP, DP, SUMS, SUM, BLOCK,
-    )  # fmt: skip
-    space, column = tl.arange(0, SP)[:, None], tl.arange(0, DP)[None, :]
-    if whole:
-        for chunk in range(first, last):
-            at = tl.cast(chunk, tl.int64) * (SP * DP) + space * DP + column
-            total += tl.load(partials + at)
-        total += _terms(
-            grad_x, grad_z, sums, sources, scales, last * CHUNK, end, stride,
-            SCALED, SPACES, DIM, SP, DP, SUMS, SUM, BLOCK,
-        )  # fmt: skip
-    at = row * (SPACES * DIM) + space * DIM + column
-    inside = (space < SPACES) & (column < DIM)
-    tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
+    """Gradients of the rows whose occurrences lie in one chunk; of the others the chunk's part:
+    the first of its partials goes on from the chunk before, the second begins here."""
+    chunk, space = tl.program_id(0), tl.program_id(1)
+    begin = chunk * CHUNK
+    end = tl.minimum(begin + CHUNK, tl.load(segments + unique))
+    i = begin + tl.arange(0, CHUNK)
+    column = tl.program_id(2) * DP + tl.arange(0, DP)
+    slot = tl.load(sources + i, mask=i < end, other=0).to(tl.int64)
+    row = _row_of(segments, begin, unique, 256)
+    tl.store(first_rows + chunk, row)  # the other programs of the chunk store the same
+    place = slot[:, None] * DIM + column[None, :]
+    stride = tl.cast(stride, tl.int64)
+    inside = (i < end)[:, None] & (column < DIM)[None, :]
+    grad = tl.load(grad_x + space * stride + place, mask=inside, other=0.0).to(SUM)
+    for k in tl.static_range(SUMS):
+        named = tl.where((tl.load(sums + k) >> space) & 1 != 0, end, begin)
+        inside = (i < named)[:, None] & (column < DIM)[None, :]
+        grad += tl.load(grad_z + k * stride + place, mask=inside, other=0.0).to(SUM)
+    if SCALED:
+        grad *= tl.load(scales + i, mask=i < end, other=0.0).to(SUM)[:, None]
+    at = space * DIM + column
+    first = tl.load(segments + row)
+    while first < end:
+        last = tl.load(segments + row + 1)
+        own = (i >= first) & (i < last)
+        total = tl.sum(tl.where(own[:, None], grad, 0.0), axis=0)
+        if (first >= begin) & (last <= begin + CHUNK):
+            to = out + row.to(tl.int64) * (SPACES * DIM) + at
+            tl.store(to, total.to(out.dtype.element_ty), mask=column < DIM)
+        else:
+            kind = (first >= begin).to(tl.int64)
+            part = partials + (chunk.to(tl.int64) * 2 + kind) * (SPACES * DIM) + at
+            tl.store(part, total, mask=column < DIM)
+        first = last
+        row += 1
+
+
+@triton.jit
+def _join_chunks(
+    segments,  # [U+1]
+    out,  # [U, SPACES*DIM]
+    partials,  # [chunks, 2, SPACES*DIM]
+    first_rows,  # [chunks]
+    SPACES: tl.constexpr,
+    DIM: tl.constexpr,
+    DP: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Gradients of the rows that lie in several chunks, by the program of the second of them."""
+    chunk = tl.program_id(0) + 1
+    begin = chunk * CHUNK
+    row = tl.load(first_rows + chunk)
+    first, last = tl.load(segments + row), tl.load(segments + row + 1)
+    if (first < begin) & (first >= begin - CHUNK) & (last > begin):
+        column = tl.program_id(2) * DP + tl.arange(0, DP)
+        at = tl.program_id(1) * DIM + column
+        before = partials + (chunk.to(tl.int64) * 2 - 1) * (SPACES * DIM)
+        total = tl.load(before + at, mask=column < DIM, other=0.0)
+        chunks = (last - 1) // CHUNK + 1
+        for start in range(chunk, chunks, CHUNK):
+            other = start + tl.arange(0, CHUNK)
+            part = other.to(tl.int64)[:, None] * (2 * SPACES * DIM) + at[None, :]
+            inside = (other < chunks)[:, None] & (column < DIM)[None, :]
+            total += tl.sum(tl.load(partials + part, mask=inside, other=0.0), axis=0)
+        to = out + row.to(tl.int64) * (SPACES * DIM) + at
+        tl.store(to, total.to(out.dtype.element_ty), mask=column < DIM)
 
 
 @triton.jit
@@ -261,13 +267,15 @@ def _block(sizes: dict[str, Any]) -> dict[str, int]:
     return {"BLOCK": max(1, TILE // width), "num_warps": 8 if width > 512 else 4}
 
 
-def _tile(sizes: dict[str, Any]) -> dict[str, int]:
-    """Of the kernels that add up gradients: a warp a row, four where a row is wide."""
-    width = sizes["SP"] * sizes["DP"]
+def _chunk(sizes: dict[str, Any]) -> dict[str, Any]:
+    """Of the kernels that add up gradients, one space at a time: a warp where a row is narrow."""
+    columns = min(sizes["DP"], 128)
     return {
-        "BLOCK": max(1, min(8, TILE // width)),
+        "SPACES": sizes["SPACES"],
+        "DIM": sizes["DIM"],
+        "DP": columns,
         "CHUNK": CHUNK,
-        "num_warps": 1 if width <= 128 else 4,
+        "num_warps": max(1, min(8, CHUNK * columns // 256)),
     }
 
 
@@ -343,21 +351,37 @@ def row_gradients(
 ) -> Tensor:
     """Triton version of :func:`stem_fast.reference.row_gradients`."""
     spaces, unique, m = len(grad_x), len(segments) - 1, len(sources)
-    out = grad_x.new_empty(unique, spaces * dim)
-    if not out.numel():
+    out = grad_x.new_zeros(unique, spaces * dim)
+    if not out.numel() or not m:
         return out
     grad_x, grad_z = grad_x.contiguous(), grad_z.contiguous()
-    masks = bit_masks(grad_x.device, *sums)
     sizes = _sizes(grad_x.dtype, spaces, dim, len(sums))
-    sizes |= {"SCALED": len(scales) > 0, **_tile(sizes)}
+    tile = _chunk(sizes)
+    chunks = triton.cdiv(m, CHUNK)
     dtype = torch.float64 if grad_x.dtype == torch.float64 else torch.float32
-    partials = grad_x.new_empty(m // CHUNK, sizes["SP"], sizes["DP"], dtype=dtype)
-    stride = grad_x[0].numel()
-    plan = segments, sources, scales, partials
+    partials = grad_x.new_empty(chunks, 2, spaces * dim, dtype=dtype)
+    first_rows = segments.new_empty(chunks, dtype=torch.int32)
+    columns = triton.cdiv(dim, tile["DP"])
     with torch.cuda.device_of(grad_x):
-        if len(partials):
-            _partials[(len(partials),)](grad_x, grad_z, masks, *plan, unique, stride, **sizes)
-        _row_gradients[(unique,)](grad_x, grad_z, masks, *plan, out, stride, **sizes)
+        _chunk_sums[(chunks, spaces, columns)](
+            grad_x,
+            grad_z,
+            bit_masks(grad_x.device, *sums),
+            segments,
+            sources,
+            scales,
+            out,
+            partials,
+            first_rows,
+            unique,
+            grad_x[0].numel(),
+            SCALED=len(scales) > 0,
+            SUMS=sizes["SUMS"],
+            SUM=sizes["SUM"],
+            **tile,
+        )
+        if chunks > 1:
+            _join_chunks[(chunks - 1, spaces, columns)](segments, out, partials, first_rows, **tile)
     return out
 
 

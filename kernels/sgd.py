@@ -70,6 +70,7 @@ def _sgd_rows(
                     b += one * g
                 tl.store(momentum_buffer + at, b.to(momentum_buffer.dtype.element_ty), mask=inside)
             tl.store(weight + at, (w + new_w).to(weight.dtype.element_ty), mask=inside)
+        tl.debug_barrier()  # every warp has read for itself when the row made its last step
         tl.store(last + row, now.to(tl.int32))
 
 

@@ -32,16 +32,16 @@ def sources() -> dict[str, tuple[ASTSource, int]]:
         whole = dict.fromkeys(("offsets", "sums", "bounds", "sizes", "bad"), "*i64")
         plan = {"segments": "*i32", "sources": "*i32", "scales": "*fp64", "partials": "*fp32"}
         ids = "*i64" if dtype == torch.float32 else "*i32"
-        pointers = tables | whole | plan | {"ids": ids, "bag_rows": ids}
+        pointers = tables | whole | plan | {"ids": ids, "bag_rows": ids, "first_rows": "*i32"}
         for spaces, dim, sums in ((3, 16, 2), (9, 64, 8)):
             sizes = lookup._sizes(dtype, spaces, dim, sums)
             block = lookup._block(sizes)
-            segments = sizes | lookup._tile(sizes) | {"SCALED": True}
+            chunk = sizes | lookup._chunk(sizes) | {"SCALED": True}
             for kernel, constants in (
                 (lookup._lookup, sizes | block),
                 (lookup._pool, sizes | {"BLOCK": min(block["BLOCK"], 16), "WEIGHTED": True}),
-                (lookup._partials, segments),
-                (lookup._row_gradients, segments),
+                (lookup._chunk_sums, chunk),
+                (lookup._join_chunks, chunk),
             ):
                 title = f"{kernel.fn.__name__} {name} {ids} G={spaces} D={dim}"
                 warps = constants.get("num_warps", 4)
