@@ -13,6 +13,9 @@ namespace stem_fast {
 namespace {
 
 constexpr int kThreads = 256;
+// Blocks of a multiprocessor: some work while others wait for memory. Of more, registers spill.
+template <typename T, bool l2>
+constexpr int kBlocks = std::is_same_v<T, double> ? 3 : l2 ? 2 : 4;
 // Columns of the table of steps. With L2 there are series of kSeries terms in place of the moments.
 constexpr int kSeries = 4;
 // Up to kWake, times the weight, these series are exact; more than kSteepest is not known.
@@ -45,7 +48,7 @@ struct Adam {
   int width;
   double beta1, beta2, root2, keep, eps;  // keep: what a leap leaves of v
   double log1, log2;                      // of beta1 and beta2, to base 2: pow spills registers
-  bool decoupled, l2;
+  bool decoupled;
 };
 
 // A thread's elements of a row.
@@ -156,7 +159,7 @@ __device__ A value(const double* c, A size) {
 // Steps 1 .. `to` of the table with gradients decay * w, where m and v are zero before: whether they
 // were, and w is small enough. A weight that is zero stays, whatever v is.
 template <typename T, typename S, typename A, int n>
-__device__ bool wake(const Adam<T, S>& a, int64_t to, Elements<A, n>& e) {
+__device__ bool wake(const Adam<T, S>& a, int to, Elements<A, n>& e) {
   const double* line = a.steps + to * kColumns;
   const A steep = line[kSteep];
   bool known = line[kSteep] <= kSteepest;
@@ -178,13 +181,13 @@ __device__ bool wake(const Adam<T, S>& a, int64_t to, Elements<A, n>& e) {
 
 // Steps `from` + 1 .. `to`, lines of the table, with gradients decay * w.
 template <typename T, typename S, typename A, int n>
-__device__ void replay(const Adam<T, S>& a, int64_t from, int64_t to, Elements<A, n>& e) {
+__device__ void replay(const Adam<T, S>& a, int from, int to, Elements<A, n>& e) {
   const A none[n] = {};
   // float64 wants more digits than a series or a leap has.
   if constexpr (std::is_same_v<A, float>) {
     if (from == 0 && wake(a, to, e)) return;
   }
-  for (int64_t t = from; t < to;) {
+  for (int t = from; t < to;) {
     const bool aligned = t % kLeap == 0;
     // L2 alone moves them, and there may be nothing left to pull.
     if ((aligned || t == from) && e.gone(false)) {
@@ -209,15 +212,17 @@ __device__ void replay(const Adam<T, S>& a, int64_t from, int64_t to, Elements<A
 
 // Steps `from` + 1 .. `to` without any gradient, at once.
 template <typename T, typename S, typename A, int n>
-__device__ void coast(const Adam<T, S>& a, int64_t from, int64_t to, Elements<A, n>& e) {
+__device__ void coast(const Adam<T, S>& a, int from, int to, Elements<A, n>& e) {
   const double* start = a.steps + from * kColumns;
   const double* raw = start + kMoments;
   const A eps = a.eps;
+  // What w loses, over m, as of line `counted`; from there on it decays as w does.
   A total[n] = {};
+  const double* counted = start;
   if (!e.gone(true)) {  // else never trained, or long ago
-    const double weight = raw[0] != 0 ? raw[0] : 1;
-    const double d = raw[1] / weight, n2 = raw[2] / weight, n3 = raw[3] / weight;
-    const double n4 = raw[4] / weight, n5 = raw[5] / weight, n6 = raw[6] / weight;
+    const double weight = raw[0] != 0 ? raw[0] : 1, over = 1 / weight;
+    const double d = raw[1] * over, n2 = raw[2] * over, n3 = raw[3] * over;
+    const double n4 = raw[4] * over, n5 = raw[5] * over, n6 = raw[6] * over;
     const double d2 = d * d, d3 = d2 * d;
     const double mean = a.root2 * start[kColumns + kRoot] + d, cube = mean * mean * mean;
     const double c6 = n6 - 6 * d * n5 + 15 * d2 * n4 - 20 * d3 * n3 + 15 * d2 * d2 * n2 - 5 * d3 * d3;
@@ -235,70 +240,81 @@ __device__ void coast(const Adam<T, S>& a, int64_t from, int64_t to, Elements<A,
       }
     } else {
       double momentum = a.beta1, second = a.root2;
-      for (int64_t t = from + 1; t <= to && momentum > kSpent; ++t) {
+      for (int t = from + 1; t <= to && momentum > kSpent; ++t) {
         const double* step = a.steps + t * kColumns;
-        const A part = step[kSize] * momentum * start[kLeft] / step[kLeft];
-        const A x = second * step[kRoot];
+        const A part = step[kSize] * momentum, x = second * step[kRoot];
+        const A decay = a.decoupled ? step[kDecay] : 1;
 #pragma unroll
-        for (int i = 0; i < n; ++i) total[i] += part / (sqrt(e.v[i]) * x + eps);
+        for (int i = 0; i < n; ++i) total[i] = decay * total[i] + part / (sqrt(e.v[i]) * x + eps);
         momentum *= a.beta1;
         second *= a.root2;
+        counted = step;
       }
     }
   }
-  const double missed = static_cast<double>(to - from);
+  const double* end = a.steps + to * kColumns;
+  const A kept = end[kLeft] / start[kLeft], left = end[kLeft] / counted[kLeft];
+#pragma unroll
+  for (int i = 0; i < n; ++i) e.w[i] = kept * e.w[i] - left * e.m[i] * total[i];
+  // After w, for want of registers.
+  const double missed = to - from;
   const A left1 = exp2(a.log1 * missed), left2 = exp2(a.log2 * missed);
-  const A kept = a.steps[to * kColumns + kLeft] / start[kLeft];
 #pragma unroll
   for (int i = 0; i < n; ++i) {
-    e.w[i] = kept * (e.w[i] - e.m[i] * total[i]);
     e.m[i] *= left1;
     e.v[i] *= left2;
   }
 }
 
 // Threads are (columns, rows).
-template <typename T, typename S, int n>
-__global__ void __launch_bounds__(kThreads, 1) adam_kernel(const __grid_constant__ Adam<T, S> a) {
+template <typename T, typename S, int n, bool l2>
+__global__ void __launch_bounds__(kThreads, kBlocks<T, l2>)
+    adam_kernel(const __grid_constant__ Adam<T, S> a) {
   using A = Sum<T>;
   const int64_t u = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
-  const int64_t base = a.clock[0], now = a.clock[1], due = a.grad ? now - 1 : now;
+  const int64_t base = a.clock[0], now = a.clock[1];
   const int64_t row = u < a.count ? a.rows ? a.rows[u] : u : -1;
   // Row 0 is padding where rows are named: a plan repeats it.
   const bool known = row >= 0 && row < a.size && !(a.rows && row == 0) && now - base < a.lines;
-  const int64_t newest = known ? a.last[row] : now, made = newest < base ? base : newest;
-  if (made < now) {
-    for (int c = threadIdx.x * n; c < a.width; c += blockDim.x * n) {
-      const int64_t at = row * a.width + c;
-      Elements<A, n> e;
-      read(a.weight + at, e.w);
-      read(a.exp_avg + at, e.m);
-      read(a.exp_avg_sq + at, e.v);
-      if (made < due) {
-        if (a.l2) {
-          replay(a, made - base, due - base, e);
-        } else {
-          coast(a, made - base, due - base, e);
-        }
-      }
-      if (a.grad) {
-        A grad[n];
-        read(a.grad + u * a.width + c, grad);
-        make_step(a, a.steps + (now - base) * kColumns, grad, e);
-      }
-      store(e.w, a.weight + at);
-      store(e.m, a.exp_avg + at);
-      store(e.v, a.exp_avg_sq + at);
-    }
-  }
+  const int newest = known ? a.last[row] : 0;
+  int c = threadIdx.x * n;
+  Elements<A, n> e;
+  A grad[n] = {};
+  const auto fetch = [&] {
+    if (!known || c >= a.width) return;
+    const int64_t at = row * a.width + c;
+    read(a.weight + at, e.w);
+    read(a.exp_avg + at, e.m);
+    read(a.exp_avg_sq + at, e.v);
+    if (a.grad) read(a.grad + u * a.width + c, grad);
+  };
+  fetch();          // while `newest` is on its way, which nothing uses before the barrier
   __syncthreads();  // all threads of the row have read when it made its last step
-  if (made < now && threadIdx.x == 0) a.last[row] = static_cast<int32_t>(now);
+  // Lines of the table of steps.
+  const int line = now - base, made = newest - base;
+  const int from = made < 0 ? 0 : made, to = a.grad ? line - 1 : line;
+  if (!known || from >= line) return;
+  if (threadIdx.x == 0) a.last[row] = static_cast<int32_t>(now);
+  for (; c < a.width; c += blockDim.x * n, fetch()) {
+    if (from < to) {
+      if constexpr (l2) {
+        replay(a, from, to, e);
+      } else {
+        coast(a, from, to, e);
+      }
+    }
+    if (a.grad) make_step(a, a.steps + line * kColumns, grad, e);
+    const int64_t at = row * a.width + c;
+    store(e.w, a.weight + at);
+    store(e.m, a.exp_avg + at);
+    store(e.v, a.exp_avg_sq + at);
+  }
 }
 
-template <typename T, typename S>
+template <typename T, typename S, bool l2>
 void run(const Tensor& weight, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& last,
          const Rows& rows, const Tensor& steps, const Tensor& leaps, const Tensor& clock,
-         double beta1, double beta2, double eps, bool decoupled, bool l2) {
+         double beta1, double beta2, double eps, bool decoupled) {
   Adam<T, S> a{};
   a.weight = static_cast<T*>(weight.mutable_data_ptr());
   a.exp_avg = static_cast<S*>(exp_avg.mutable_data_ptr());
@@ -316,15 +332,15 @@ void run(const Tensor& weight, const Tensor& exp_avg, const Tensor& exp_avg_sq, 
   a.beta1 = beta1, a.beta2 = beta2, a.root2 = std::sqrt(beta2), a.eps = eps;
   a.keep = std::pow(beta2, kLeap);
   a.log1 = std::log2(beta1), a.log2 = std::log2(beta2);
-  a.decoupled = decoupled, a.l2 = l2;
+  a.decoupled = decoupled;
   constexpr int wide = 16 / sizeof(Sum<T>);
   const bool vectors =
       a.width % wide == 0 &&
       aligned({a.weight, a.grad}, wide * sizeof(T)) &&
       aligned({a.exp_avg, a.exp_avg_sq}, wide * sizeof(S));
   const auto [grid, block] = row_shape(rows.count, vectors ? a.width / wide : a.width, kThreads);
-  launch("adam_rows", vectors ? adam_kernel<T, S, wide> : adam_kernel<T, S, 1>, grid, block, 0,
-         weight, a);
+  launch("adam_rows", vectors ? adam_kernel<T, S, wide, l2> : adam_kernel<T, S, 1, l2>, grid, block,
+         0, weight, a);
 }
 
 void adam_rows(const Tensor& weight, const Tensor& exp_avg, const Tensor& exp_avg_sq,
@@ -358,8 +374,9 @@ void adam_rows(const Tensor& weight, const Tensor& exp_avg, const Tensor& exp_av
     using T = decltype(zero);
     const ScalarType state = exp_avg.scalar_type();
     const auto with = [&](auto kind) {
-      run<T, decltype(kind)>(weight, exp_avg, exp_avg_sq, last, rows, steps, leaps, clock,
-                             beta1, beta2, eps, decoupled, l2);
+      const auto call = l2 ? run<T, decltype(kind), true> : run<T, decltype(kind), false>;
+      call(weight, exp_avg, exp_avg_sq, last, rows, steps, leaps, clock, beta1, beta2, eps,
+           decoupled);
     };
     if (state == ScalarType::BFloat16) return with(BFloat16());
     if (state == weight.scalar_type()) return with(T());
