@@ -10,7 +10,7 @@ would take.
 
 from __future__ import annotations
 
-import itertools
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -226,17 +226,12 @@ def _relu_backward(grad: Tensor, y: Tensor) -> Tensor:
     return op(grad, y)
 
 
-def _empty_gradients(
-    weights: Sequence[Tensor], dtype: torch.dtype, networks: int
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Memory for the gradients of weights and biases; zero where networks did not run."""
+def _no_gradients(weights: Sequence[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], ...]:
+    """Zeros for the gradients of weights and of biases, by one kernel."""
     shapes = [w.shape for w in weights] + [w.shape[:2] for w in weights]
-    if networks == len(weights[0]):
-        parts = [weights[0].new_empty(shape, dtype=dtype) for shape in shapes]
-    else:  # one kernel for all zeros
-        sizes = [shape.numel() for shape in shapes]
-        flat = weights[0].new_zeros(sum(sizes), dtype=dtype)
-        parts = [part.view(s) for part, s in zip(flat.split(sizes), shapes, strict=True)]
+    sizes = [shape.numel() for shape in shapes]
+    flat = weights[0].new_zeros(sum(sizes), dtype=dtype)
+    parts = [part.view(s) for part, s in zip(flat.split(sizes), shapes, strict=True)]
     return parts[: len(weights)], parts[len(weights) :]
 
 
@@ -244,20 +239,29 @@ def _input_gradients(
     dx: Tensor, reads: Sequence[int], types: Sequence[torch.dtype]
 ) -> list[Tensor]:
     """Sums of dx [n, B, I] over the networks that read the same input, each rounded once to the
-    input's type."""
-    sums: dict[int, Tensor] = {}
-    start = 0
-    for i, same in itertools.groupby(reads):
-        end = start + len(list(same))
-        wide = torch.promote_types(dx.dtype, types[i])  # torch adds bfloat16 up in float32
-        part = dx[start] if end - start == 1 else dx[start:end].sum(0, dtype=wide)
-        sums[i] = sums[i] + part if i in sums else part
-        start = end
-    none = dx.shape[1:]
-    return [
-        sums[i].to(kind) if i in sums else dx.new_zeros(none, dtype=kind)
-        for i, kind in enumerate(types)
-    ]
+    input's type; side by side, where :func:`unbind` finds them."""
+    kind = functools.reduce(torch.promote_types, types)
+    if list(reads) == list(range(len(types))):
+        found = dx.to(kind)
+    else:
+        found = dx.new_empty(len(types), *dx.shape[1:], dtype=kind)
+        wide = torch.promote_types(dx.dtype, kind)  # torch adds bfloat16 up in float32
+        single = []
+        for i, out in enumerate(found.unbind()):
+            readers = [n for n, read in enumerate(reads) if read == i]
+            if not readers:
+                out.zero_()
+            elif len(readers) == 1:
+                single.append((out, dx[readers[0]]))
+            else:
+                first, end = readers[0], readers[-1] + 1
+                part = dx[first:end] if end - first == len(readers) else dx[readers]
+                if kind == wide:
+                    torch.sum(part, 0, dtype=wide, out=out)
+                else:
+                    single.append((out, part.sum(0, dtype=wide)))
+        _copy(single)
+    return [each.to(kind) for each, kind in zip(found.unbind(), types, strict=True)]
 
 
 class _Networks(torch.autograd.Function):
@@ -299,7 +303,12 @@ class _Networks(torch.autograd.Function):
         n, layers, count = len(ctx.reads), len(ctx.relus), len(ctx.kinds)
         weights, outputs = saved[:layers], saved[layers:]
         wanted = any(ctx.needs_input_grad[6 : 6 + count])
-        dweights, dbiases = _empty_gradients(weights, ctx.own, n)
+        if n == len(weights[0]):
+            dweights = [torch.empty_like(weight, dtype=ctx.own) for weight in weights]
+            dbiases: list[Tensor] = []
+        else:  # some networks did not run
+            dweights, dbiases = _no_gradients(weights, ctx.own)
+        made: list[Tensor] = []  # gradients of biases, the last layer's first
         late: list[tuple[Tensor, Tensor]] = []  # gradients made elsewhere or in another type
         d = grad
         if ctx.relus[-1]:
@@ -310,7 +319,7 @@ class _Networks(torch.autograd.Function):
                 dbias = _relu_backward(d, outputs[layer])
             else:
                 dbias = d.sum(1, dtype=torch.promote_types(d.dtype, torch.float32))
-            late.append((dbiases[layer][:n], dbias))
+            made.append(dbias)
             dweight = dweights[layer][:n]
             if dweight.dtype != d.dtype:
                 late.append((dweight, torch.empty_like(dweight, dtype=d.dtype)))
@@ -323,6 +332,10 @@ class _Networks(torch.autograd.Function):
             if layer or wanted:
                 dx = d.new_empty(n, d.shape[1], weights[layer].shape[2])
                 d = _products(d, weights[layer][:n], dx, ctx.together)
+        if dbiases:
+            late += [(all[:n], own) for all, own in zip(dbiases, reversed(made), strict=True)]
+        else:
+            dbiases = [each.to(ctx.own) for each in reversed(made)]
         _copy(late)
         dinputs = _input_gradients(d, ctx.reads, ctx.kinds) if wanted else [None] * count
         return None, None, None, None, None, None, *dinputs, *dweights, *dbiases

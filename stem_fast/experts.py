@@ -52,11 +52,11 @@ def expert_mixture(
         return experts.mixture(inputs, reads, logits, see).unbind()
     layers = experts.plain()
     if torch.compiler.is_compiling() or not layers:
-        return ops.mixture(experts(inputs, reads), logits, see, learn).unbind()
+        return batched.unbind(ops.mixture(experts(inputs, reads), logits, see, learn))
     if logits.is_cuda if together is None else together:
         # The mixture alone reads y, and makes a new gradient of it.
         y = batched.networks(inputs, reads, layers, owned=True, together=True)
-        return ops.mixture(y, logits, see, learn).unbind()
+        return batched.unbind(ops.mixture(y, logits, see, learn))
     parameters = [p for layer in layers for p in (layer.weight, layer.bias)]
     masks = ops.signed(see), ops.signed(learn)
     dtype = batched.product_type(layers[0].weight)

@@ -162,9 +162,9 @@ def _clip(model: STEMNet, config: TrainingConfig) -> Tensor | float:
     """
     if not config.max_gradient_norm:
         return 1.0
-    trained = [(p, p.grad) for p in model.parameters() if p.grad is not None]
-    dense = [parameter for parameter, grad in trained if not grad.is_sparse]
-    grads = [grad for _, grad in trained if not grad.is_sparse]
+    trained = [p.grad for p in model.parameters() if p.grad is not None]
+    clipped = [grad for grad in trained if not grad.is_sparse]
+    measured = clipped
     table = model.embedding.weight
     sparse = table.grad if table.grad is not None and table.grad.is_sparse else None
     if sparse is not None:
@@ -172,14 +172,13 @@ def _clip(model: STEMNet, config: TrainingConfig) -> Tensor | float:
         assert rows is not None
         # Not table[rows]: on CPU that takes five times as long.
         own = table.index_select(0, rows)
-        grads.append(torch.add(values, own, alpha=config.embedding_regularizer, out=own))
-    norm = nn.utils.get_total_norm(grads)
+        measured = [*clipped, torch.add(values, own, alpha=config.embedding_regularizer, out=own)]
+        clipped.append(sparse._values())
+    norm = nn.utils.get_total_norm(measured)
     factor = (config.max_gradient_norm / (norm + 1e-6)).clamp(max=1.0)
     if not runs_ahead(factor) and factor == 1:
         return 1.0
-    nn.utils.clip_grads_with_norm_(dense, config.max_gradient_norm, norm)
-    if sparse is not None:
-        sparse._values().mul_(factor)
+    torch._foreach_mul_(clipped, factor)
     return factor
 
 
