@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from stem_fast import batched, fuxictr, ops, reference
@@ -276,7 +275,7 @@ class STEMNet(nn.Module):
             live = self._live(layer)
             gates, see = wiring.gates[:live], wiring.see[:live]
             if not wiring.gates:
-                outputs = experts(inputs, wiring.reads).unbind()  # E of [B, H]
+                outputs = batched.unbind(experts(inputs, wiring.reads))  # E of [B, H]
                 inputs = [outputs[mask.bit_length() - 1] for mask in see]
                 continue
             if layer:
@@ -289,7 +288,7 @@ class STEMNet(nn.Module):
             learn = wiring.learn[:live]
             mixed = expert_mixture(experts, inputs, wiring.reads, gate_logits[-1], see, learn)
             inputs = list(mixed)  # K of [B, H]
-        return towers(inputs, wiring.towers)[:, :, 0].T, gate_logits
+        return towers(inputs, wiring.towers).squeeze(2).T, gate_logits
 
     def _live(self, layer: int) -> int:
         """How many gates of a layer run: nobody reads the last layer's shared output, so that its
@@ -388,19 +387,8 @@ class STEMNet(nn.Module):
         """
         if labels.shape != logits.shape:
             raise ValueError(f"labels have shape {list(labels.shape)}, logits {list(logits.shape)}")
-        present = ~labels.isnan()
-        if mask is not None:
-            present = present & mask
-        labels = torch.where(present, labels, 0).to(logits.dtype)
-        binary = [self.config["kinds"][task] == "binary" for task in self.tasks]
-        losses = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
-        if not all(binary):
-            columns = zip(losses.unbind(1), (logits - labels).square().unbind(1), strict=True)
-            losses = torch.stack([pair[not b] for pair, b in zip(columns, binary, strict=True)], 1)
-        if sample_weights is not None:
-            losses = losses * sample_weights[:, None]
-        counts = present.sum(0) if counts is None else counts
-        means = torch.where(present, losses, 0).sum(0) / counts.clamp(min=1)
+        regression = [int(self.config["kinds"][task] == "regression") for task in self.tasks]
+        means = ops.task_losses(logits, labels, regression, mask, sample_weights, counts)
         if task_weights is not None:
             means = means * task_weights
         return means.sum()

@@ -23,12 +23,9 @@ from torch.autograd.function import once_differentiable
 from stem_fast import reference
 
 MAX_EXPERTS, MAX_GATES = 64, 16  # what every backend of the mixture takes
-LINEAR = (
-    "bias_relu",
-    "relu_backward",
-    "grouped_linear",
-    "expert_mixture_inference",
-)  # Triton's; CUDA C++ has none of its own
+# Triton's; CUDA C++ has none of its own.
+LINEAR = ("bias_relu", "relu_backward", "grouped_linear", "expert_mixture_inference")
+LOSS = ("task_losses", "task_losses_backward")
 
 _library = torch.library.Library("stem_fast", "DEF")
 SCHEMAS = {
@@ -54,6 +51,10 @@ SCHEMAS = {
     "grouped_linear": "(Tensor x, int[] reads, Tensor weight, Tensor bias, bool relu) -> Tensor",
     "expert_mixture_inference": "(Tensor x, int[] reads, Tensor weight, Tensor bias, Tensor logits,"
     " int[] see) -> Tensor",
+    "task_losses": "(Tensor logits, Tensor labels, int[] regression, Tensor? mask,"
+    " Tensor? sample_weights, Tensor? counts) -> (Tensor, Tensor)",
+    "task_losses_backward": "(Tensor grad, Tensor logits, Tensor labels, int[] regression,"
+    " Tensor? mask, Tensor? sample_weights, Tensor divisors) -> Tensor",
     "adam_rows": "(Tensor(a!) weight, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) last,"
     " Tensor? rows, Tensor? grad, Tensor steps, Tensor leaps, Tensor clock, float beta1,"
     " float beta2, float eps, bool decoupled, bool l2) -> ()",
@@ -318,6 +319,51 @@ def _expert_mixture_inference_fake(
     return x.new_empty(len(see), x.shape[1], weight.shape[1])
 
 
+def task_losses(
+    logits: Tensor,
+    labels: Tensor,
+    regression: Sequence[int],
+    mask: Tensor | None = None,
+    sample_weights: Tensor | None = None,
+    counts: Tensor | None = None,
+) -> Tensor:
+    """Mean loss of each task over the rows that have its label, [T]; arguments as in
+    :func:`reference.task_losses`."""
+    op: Any = torch.ops.stem_fast.task_losses
+    if sample_weights is not None and sample_weights.requires_grad:
+        op = reference.task_losses  # the op has a gradient of the logits alone
+    means: Tensor = op(logits, labels, list(regression), mask, sample_weights, counts)[0]
+    return means
+
+
+def _task_losses_fake(
+    logits: Tensor, labels: Tensor, regression: list[int], *rest: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    tasks = logits.shape[1]
+    return logits.new_empty(tasks), logits.new_empty(tasks, dtype=torch.int64)
+
+
+def _task_losses_backward_fake(grad: Tensor, logits: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(logits)
+
+
+def _task_losses_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    logits, labels, ctx.regression, mask, sample_weights, _ = inputs
+    ctx.save_for_backward(logits, labels, mask, sample_weights, output[1])
+    ctx.set_materialize_grads(False)  # divisors have none
+
+
+def _task_losses_grad(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
+    logits, labels, *rest = ctx.saved_tensors
+    dlogits = torch.ops.stem_fast.task_losses_backward(grad, logits, labels, ctx.regression, *rest)
+    return dlogits, None, None, None, None, None
+
+
+torch.library.register_autograd(
+    "stem_fast::task_losses", _task_losses_grad, setup_context=_task_losses_setup
+)
+
+
 def _adam_rows_fake(*arguments: Any) -> None:
     """Everything is changed in place."""
 
@@ -351,7 +397,13 @@ def _no_gradient(ctx: Any, *grads: Tensor) -> None:
 for _name in ("grouped_linear", "expert_mixture_inference"):
     torch.library.register_autograd(f"stem_fast::{_name}", _no_gradient)
 
-for _name in ("lookup_backward", "row_gradients", "mixture_backward", "mixture_expert_backward"):
+for _name in (
+    "lookup_backward",
+    "row_gradients",
+    "mixture_backward",
+    "mixture_expert_backward",
+    "task_losses_backward",
+):
     torch.library.register_autograd(f"stem_fast::{_name}", _no_second_derivative)
 
 for _name in SCHEMAS:
@@ -401,7 +453,7 @@ def _load_triton() -> str:
     if not interpreted and not torch.cuda.is_available():
         return "no CUDA device"
     try:
-        from stem_fast.kernels import adagrad, adam, linear, lookup, mixture, row_plan, sgd
+        from stem_fast.kernels import adagrad, adam, linear, lookup, loss, mixture, row_plan, sgd
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
@@ -412,6 +464,7 @@ def _load_triton() -> str:
         (row_plan, ("row_plan",)),
         (mixture, ("mixture", "mixture_backward")),
         (linear, LINEAR),
+        (loss, LOSS),
         (adam, ("adam_rows", "adam_schedule", "adam_leap")),
         (sgd, ("sgd_rows",)),
         (adagrad, ("adagrad_rows",)),
@@ -431,13 +484,17 @@ def _load_cuda() -> str:
         return state
     _library.impl("lookup_backward", _lookup_backward, "CUDA")
     try:
-        from stem_fast.kernels import adam, linear, row_plan
+        from stem_fast.kernels import adam, linear, loss, row_plan
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
         return "in use on cuda"  # what follows has no C++: the references wait for the device
-    _library.impl("row_plan", row_plan.row_plan, "CUDA")
-    for module, names in ((adam, ("adam_schedule", "adam_leap")), (linear, LINEAR)):
+    for module, names in (
+        (row_plan, ("row_plan",)),
+        (adam, ("adam_schedule", "adam_leap")),
+        (linear, LINEAR),
+        (loss, LOSS),
+    ):
         for name in names:
             _library.impl(name, getattr(module, name), "CUDA")
     return "in use on cuda"

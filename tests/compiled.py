@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import triton
-from stem_fast.kernels import adagrad, adam, linear, lookup, mixture, row_plan, sgd
+from stem_fast.kernels import adagrad, adam, linear, lookup, loss, mixture, row_plan, sgd
 from stem_fast.kernels.rows import row_constants
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
@@ -114,6 +114,19 @@ def sources() -> dict[str, tuple[ASTSource, int]]:
                 code = source(kernel, tensors, constants | {"NAMED": grads})
                 title = f"{kernel.fn.__name__} {name} W={width} grads={grads} {flag}"
                 found[title] = code, warps
+        for tasks, there in ((2, False), (15, True)):
+            tensors = dict.fromkeys(("logits", "labels", "weights", "means", "grad", "out"), name)
+            tensors |= dict.fromkeys(("counts", "kinds", "divisors", "found"), "*i64")
+            tensors |= {"mask": "*i1", "totals": "*fp32"}
+            rows = torch.empty(4096, tasks, dtype=dtype, device="meta")
+            constants = loss._arguments(rows, rows, rows if there else None, None)[2]
+            warps = constants.pop("num_warps")
+            constants |= {"WEIGHTED": there, "COUNTED": there, "PROGRAMS": loss.PROGRAMS}
+            for kernel in (loss._sums, loss._means, loss._task_losses_backward):
+                title = f"{kernel.fn.__name__} {name} T={tasks}"
+                found[title] = source(kernel, tensors, constants), warps
+                ones = constants | dict.fromkeys(("batch", "logit_row", "label_row", "mask_row"), 1)
+                found[f"{title} sizes 1"] = source(kernel, tensors, ones), warps
         for experts, gates, width in ((10, 2, 512), (24, 4, 256), (64, 16, 512)):
             y = torch.empty(experts, 4096, width, dtype=dtype, device="meta")
             sizes = mixture._sizes(y, torch.empty(gates, 4096, experts, device="meta"))

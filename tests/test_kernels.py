@@ -20,12 +20,14 @@ from cases import (
     LEAPS,
     LINEARS,
     LOOKUPS,
+    LOSSES,
     MIXTURES,
     SCHEDULES,
     SGDS,
     AdagradCase,
     AdamCase,
     LookupCase,
+    LossCase,
     MixtureCase,
     ScheduleCase,
     SgdCase,
@@ -39,6 +41,7 @@ from cases import (
     check_grouped_linear,
     check_relu_backward,
     check_sgd_rows,
+    check_task_losses,
     to,
 )
 
@@ -46,7 +49,16 @@ from stem_fast import reference
 
 triton = pytest.importorskip("triton")
 
-from stem_fast.kernels import adagrad, adam, linear, lookup, mixture, row_plan, sgd  # noqa: E402
+from stem_fast.kernels import (  # noqa: E402
+    adagrad,
+    adam,
+    linear,
+    lookup,
+    loss,
+    mixture,
+    row_plan,
+    sgd,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 dtypes = pytest.mark.parametrize(
@@ -235,6 +247,18 @@ def test_sgd_rows(case: SgdCase, grads: bool, dtype: torch.dtype) -> None:
     check_sgd_rows(sgd.sgd_rows, case, dtype, grads, DEVICE)
 
 
+@pytest.mark.parametrize("case", LOSSES.values(), ids=LOSSES.keys())
+@dtypes
+def test_task_losses(case: LossCase, dtype: torch.dtype) -> None:
+    check_task_losses(loss.task_losses, loss.task_losses_backward, case, dtype, DEVICE)
+
+
+def test_losses_of_more_rows_than_programs_take_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "PROGRAMS", 4)
+    run = loss.task_losses, loss.task_losses_backward
+    check_task_losses(*run, LOSSES["many rows"], torch.float32, DEVICE)
+
+
 @pytest.mark.parametrize("case", ADAGRADS.values(), ids=ADAGRADS.keys())
 @dtypes
 def test_adagrad_rows(case: AdagradCase, dtype: torch.dtype) -> None:
@@ -272,7 +296,7 @@ def test_every_kernel_compiles_and_none_spills(tmp_path: Path) -> None:
     used = json.loads(result.stdout)
     kernels = {
         name
-        for module in (adagrad, adam, linear, lookup, mixture, row_plan, sgd)
+        for module in (adagrad, adam, linear, lookup, loss, mixture, row_plan, sgd)
         for name, value in vars(module).items()
         if isinstance(value, triton.runtime.interpreter.InterpretedFunction | triton.JITFunction)
     }

@@ -31,6 +31,7 @@ from stem_fast.reference.lookup import (
     row_plan,
     space_sums,
 )
+from stem_fast.reference.loss import task_losses, task_losses_backward
 from stem_fast.reference.mixture import (
     expert_mixture_inference,
     gate_weights,
@@ -71,4 +72,6 @@ __all__ = [
     "sgd_rows",
     "softmax_backward",
     "space_sums",
+    "task_losses",
+    "task_losses_backward",
 ]

@@ -17,6 +17,7 @@ from cases import (
     LARGE,
     LARGE_MIXTURE,
     LOOKUPS,
+    LOSSES,
     MIXTURES,
     SGDS,
     check_lookup,
@@ -34,8 +35,10 @@ from stem_fast import ops, reference
 def test_a_second_derivative_is_refused(device: str) -> None:
     y, logits, see, learn = to(device, MIXTURES["odd"].arguments())
     weight, *rest = to(device, LOOKUPS["odd"].arguments())
-    y.requires_grad_(), weight.requires_grad_()
+    logits_of_tasks, *rest_of_loss = to(device, LOSSES["binary"].arguments())
+    y.requires_grad_(), weight.requires_grad_(), logits_of_tasks.requires_grad_()
     outputs = [
+        (ops.task_losses(logits_of_tasks, *rest_of_loss), logits_of_tasks),
         (ops.mixture(y, logits, see, learn), y),
         (ops.lookup(weight, *rest)[0], weight),
         (ops.lookup(weight, *rest, plan=ops.row_plan(rest[0], rest[1]))[0], weight),
@@ -120,6 +123,13 @@ def test_opcheck(name: str, device: str) -> None:
             torch.library.opcheck(library.sgd_rows.default, sgd)
     for case in ("narrow, all sums", "all rows, a sum a row"):
         torch.library.opcheck(library.adagrad_rows.default, to(device, ADAGRADS[case].arguments()))
+    for case in ("binary", "empty batch", "kinds, all there is"):
+        logits, *rest = to(device, LOSSES[case].arguments())
+        loss = (logits.requires_grad_(), *rest)
+        torch.library.opcheck(library.task_losses.default, loss)
+        means, divisors = library.task_losses(logits.detach(), *rest)
+        back = (torch.ones_like(means), logits.detach(), *rest[:4], divisors)
+        torch.library.opcheck(library.task_losses_backward.default, back)
     torch.library.opcheck(library.empty_kept.default, (y, [3, 4]), test_utils="test_schema")
     torch.library.opcheck(library.huge_pages.default, (y.detach(),))
 
