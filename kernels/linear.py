@@ -79,6 +79,17 @@ def _relu_backward(
 
 
 @triton.jit
+def _tile_of_program(batch, outputs, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BAND: tl.constexpr):
+    """The first row and column of a program's tile. Programs that run side by side share rows and
+    columns: bands of rows, column by column."""
+    down, across = tl.cdiv(batch, ROWS), tl.cdiv(outputs, COLUMNS)
+    band = tl.program_id(0) // (BAND * across)
+    high = tl.minimum(down - band * BAND, BAND)
+    place = tl.program_id(0) % (BAND * across)
+    return (band * BAND + place % high).to(tl.int64) * ROWS, place // high * COLUMNS
+
+
+@triton.jit
 def _product(
     x,  # [rows, I]
     weight,  # [columns, I]
@@ -137,12 +148,7 @@ def _grouped_linear(
     BAND: tl.constexpr,
 ):
     e = tl.program_id(1).to(tl.int64)
-    # Programs that run side by side share rows and columns: bands of rows, column by column.
-    down, across = tl.cdiv(batch, ROWS), tl.cdiv(outputs, COLUMNS)
-    band = tl.program_id(0) // (BAND * across)
-    high = tl.minimum(down - band * BAND, BAND)
-    place = tl.program_id(0) % (BAND * across)
-    row, column = (band * BAND + place % high).to(tl.int64) * ROWS, place // high * COLUMNS
+    row, column = _tile_of_program(batch, outputs, ROWS, COLUMNS, BAND)
     rows, columns = (batch - row).to(tl.int32), outputs - column  # that are left
     value = _product(
         x + tl.load(reads + e) * stride_n + row * stride_b,
@@ -166,6 +172,55 @@ def _grouped_linear(
     at = y + (e * batch + row) * outputs + column + (r[:, None] * outputs + c[None, :])
     inside = (r < rows)[:, None] & (c < columns)[None, :]
     tl.store(at, value.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _grouped_linear_backward(
+    grad,  # [n, B, O]
+    weight,  # [E, O, I]
+    y,  # [n, B, I]
+    d,  # [n, B, I]
+    partials,  # [n, rows of tiles, I]
+    batch,
+    inputs,
+    outputs,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    BAND: tl.constexpr,
+):
+    e = tl.program_id(1).to(tl.int64)
+    row, column = _tile_of_program(batch, inputs, ROWS, COLUMNS, BAND)
+    rows, columns = (batch - row).to(tl.int32), inputs - column  # that are left
+    r, c, inner = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, INNER)
+    left_at = grad + (e * batch + row) * outputs
+    right_at = weight + e * outputs * inputs + column
+    a = tl.minimum(r, rows - 1)[:, None] * outputs + inner[None, :]
+    b = inner[:, None] * inputs + c[None, :]
+    value = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    for start in range(0, outputs, INNER):
+        if EVEN:
+            left, right = tl.load(left_at + a), tl.load(right_at + b)
+        else:
+            inside = inner < outputs - start
+            left = tl.load(left_at + a, mask=inside[None, :], other=0.0)
+            there = inside[:, None] & (c < columns)[None, :]
+            right = tl.load(right_at + b, mask=there, other=0.0)
+        if INTERPRETED:
+            left, right = left.to(tl.float32), right.to(tl.float32)
+        value = tl.dot(left, right, value, input_precision=PRECISION)
+        left_at += INNER
+        right_at += INNER * inputs
+    inside = (r < rows)[:, None] & (c < columns)[None, :]
+    at = (e * batch + row) * inputs + column + (r[:, None] * inputs + c[None, :])
+    below = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
+    value = tl.where(below <= 0, 0.0, value)  # what is outside, too
+    tl.store(d + at, value.to(d.dtype.element_ty), mask=inside)
+    part = partials + (e * tl.cdiv(batch, ROWS) + row // ROWS) * inputs + column + c
+    tl.store(part, tl.sum(value, 0), mask=c < columns)
 
 
 @triton.jit
@@ -367,6 +422,41 @@ def grouped_linear(
                 **tile,
             )
     return y
+
+
+def _backward_tile(grad: Tensor, inputs: int) -> dict[str, Any]:
+    """Constants of _grouped_linear_backward: those of a product whose inner dimension is O."""
+    tile = _product_tile(grad, inputs)
+    if tile["EVEN"] and inputs % tile["COLUMNS"] == 0:
+        return tile
+    # Masks take registers.
+    return tile | {"EVEN": False, "ROWS": 64, "COLUMNS": min(64, tile["COLUMNS"])}
+
+
+def grouped_linear_backward(grad: Tensor, weight: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Triton version of :func:`stem_fast.reference.grouped_linear_backward` for 16-bit types, whose
+    products run on tensor cores whatever the layout; others go to the reference."""
+    if grad.dtype.itemsize != 2 or not y.numel() or not grad.numel():
+        return reference.grouped_linear_backward(grad, weight, y)
+    (n, batch, outputs), inputs = grad.shape, y.shape[2]
+    d = torch.empty_like(y, memory_format=torch.contiguous_format)
+    tile = _backward_tile(grad, inputs)
+    down = triton.cdiv(batch, tile["ROWS"])
+    partials = y.new_empty(n, down, inputs, dtype=torch.float32)
+    with torch.cuda.device_of(y):
+        _grouped_linear_backward[(down * triton.cdiv(inputs, tile["COLUMNS"]), n)](
+            grad.contiguous(),
+            weight.contiguous(),
+            y.contiguous(),
+            d,
+            partials,
+            batch,
+            inputs,
+            outputs,
+            BAND=8,
+            **tile,
+        )
+    return d, partials[:, 0] if down == 1 else partials.sum(1)
 
 
 def _share_sizes(logits: Tensor) -> dict[str, int]:

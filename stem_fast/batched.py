@@ -226,6 +226,14 @@ def _relu_backward(grad: Tensor, y: Tensor) -> Tensor:
     return op(grad, y)
 
 
+def _bias_gradient(d: Tensor, y: Tensor, relu: bool) -> Tensor:
+    """The gradient of a layer's bias, from that of its output; masks it in place where the layer's
+    ReLU is off."""
+    if relu:
+        return _relu_backward(d, y)
+    return d.sum(1, dtype=torch.promote_types(d.dtype, torch.float32))
+
+
 def _no_gradients(weights: Sequence[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], ...]:
     """Zeros for the gradients of weights and of biases, by one kernel."""
     shapes = [w.shape for w in weights] + [w.shape[:2] for w in weights]
@@ -313,13 +321,13 @@ class _Networks(torch.autograd.Function):
         d = grad
         if ctx.relus[-1]:
             d = d.contiguous() if ctx.owned else d.clone(memory_format=torch.contiguous_format)
+        dbias: Tensor | None = None  # of the layer, where the one above has made it
         for layer in reversed(range(layers)):
             d = d.to(ctx.types[layer])
-            if ctx.relus[layer]:
-                dbias = _relu_backward(d, outputs[layer])
-            else:
-                dbias = d.sum(1, dtype=torch.promote_types(d.dtype, torch.float32))
+            if dbias is None:
+                dbias = _bias_gradient(d, outputs[layer], ctx.relus[layer])
             made.append(dbias)
+            dbias = None
             dweight = dweights[layer][:n]
             if dweight.dtype != d.dtype:
                 late.append((dweight, torch.empty_like(dweight, dtype=d.dtype)))
@@ -329,7 +337,11 @@ class _Networks(torch.autograd.Function):
             else:
                 for run, part in _runs(x, ctx.reads):
                     _products(d[run].mT, part, dweight[run], ctx.together)
-            if layer or wanted:
+            half = d.dtype.itemsize == 2 and outputs[layer - 1].dtype == d.dtype
+            if layer and half and ctx.together:
+                through = torch.ops.stem_fast.grouped_linear_backward
+                d, dbias = through(d, weights[layer], outputs[layer - 1])
+            elif layer or wanted:
                 dx = d.new_empty(n, d.shape[1], weights[layer].shape[2])
                 d = _products(d, weights[layer][:n], dx, ctx.together)
         if dbiases:

@@ -24,7 +24,10 @@ from stem_fast import reference
 
 MAX_EXPERTS, MAX_GATES = 64, 16  # what every backend of the mixture takes
 # Triton's; CUDA C++ has none of its own.
-LINEAR = ("bias_relu", "relu_backward", "grouped_linear", "expert_mixture_inference")
+LINEAR = (
+    *("bias_relu", "relu_backward", "grouped_linear", "grouped_linear_backward"),
+    "expert_mixture_inference",
+)
 LOSS = ("task_losses", "task_losses_backward")
 
 _library = torch.library.Library("stem_fast", "DEF")
@@ -49,6 +52,7 @@ SCHEMAS = {
     "relu_backward": "(Tensor(a!) grad, Tensor y, Tensor(b!)? transposed=None) -> Tensor",
     "bias_relu": "(Tensor(a!) y, Tensor bias, bool relu) -> ()",
     "grouped_linear": "(Tensor x, int[] reads, Tensor weight, Tensor bias, bool relu) -> Tensor",
+    "grouped_linear_backward": "(Tensor grad, Tensor weight, Tensor y) -> (Tensor, Tensor)",
     "expert_mixture_inference": "(Tensor x, int[] reads, Tensor weight, Tensor bias, Tensor logits,"
     " int[] see) -> Tensor",
     "task_losses": "(Tensor logits, Tensor labels, int[] regression, Tensor? mask,"
@@ -313,6 +317,11 @@ def _grouped_linear_fake(
     return x.new_empty(len(reads), x.shape[1], weight.shape[1])
 
 
+def _grouped_linear_backward_fake(grad: Tensor, weight: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(y.dtype, torch.float32)
+    return y.new_empty(y.shape), y.new_empty(y.shape[0], y.shape[2], dtype=wide)
+
+
 def _expert_mixture_inference_fake(
     x: Tensor, reads: list[int], weight: Tensor, bias: Tensor, logits: Tensor, see: list[int]
 ) -> Tensor:
@@ -402,6 +411,7 @@ for _name in (
     "row_gradients",
     "mixture_backward",
     "mixture_expert_backward",
+    "grouped_linear_backward",
     "task_losses_backward",
 ):
     torch.library.register_autograd(f"stem_fast::{_name}", _no_second_derivative)

@@ -269,6 +269,25 @@ def check_grouped_linear(
     assert_within(run(rows, reads, weight, bias, relu), own, exact)
 
 
+def check_grouped_linear_backward(
+    run: Any, sizes: tuple[int, int, int], networks: int, dtype: torch.dtype, device: str
+) -> None:
+    """An implementation's grouped_linear_backward against the reference's."""
+    torch.manual_seed(6)
+    batch, inputs, outputs = sizes
+    shapes = (networks, batch, outputs), (networks + 1, outputs, inputs), (networks, batch, inputs)
+    grad, weight, y = (torch.randn(s, dtype=torch.float64).to(device, dtype) for s in shapes)
+    y.relu_()
+    results = [
+        run(grad.mT.contiguous().mT, weight.mT.contiguous().mT, y.mT.contiguous().mT),
+        reference.grouped_linear_backward(grad, weight, y),
+        reference.grouped_linear_backward(grad.double(), weight.double(), y.double()),
+    ]
+    assert not results[0][0][y <= 0].any()
+    for actual, own, exact in zip(*results, strict=True):
+        assert_within(actual, own, exact)
+
+
 # Batch, inputs, outputs and gates of as many experts as there are reads.
 EXPERT_MIXTURES = [
     ((0, 3, 2, 1), [0]),

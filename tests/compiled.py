@@ -170,6 +170,17 @@ def sources() -> dict[str, tuple[ASTSource, int]]:
         for kernel in (linear._grouped_linear, linear._expert_mixture_inference):
             code = source(kernel, tensors, constants)
             found[f"{kernel.fn.__name__} {name} sizes 1"] = code, constants["num_warps"]
+        for inputs, outputs in (
+            ((512, 512), (500, 512), (77, 10), (64, 1)) if name == "*bf16" else ()
+        ):
+            grad = torch.empty(10, 4096, outputs, dtype=dtype, device="meta")
+            constants = linear._backward_tile(grad, inputs) | {"BAND": 8}
+            warps = constants["num_warps"]
+            tensors = dict.fromkeys(("grad", "weight", "y", "d"), name) | {"partials": "*fp32"}
+            constants |= {"outputs": 1, "batch": 1} if outputs == 1 else {}
+            whole = inputs % 16 == 0
+            code = source(linear._grouped_linear_backward, tensors, constants, aligned=whole)
+            found[f"_grouped_linear_backward {name} I={inputs} O={outputs}"] = code, warps
         for gates, experts in ((2, 10), (4, 64)):
             constants = linear._share_sizes(torch.empty(gates, 4096, experts, device="meta"))
             tensors = {"logits": name, "see": "*i64", "p": "*fp32"}

@@ -39,6 +39,7 @@ from cases import (
     check_bias_relu,
     check_expert_mixture_inference,
     check_grouped_linear,
+    check_grouped_linear_backward,
     check_relu_backward,
     check_sgd_rows,
     check_task_losses,
@@ -186,6 +187,15 @@ def test_grouped_linear(
     check_grouped_linear(linear.grouped_linear, sizes, reads, relu, dtype, DEVICE)
 
 
+@pytest.mark.parametrize(("sizes", "reads"), [*LINEARS, *TILED, ((200, 256, 64), [0])])
+@dtypes
+def test_grouped_linear_backward(
+    sizes: tuple[int, int, int], reads: list[int], dtype: torch.dtype
+) -> None:
+    run = linear.grouped_linear_backward
+    check_grouped_linear_backward(run, sizes, len(reads), dtype, DEVICE)
+
+
 @pytest.mark.parametrize(("sizes", "reads"), EXPERT_MIXTURES)
 @dtypes
 def test_expert_mixture_inference(
@@ -302,7 +312,7 @@ def test_every_kernel_compiles_and_none_spills(tmp_path: Path) -> None:
     }
     parts = {"_alive", "_coast", "_column", "_leap", "_load", "_make_step", "_polynomial", "_read"}
     parts |= {"_extend", "_four", "_product", "_store_four", "_value", "_wake"}
-    parts |= {"_at", "_first_of_row", "_lagged", "_second_order"}
+    parts |= {"_at", "_first_of_row", "_lagged", "_second_order", "_tile_of_program"}
     parts |= {"_replay", "_row_of", "_series", "_weights", "_write"}
     for kernel in kernels - parts:
         for arch in (80, 90, 100):

@@ -21,7 +21,12 @@ from stem_fast.reference.adam import (
     new_rows,
 )
 from stem_fast.reference.buffers import empty_kept, huge_pages
-from stem_fast.reference.linear import bias_relu, grouped_linear, relu_backward
+from stem_fast.reference.linear import (
+    bias_relu,
+    grouped_linear,
+    grouped_linear_backward,
+    relu_backward,
+)
 from stem_fast.reference.lookup import (
     check_ids,
     lookup,
@@ -57,6 +62,7 @@ __all__ = [
     "expert_mixture_inference",
     "gate_weights",
     "grouped_linear",
+    "grouped_linear_backward",
     "huge_pages",
     "lookup",
     "lookup_backward",

@@ -57,6 +57,22 @@ def relu_backward(grad: Tensor, y: Tensor, transposed: Tensor | None = None) -> 
     return grad.sum(-2, dtype=torch.promote_types(y.dtype, torch.float32))
 
 
+def grouped_linear_backward(grad: Tensor, weight: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of a layer's input, through the ReLU below it.
+
+    Args:
+        grad: [n, B, O] of the layer's output, of its first n networks.
+        weight: [E, O, I].
+        y: [n, B, I], the input: what the ReLU below has left.
+
+    Returns:
+        d [n, B, I], of the input less the bias of the layer below: zero where the ReLU is off.
+        [n, I], the gradient of that bias: float32, for float64 float64.
+    """
+    d = torch.bmm(grad, weight[: len(grad)])
+    return d, relu_backward(d, y)
+
+
 def bias_relu(y: Tensor, bias: Tensor, relu: bool) -> None:
     """``y + bias``, with a ReLU or without, in place.
 

@@ -12,6 +12,7 @@ from cases import (
     LINEARS,
     check_bias_relu,
     check_grouped_linear,
+    check_grouped_linear_backward,
     check_relu_backward,
     cpp,
     devices,
@@ -80,6 +81,16 @@ def test_grouped_linear(
     sizes: tuple[int, int, int], reads: list[int], relu: bool, dtype: torch.dtype, device: str
 ) -> None:
     check_grouped_linear(torch.ops.stem_fast.grouped_linear, sizes, reads, relu, dtype, device)
+
+
+@devices
+@dtypes
+@pytest.mark.parametrize(("sizes", "reads"), LINEARS)
+def test_grouped_linear_backward(
+    sizes: tuple[int, int, int], reads: list[int], dtype: torch.dtype, device: str
+) -> None:
+    run = torch.ops.stem_fast.grouped_linear_backward
+    check_grouped_linear_backward(run, sizes, len(reads), dtype, device)
 
 
 @cpp

@@ -109,6 +109,8 @@ def test_opcheck(name: str, device: str) -> None:
     torch.library.opcheck(library.bias_relu.default, (y.clone(), bias, True))
     arguments = (y, [1, 0], grad[:, :3].contiguous(), grad[:, :3, 0].contiguous(), True)
     torch.library.opcheck(library.grouped_linear.default, arguments)
+    through = (y, y.new_ones(len(y), y.shape[2], 3), y.new_ones(*y.shape[:2], 3))
+    torch.library.opcheck(library.grouped_linear_backward.default, through)
     mixed = (*arguments[:4], logits[:, :, :2].contiguous(), [3, 1, *[2] * (len(logits) - 2)])
     torch.library.opcheck(library.expert_mixture_inference.default, mixed)
     for grads in (False, True):
