@@ -92,6 +92,7 @@ def _mixture_backward(
     gates,
     KP: tl.constexpr,
     EP: tl.constexpr,
+    RELU: tl.constexpr,  # whether dy is zero where y is not above zero
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     SUM: tl.constexpr,
@@ -119,9 +120,11 @@ def _mixture_backward(
                 mask=(gate < gates) & inside[None, :, :],
                 other=0.0,
             ).to(SUM)
+            taught_value = tl.sum(g * share, axis=0)
+            if RELU:
+                taught_value = tl.where(value <= 0, 0.0, taught_value)
+            tl.store(dy + at, taught_value.to(dy.dtype.element_ty), mask=inside)
             dot += tl.sum(g * value[None, :, :], axis=2)
-            taught_value = tl.sum(g * share, axis=0).to(dy.dtype.element_ty)
-            tl.store(dy + at, taught_value, mask=inside)
         start_e += stride
         dp = tl.where(expert == e, dot[:, :, None], dp)
     mean = tl.sum(p * dp, axis=2)[:, :, None]
@@ -163,7 +166,12 @@ def mixture(y: Tensor, logits: Tensor, see: Sequence[int], learn: Sequence[int])
 
 
 def mixture_backward(
-    grad: Tensor, y: Tensor, logits: Tensor, see: Sequence[int], learn: Sequence[int]
+    grad: Tensor,
+    y: Tensor,
+    logits: Tensor,
+    see: Sequence[int],
+    learn: Sequence[int],
+    relu: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Triton version of :func:`stem_fast.reference.mixture_backward`."""
     sizes = _sizes(y, logits)
@@ -179,6 +187,7 @@ def mixture_backward(
                 bit_masks(y.device, *learn),
                 dy,
                 dlogits,
+                RELU=relu,
                 **sizes,
             )
     return dy, dlogits

@@ -33,7 +33,7 @@ def networks(
     reads: Sequence[int],
     layers: Sequence[Layer],
     *,
-    owned: bool = False,
+    masked: bool = False,
     together: bool | None = None,
 ) -> Tensor:
     """The first n networks of ``layers``, network e on ``inputs[reads[e]]``, as one autograd step.
@@ -45,7 +45,7 @@ def networks(
         inputs: N of [B, I].
         reads: n indices into them.
         layers: all but the last with a ReLU.
-        owned: whether nobody else sees the gradient of the result, so that it may be changed.
+        masked: whether the gradient of the result comes with zeros where its ReLU is off.
         together: whether the networks of a layer are one product; None: on CUDA.
 
     Returns:
@@ -61,7 +61,7 @@ def networks(
             tuple(reads),
             relus,
             types,
-            owned,
+            masked,
             device == "cuda" if together is None else together,
             len(inputs),
             *inputs,
@@ -273,7 +273,7 @@ def _input_gradients(
 
 
 class _Networks(torch.autograd.Function):
-    """Inputs: reads, relus, types, owned, together, N, N inputs, every layer's weight, every
+    """Inputs: reads, relus, types, masked, together, N, N inputs, every layer's weight, every
     layer's bias."""
 
     @staticmethod
@@ -282,7 +282,7 @@ class _Networks(torch.autograd.Function):
         reads: tuple[int, ...],
         relus: tuple[bool, ...],
         types: tuple[torch.dtype, ...],
-        owned: bool,
+        masked: bool,
         together: bool,
         count: int,
         *tensors: Tensor,
@@ -298,8 +298,9 @@ class _Networks(torch.autograd.Function):
             y, those = (outputs[-1], range(len(reads))) if outputs else (x, reads)
             run = linear if together else _one_by_one
             outputs.append(run(y.to(types[layer]), those, weights[layer], biases[layer], relu))
-        ctx.reads, ctx.relus, ctx.types, ctx.owned = reads, relus, types, owned
-        ctx.together = together
+        ctx.reads, ctx.types, ctx.together = reads, types, together
+        # Of what a gradient is yet to be masked by.
+        ctx.relus = (*relus[:-1], relus[-1] and not masked)
         ctx.save_for_backward(x, *weights, *outputs)
         ctx.own = parameters[0].dtype
         return outputs[-1]
@@ -320,7 +321,7 @@ class _Networks(torch.autograd.Function):
         late: list[tuple[Tensor, Tensor]] = []  # gradients made elsewhere or in another type
         d = grad
         if ctx.relus[-1]:
-            d = d.contiguous() if ctx.owned else d.clone(memory_format=torch.contiguous_format)
+            d = d.clone(memory_format=torch.contiguous_format)  # which is changed
         dbias: Tensor | None = None  # of the layer, where the one above has made it
         for layer in reversed(range(layers)):
             d = d.to(ctx.types[layer])

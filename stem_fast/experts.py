@@ -54,9 +54,9 @@ def expert_mixture(
     if torch.compiler.is_compiling() or not layers:
         return batched.unbind(ops.mixture(experts(inputs, reads), logits, see, learn))
     if logits.is_cuda if together is None else together:
-        # The mixture alone reads y, and makes a new gradient of it.
-        y = batched.networks(inputs, reads, layers, owned=True, together=True)
-        return batched.unbind(ops.mixture(y, logits, see, learn))
+        # The mixture alone reads y: its gradient may be that before the last ReLU.
+        y = batched.networks(inputs, reads, layers, masked=True, together=True)
+        return batched.unbind(ops.mixture(y, logits, see, learn, relu=True))
     parameters = [p for layer in layers for p in (layer.weight, layer.bias)]
     masks = ops.signed(see), ops.signed(learn)
     dtype = batched.product_type(layers[0].weight)

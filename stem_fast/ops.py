@@ -45,7 +45,8 @@ SCHEMAS = {
     "outside": "(Tensor ids, Tensor sizes) -> Tensor",
     "check_ids": "(Tensor ids, Tensor sizes, Tensor(a!) bad) -> Tensor",
     "mixture": "(Tensor y, Tensor logits, int[] see, int[] learn) -> Tensor",
-    "mixture_backward": "(Tensor grad, Tensor y, Tensor logits, int[] see, int[] learn)"
+    "mixture_backward": "(Tensor grad, Tensor y, Tensor logits, int[] see, int[] learn,"
+    " bool relu=False)"
     " -> (Tensor, Tensor)",
     "mixture_expert_backward": "(Tensor[] grads, Tensor y, Tensor p, int[] learn, int e)"
     " -> (Tensor, Tensor)",
@@ -262,11 +263,19 @@ class _SparseLookup(torch.autograd.Function):
         return None, gradient, *(None,) * 6
 
 
-def mixture(y: Tensor, logits: Tensor, see: Sequence[int], learn: Sequence[int]) -> Tensor:
+def mixture(
+    y: Tensor,
+    logits: Tensor,
+    see: Sequence[int],
+    learn: Sequence[int],
+    *,
+    relu: bool = False,
+) -> Tensor:
     """The AFTB gated mixture with its asymmetric backward; see :func:`reference.mixture`.
 
     At most 64 experts and 16 gates. The logits are taken in y's type; softmax and sums are in
-    float32 (float64 for float64).
+    float32 (float64 for float64). With ``relu``, y is what ReLUs have left, and its gradient is
+    that before them: zero where they are off.
 
     Raises:
         ValueError: no expert, gate or output, or too many.
@@ -278,7 +287,25 @@ def mixture(y: Tensor, logits: Tensor, see: Sequence[int], learn: Sequence[int])
             f"experts, 1 to {MAX_GATES} gates and a width above 0 are due"
         )
     # Autocast can leave gates and experts in different types.
-    return torch.ops.stem_fast.mixture(y, logits.to(y.dtype), signed(see), signed(learn))
+    arguments = y, logits.to(y.dtype), signed(see), signed(learn)
+    mixed: Tensor = (_ReLUMixture.apply if relu else torch.ops.stem_fast.mixture)(*arguments)
+    return mixed
+
+
+class _ReLUMixture(torch.autograd.Function):
+    """:func:`mixture` with the gradient of what comes before the ReLUs."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, logits: Tensor, see: list[int], learn: list[int]) -> Tensor:
+        ctx.save_for_backward(y, logits)
+        ctx.masks = see, learn
+        return torch.ops.stem_fast.mixture(y, logits, see, learn)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        back = torch.ops.stem_fast.mixture_backward
+        return *back(grad, *ctx.saved_tensors, *ctx.masks, True), None, None
 
 
 def signed(masks: Sequence[int]) -> list[int]:
@@ -291,7 +318,12 @@ def _mixture_fake(y: Tensor, logits: Tensor, see: list[int], learn: list[int]) -
 
 
 def _mixture_backward_fake(
-    grad: Tensor, y: Tensor, logits: Tensor, see: list[int], learn: list[int]
+    grad: Tensor,
+    y: Tensor,
+    logits: Tensor,
+    see: list[int],
+    learn: list[int],
+    relu: bool = False,
 ) -> tuple[Tensor, Tensor]:
     return y.new_empty(y.shape), logits.new_empty(logits.shape)
 

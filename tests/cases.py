@@ -201,6 +201,14 @@ def check_mixture(case: MixtureCase, dtype: torch.dtype, device: str) -> None:
         results.append((out, *grads))
     for actual, own, exact in zip(*results, strict=True):
         assert_within(actual, own, exact)
+    # Before ReLUs, too.
+    pair = tuple(t.detach().requires_grad_() for t in (y, logits))
+    out = ops.mixture(*pair, see, learn, relu=True)
+    dy, dlogits = torch.autograd.grad(
+        out, pair, draw.to(dtype), allow_unused=True, materialize_grads=True
+    )
+    _, plain, same = results[0]
+    torch.testing.assert_close((dy, dlogits), (torch.where(y <= 0, 0, plain), same))
 
 
 def check_relu_backward(run: Any, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:

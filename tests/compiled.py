@@ -132,10 +132,14 @@ def sources() -> dict[str, tuple[ASTSource, int]]:
             sizes = mixture._sizes(y, torch.empty(gates, 4096, experts, device="meta"))
             constants = {key: value for key, value in sizes.items() if key.isupper()}
             tensors = dict.fromkeys(("y", "logits", "out", "grad", "dy", "dlogits"), name)
-            masks = {"see": "*i64", "learn": "*i64"}
-            for kernel in (mixture._mixture, mixture._mixture_backward):
-                title = f"{kernel.fn.__name__} {name} E={experts} K={gates} H={width}"
-                code = source(kernel, tensors | masks, constants)
+            tensors |= {"see": "*i64", "learn": "*i64"}
+            for kernel, relu in (
+                (mixture._mixture, False),
+                (mixture._mixture_backward, False),
+                (mixture._mixture_backward, True),
+            ):
+                title = f"{kernel.fn.__name__} {name} E={experts} K={gates} H={width} relu={relu}"
+                code = source(kernel, tensors, constants | {"RELU": relu})
                 found[title] = code, sizes["num_warps"]
         for width in (1, 64, 512):
             y = torch.empty(10, 4096, width, dtype=dtype, device="meta")

@@ -154,11 +154,12 @@ def test_mixture_and_its_gradients(case: MixtureCase, dtype: torch.dtype) -> Non
     own, exact = (y, logits, see, learn), (y.double(), logits.double(), see, learn)
     assert_within(mixture.mixture(*own), reference.mixture(*own), reference.mixture(*exact))
     grad = torch.randn(case.gates, case.batch, case.width, dtype=torch.float64).to(y)
-    same(
-        mixture.mixture_backward(grad, *own),
-        reference.mixture_backward(grad, *own),
-        reference.mixture_backward(grad.double(), *exact),
-    )
+    for relu in (False, True):
+        same(
+            mixture.mixture_backward(grad, *own, relu),
+            reference.mixture_backward(grad, *own, relu),
+            reference.mixture_backward(grad.double(), *exact, relu),
+        )
 
 
 @pytest.mark.parametrize("shape", GROUPS)

@@ -166,10 +166,11 @@ INLINE void forward(const T* y, const T* logits, const uint64_t* see, T* out, co
 
 // For n gates and one expert of one sample: dp[k, e], and their part of dy[e]. Gates are `step`
 // apart in taught and dp. `first` says whether dy[e] starts here, `last` whether it is whole: then it
-// goes past the caches, which the experts of a block would fill in vain. `ahead` as in mix.
+// goes past the caches, which the experts of a block would fill in vain; with `relu` it is zero where
+// y is. `ahead` as in mix.
 template <int n, typename T, typename A = Sum<T>>
 INLINE void unmix(const T* const* grad, const T* y, const T* ahead, const A* taught, A* dp,
-                  int64_t step, A* sums, T* dy, bool first, bool last, int64_t width) {
+                  int64_t step, A* sums, T* dy, bool first, bool last, bool relu, int64_t width) {
   constexpr int lanes = Lanes<A>::n;
   typename Lanes<A>::type dots[n] = {};
   A tail[n] = {}, weight[n];
@@ -187,6 +188,7 @@ INLINE void unmix(const T* const* grad, const T* y, const T* ahead, const A* tau
       sum += weight[i] * g;
     }
     if (last) {
+      if (relu) sum = value <= 0 ? typename Lanes<A>::type{} : sum;
       stream(sum, dy + h);
     } else {
       store(sum, sums + h);
@@ -200,7 +202,7 @@ INLINE void unmix(const T* const* grad, const T* y, const T* ahead, const A* tau
       sum += weight[i] * g;
     }
     if (last) {
-      dy[h] = static_cast<T>(sum);
+      dy[h] = static_cast<T>(relu && static_cast<A>(y[h]) <= 0 ? A(0) : sum);
     } else {
       sums[h] = sum;
     }
@@ -213,8 +215,8 @@ INLINE void unmix(const T* const* grad, const T* y, const T* ahead, const A* tau
 
 template <typename T, typename A = Sum<T>>
 INLINE void backward(const T* grad, const T* y, const T* logits, const uint64_t* see,
-                     const uint64_t* learn, T* dy, T* dlogits, const Sizes& s, int64_t begin,
-                     int64_t end) {
+                     const uint64_t* learn, bool relu, T* dy, T* dlogits, const Sizes& s,
+                     int64_t begin, int64_t end) {
   const int64_t most = samples_of_a_block(s, sizeof(T)), weights = s.gates * s.experts;
   std::vector<A> p(most * weights), taught(most * weights), dp(most * weights), sums(s.width);
   for (int64_t b = begin; b < end; b += most) {
@@ -239,7 +241,7 @@ INLINE void backward(const T* grad, const T* y, const T* logits, const uint64_t*
           const int64_t first = at + k * s.experts;
           unmix<tile()>(rows + k, row, ahead, taught.data() + first, dp.data() + first, s.experts,
                         sums.data(), dy + e * s.batch * s.width + sample, k == 0,
-                        k + tile() == s.gates, s.width);
+                        k + tile() == s.gates, relu, s.width);
         });
       }
     }
@@ -270,7 +272,7 @@ INLINE void expert_backward(const T* const* grads, const T* y, const A* p, const
     }
     for_gates(s.gates, [&](int64_t k, auto tile) INLINE_LAMBDA {
       unmix<tile()>(rows + k, y + b * s.width, y + (b + 1) * s.width, taught + k, dots + k, 1,
-                    sums.data(), dy + b * s.width, k == 0, k + tile() == s.gates, s.width);
+                    sums.data(), dy + b * s.width, k == 0, k + tile() == s.gates, false, s.width);
     });
     for (int64_t k = 0; k < s.gates; ++k) dp[k * s.batch + b] = dots[k];
   }
@@ -284,9 +286,9 @@ INLINE void expert_backward(const T* const* grads, const T* y, const A* p, const
     forward<T>(y, logits, see, out, s, begin, end);                                               \
   }                                                                                               \
   MULTIVERSION void backward_entry(const T* grad, const T* y, const T* logits,                    \
-                                   const uint64_t* see, const uint64_t* learn, T* dy, T* dlogits, \
-                                   const Sizes& s, int64_t begin, int64_t end) {                  \
-    backward<T>(grad, y, logits, see, learn, dy, dlogits, s, begin, end);                         \
+                                   const uint64_t* see, const uint64_t* learn, bool relu, T* dy,  \
+                                   T* dlogits, const Sizes& s, int64_t begin, int64_t end) {      \
+    backward<T>(grad, y, logits, see, learn, relu, dy, dlogits, s, begin, end);                   \
   }                                                                                               \
   MULTIVERSION void expert_entry(const T* const* grads, const T* y, const Sum<T>* p,              \
                                  const uint64_t* learn, int64_t e, T* dy, Sum<T>* dp,             \
@@ -346,7 +348,7 @@ Tensor mixture(const Tensor& y_in, const Tensor& logits_in, const std::vector<in
 std::tuple<Tensor, Tensor> mixture_backward(const Tensor& grad_in, const Tensor& y_in,
                                             const Tensor& logits_in,
                                             const std::vector<int64_t>& see_in,
-                                            const std::vector<int64_t>& learn_in) {
+                                            const std::vector<int64_t>& learn_in, bool relu) {
   const Tensor grad = planes(grad_in), y = planes(y_in), logits = planes(logits_in);
   Sizes s = check(y, logits, see_in, learn_in);
   STD_TORCH_CHECK(grad.size(0) == s.gates && grad.size(1) == s.batch && grad.size(2) == s.width &&
@@ -361,7 +363,7 @@ std::tuple<Tensor, Tensor> mixture_backward(const Tensor& grad_in, const Tensor&
     torch::stable::parallel_for(0, s.batch, grain(s), [&](int64_t begin, int64_t end) {
       backward_entry(static_cast<const T*>(grad.const_data_ptr()),
                      static_cast<const T*>(y.const_data_ptr()),
-                     static_cast<const T*>(logits.const_data_ptr()), see.data(), learn.data(),
+                     static_cast<const T*>(logits.const_data_ptr()), see.data(), learn.data(), relu,
                      static_cast<T*>(dy.mutable_data_ptr()),
                      static_cast<T*>(dlogits.mutable_data_ptr()), s, begin, end);
     });

@@ -25,6 +25,9 @@ constexpr unsigned int kAll = 0xffffffff;
 constexpr int kGroup = 8;
 constexpr int kForwardThreads = 256;
 constexpr int kBackwardThreads = 128;
+// Of a multiprocessor; where 0 leaves that to nvcc, others spill, see lookup.cu.
+template <typename T>
+constexpr int kBackwardBlocks = sizeof(T) == 8 ? 3 : sizeof(T) == 2 ? 4 : 0;
 // Of one block, the most that needs no permission.
 constexpr int64_t kSharedBytes = 48 << 10;
 
@@ -36,6 +39,7 @@ struct Mixture {
   int experts, gates;
   int tile;    // samples of a block, in the forward
   int stride;  // values in shared memory: of a sample in the forward, of one table in the backward
+  bool relu;   // whether the backward has zeros where y is not above zero
   uint64_t see[kMaxGates], learn[kMaxGates];
 };
 
@@ -159,7 +163,7 @@ __device__ void reduce_warp(A (&values)[16], int lane) {
 // registers and the experts one after another; then the softmax backward. Its tables in shared
 // memory are [e][kGates], and their experts a multiple of those taken together.
 template <typename T, int kGates, int n>
-__global__ void __launch_bounds__(kBackwardThreads, sizeof(T) == 8 ? 3 : 0)  // see lookup.cu
+__global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<T>)
     mixture_backward_kernel(const __grid_constant__ Mixture<T> a) {
   using A = Sum<T>;
   constexpr int kAhead = 16 / kGates;  // experts whose values are loaded together
@@ -209,6 +213,12 @@ __global__ void __launch_bounds__(kBackwardThreads, sizeof(T) == 8 ? 3 : 0)  // 
               const A g = static_cast<A>(grad[k][i]);
               dots[j * kGates + k] += g * static_cast<A>(values[j][i]);
               sums[i] += weight[k] * g;
+            }
+          }
+          if (a.relu) {
+#pragma unroll
+            for (int i = 0; i < n; ++i) {
+              if (static_cast<A>(values[j][i]) <= 0) sums[i] = 0;
             }
           }
           if (inside) store(sums, a.dy + (e + j) * plane + at);
@@ -321,7 +331,7 @@ Tensor mixture(const Tensor& y_in, const Tensor& logits_in, const std::vector<in
 std::tuple<Tensor, Tensor> mixture_backward(const Tensor& grad_in, const Tensor& y_in,
                                             const Tensor& logits_in,
                                             const std::vector<int64_t>& see,
-                                            const std::vector<int64_t>& learn) {
+                                            const std::vector<int64_t>& learn, bool relu) {
   check(y_in, logits_in, see, learn);
   STD_TORCH_CHECK(grad_in.dim() == 3 && grad_in.size(0) == logits_in.size(0) &&
                       grad_in.size(1) == y_in.size(1) && grad_in.size(2) == y_in.size(2) &&
@@ -340,6 +350,7 @@ std::tuple<Tensor, Tensor> mixture_backward(const Tensor& grad_in, const Tensor&
     using A = Sum<T>;
     auto a = arguments<T>(y, logits, see, learn);
     a.grad = static_cast<const T*>(grad.const_data_ptr());
+    a.relu = relu;
     a.dy = static_cast<T*>(dy.mutable_data_ptr());
     a.dlogits = static_cast<T*>(dlogits.mutable_data_ptr());
     for_shape<T>(a.gates, a.width, aligned({a.y, a.grad, a.dy}, 16), 32, [&](auto k, auto n) {

@@ -71,7 +71,12 @@ def expert_mixture_inference(
 
 
 def mixture_backward(
-    grad: Tensor, y: Tensor, logits: Tensor, see: Sequence[int], learn: Sequence[int]
+    grad: Tensor,
+    y: Tensor,
+    logits: Tensor,
+    see: Sequence[int],
+    learn: Sequence[int],
+    relu: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of :func:`mixture` written out, with nothing saved but its inputs.
 
@@ -79,14 +84,18 @@ def mixture_backward(
     then the backward of softmax.
 
     Args:
-        grad: [K, B, H], gradient of the output. The rest as in :func:`mixture`.
+        grad: [K, B, H], gradient of the output.
+        y, logits, see, learn: as in :func:`mixture`.
+        relu: whether y is what ReLUs have left, and dy is wanted before them.
 
     Returns:
-        dy [E, B, H] and dlogits [K, B, E].
+        dy [E, B, H], with ``relu`` zero where y is not above zero, and dlogits [K, B, E].
     """
     p = gate_weights(logits, see)
     dy = torch.einsum("kbe,kbh->ebh", p * mask_matrix(learn, p)[:, None, :], grad)
     dp = torch.einsum("kbh,ebh->kbe", grad, y)
+    if relu:
+        dy = dy.masked_fill(y <= 0, 0)
     return dy.contiguous(), softmax_backward(p, dp).contiguous()
 
 

@@ -378,12 +378,13 @@ def test_mixture_and_its_gradients(case: MixtureCase, dtype: torch.dtype) -> Non
     grad = torch.randn(case.gates, case.batch, case.width, dtype=torch.float64).to(dtype)
     exact = y.double(), logits.double(), see, learn
     close(run("mixture", y, logits, see, learn), reference.mixture(*exact), dtype)
-    for actual, right in zip(
-        run("mixture_backward", grad, y, logits, see, learn),
-        reference.mixture_backward(grad.double(), *exact),
-        strict=True,
-    ):
-        close(actual, right, dtype)
+    for relu in (False, True):
+        for actual, right in zip(
+            run("mixture_backward", grad, y, logits, see, learn, relu),
+            reference.mixture_backward(grad.double(), *exact, relu),
+            strict=True,
+        ):
+            close(actual, right, dtype)
 
 
 @dtypes
