@@ -370,11 +370,28 @@ def task_losses(
 ) -> Tensor:
     """Mean loss of each task over the rows that have its label, [T]; arguments as in
     :func:`reference.task_losses`."""
-    op: Any = torch.ops.stem_fast.task_losses
+    arguments = logits, labels, list(regression), mask, sample_weights, counts
     if sample_weights is not None and sample_weights.requires_grad:
-        op = reference.task_losses  # the op has a gradient of the logits alone
-    means: Tensor = op(logits, labels, list(regression), mask, sample_weights, counts)[0]
-    return means
+        return reference.task_losses(*arguments)[0]  # the op has a gradient of the logits alone
+    return _TaskLosses.apply(*arguments)
+
+
+class _TaskLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor, regression: list[int], *rest: Tensor | None
+    ) -> Tensor:
+        means, divisors = torch.ops.stem_fast.task_losses(logits, labels, regression, *rest)
+        ctx.save_for_backward(logits, labels, *rest[:2], divisors)
+        ctx.regression = regression
+        return means
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        logits, labels, *rest = ctx.saved_tensors
+        back = torch.ops.stem_fast.task_losses_backward
+        return back(grad, logits, labels, ctx.regression, *rest), *(None,) * 5
 
 
 def _task_losses_fake(
@@ -386,23 +403,6 @@ def _task_losses_fake(
 
 def _task_losses_backward_fake(grad: Tensor, logits: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(logits)
-
-
-def _task_losses_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    logits, labels, ctx.regression, mask, sample_weights, _ = inputs
-    ctx.save_for_backward(logits, labels, mask, sample_weights, output[1])
-    ctx.set_materialize_grads(False)  # divisors have none
-
-
-def _task_losses_grad(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
-    logits, labels, *rest = ctx.saved_tensors
-    dlogits = torch.ops.stem_fast.task_losses_backward(grad, logits, labels, ctx.regression, *rest)
-    return dlogits, None, None, None, None, None
-
-
-torch.library.register_autograd(
-    "stem_fast::task_losses", _task_losses_grad, setup_context=_task_losses_setup
-)
 
 
 def _adam_rows_fake(*arguments: Any) -> None:
@@ -431,11 +431,12 @@ def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
 
 def _no_gradient(ctx: Any, *grads: Tensor) -> None:
     raise RuntimeError(
-        "grouped_linear and expert_mixture_inference have no gradient: they are for inference"
+        "grouped_linear and expert_mixture_inference have no gradient: they are for inference "
+        "(task_losses has one by the function of its name in stem_fast.ops)"
     )
 
 
-for _name in ("grouped_linear", "expert_mixture_inference"):
+for _name in ("grouped_linear", "expert_mixture_inference", "task_losses"):
     torch.library.register_autograd(f"stem_fast::{_name}", _no_gradient)
 
 for _name in (

@@ -27,6 +27,8 @@ using torch::stable::Tensor;
 
 // Rows of a partial sum: fixed, so that the sums are the same bits for any number of threads.
 constexpr int64_t kBlock = 1024;
+// Labels a thread handles before another is worth waking.
+constexpr int64_t kGrain = 32768;
 
 // [B, T] of any strides.
 template <typename T>
@@ -93,7 +95,8 @@ class Batch {
   // Calls run(block, its first row, the row after its last) from several threads.
   template <typename F>
   void blocks(const F& run) const {
-    torch::stable::parallel_for(0, count(), 1, [&](int64_t begin, int64_t end) {
+    const int64_t grain = std::max<int64_t>(1, kGrain / (kBlock * std::max<int64_t>(1, tasks)));
+    torch::stable::parallel_for(0, count(), grain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) run(i, i * kBlock, std::min(rows, (i + 1) * kBlock));
     });
   }

@@ -66,3 +66,14 @@ def test_weights_of_samples_have_a_gradient_too() -> None:
 
     leaves = logits[few].clone().requires_grad_(), weights[few].clone().requires_grad_()
     assert torch.autograd.gradcheck(means, leaves)
+
+
+def test_compiles_to_one_graph() -> None:
+    logits, *rest = LOSSES["kinds, all there is"].arguments()
+    run = torch.compile(ops.task_losses, fullgraph=True, backend="aot_eager")
+    grads = []
+    for losses in (run, ops.task_losses):
+        x = logits.detach().requires_grad_()
+        losses(x, *rest).sum().backward()
+        grads.append(x.grad)
+    torch.testing.assert_close(*grads)
