@@ -68,6 +68,9 @@ def test_weights_of_samples_have_a_gradient_too() -> None:
     assert torch.autograd.gradcheck(means, leaves)
 
 
+@pytest.mark.filterwarnings(
+    "ignore:.*should not be instantiated:DeprecationWarning"
+)  # dynamo's own
 def test_compiles_to_one_graph() -> None:
     logits, *rest = LOSSES["kinds, all there is"].arguments()
     run = torch.compile(ops.task_losses, fullgraph=True, backend="aot_eager")
