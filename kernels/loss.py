@@ -22,7 +22,7 @@ def _read(
     mask_row, mask_task, MASKED: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     """Logits, labels (0 for those that do not count) and which of them count, [rows, tasks]."""
-    row, task = row.to(tl.int64)[:, None], task[None, :]
+    row, task = row.to(tl.int64)[:, None], task.to(tl.int64)[None, :]
     inside = (row < batch) & (task < tasks)
     x = tl.load(logits + row * logit_row + task * logit_task, mask=inside, other=0.0).to(SUM)
     y = tl.load(labels + row * label_row + task * label_task, mask=inside, other=0.0).to(SUM)
@@ -64,8 +64,6 @@ def _sums(
         u = 1 + e
         log1p = tl.where(u == 1, e, tl.log(u) * (e / tl.where(u == 1, 1.0, u - 1)))
         loss = tl.where(regression, (x - y) * (x - y), tl.maximum(x, 0.0) - x * y + log1p)
-        # maximum may drop a NaN, which is to be seen.
-        loss = tl.where(x == x, loss, x)
         if WEIGHTED:
             loss *= tl.load(weights + row, mask=row < batch, other=0.0).to(SUM)[:, None]
         total += tl.where(present, loss, 0.0)
@@ -96,7 +94,7 @@ def _means(
         divisor = tl.sum(tl.load(found + at, mask=program < programs, other=0))
     divisor = tl.maximum(divisor, 1)
     total = tl.sum(tl.load(totals + at, mask=program < programs, other=0.0))
-    tl.store(means + task, (total / divisor.to(total.dtype)).to(means.dtype.element_ty))
+    tl.store(means + task, total / divisor.to(total.dtype))
     tl.store(divisors + task, divisor)
 
 
@@ -109,8 +107,9 @@ def _task_losses_backward(
     grad,  # [T]
     kinds,  # [T]
     divisors,  # [T]
-    out,  # [B, T], laid out as logits
+    out,  # [B, T]
     batch, tasks, logit_row, logit_task, label_row, label_task, mask_row, mask_task, grad_task,
+    out_row, out_task,
     MASKED: tl.constexpr,
     WEIGHTED: tl.constexpr,
     SUM: tl.constexpr,
@@ -131,7 +130,7 @@ def _task_losses_backward(
     slope *= scale[None, :]
     if WEIGHTED:
         slope *= tl.load(weights + row, mask=row < batch, other=0.0).to(SUM)[:, None]
-    at = row.to(tl.int64)[:, None] * logit_row + task[None, :] * logit_task
+    at = row.to(tl.int64)[:, None] * out_row + task.to(tl.int64)[None, :] * out_task
     inside = (row < batch)[:, None] & (task < tasks)[None, :]
     tl.store(out + at, tl.where(present, slope, 0.0).to(out.dtype.element_ty), mask=inside)
 
@@ -173,13 +172,13 @@ def task_losses(
 ) -> tuple[Tensor, Tensor]:
     """Triton version of :func:`stem_fast.reference.task_losses`."""
     tasks = logits.shape[1]
-    means = logits.new_empty(tasks)
+    means = logits.new_empty(tasks, dtype=_sum_type(logits))
     divisors = logits.new_empty(tasks, dtype=torch.int64)
     if not tasks:
         return means, divisors
     tensors, sizes, constants = _arguments(logits, labels, mask, sample_weights)
     programs = max(1, min(PROGRAMS, triton.cdiv(len(logits), constants["ROWS"])))
-    totals = logits.new_empty(programs, tasks, dtype=_sum_type(logits))
+    totals = means.new_empty(programs, tasks)
     found = divisors.new_empty(programs, tasks)
     with torch.cuda.device_of(logits):
         kinds = bit_masks(logits.device, *regression)
@@ -221,6 +220,7 @@ def task_losses_backward(
             out,
             *sizes,
             grad.stride(0),
+            *out.stride(),
             **constants,
         )
     return out

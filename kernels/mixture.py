@@ -92,7 +92,7 @@ def _mixture_backward(
     gates,
     KP: tl.constexpr,
     EP: tl.constexpr,
-    RELU: tl.constexpr,  # whether dy is zero where y is not above zero
+    RELU: tl.constexpr,  # whether dy is zero where y <= 0
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     SUM: tl.constexpr,

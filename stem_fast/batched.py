@@ -234,7 +234,7 @@ def _bias_gradient(d: Tensor, y: Tensor, relu: bool) -> Tensor:
     return d.sum(1, dtype=torch.promote_types(d.dtype, torch.float32))
 
 
-def _no_gradients(weights: Sequence[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], ...]:
+def _zero_gradients(weights: Sequence[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], ...]:
     """Zeros for the gradients of weights and of biases, by one kernel."""
     shapes = [w.shape for w in weights] + [w.shape[:2] for w in weights]
     sizes = [shape.numel() for shape in shapes]
@@ -263,13 +263,14 @@ def _input_gradients(
                 single.append((out, dx[readers[0]]))
             else:
                 first, end = readers[0], readers[-1] + 1
-                part = dx[first:end] if end - first == len(readers) else dx[readers]
+                apart = end - first != len(readers)
+                part = torch.stack([dx[n] for n in readers]) if apart else dx[first:end]
                 if kind == wide:
                     torch.sum(part, 0, dtype=wide, out=out)
                 else:
                     single.append((out, part.sum(0, dtype=wide)))
         _copy(single)
-    return [each.to(kind) for each, kind in zip(found.unbind(), types, strict=True)]
+    return [each.to(own) for each, own in zip(found.unbind(), types, strict=True)]
 
 
 class _Networks(torch.autograd.Function):
@@ -316,7 +317,7 @@ class _Networks(torch.autograd.Function):
             dweights = [torch.empty_like(weight, dtype=ctx.own) for weight in weights]
             dbiases: list[Tensor] = []
         else:  # some networks did not run
-            dweights, dbiases = _no_gradients(weights, ctx.own)
+            dweights, dbiases = _zero_gradients(weights, ctx.own)
         made: list[Tensor] = []  # gradients of biases, the last layer's first
         late: list[tuple[Tensor, Tensor]] = []  # gradients made elsewhere or in another type
         d = grad
@@ -339,7 +340,7 @@ class _Networks(torch.autograd.Function):
                 for run, part in _runs(x, ctx.reads):
                     _products(d[run].mT, part, dweight[run], ctx.together)
             half = d.dtype.itemsize == 2 and outputs[layer - 1].dtype == d.dtype
-            if layer and half and ctx.together:
+            if layer and half and ctx.together and ctx.relus[layer - 1]:
                 through = torch.ops.stem_fast.grouped_linear_backward
                 d, dbias = through(d, weights[layer], outputs[layer - 1])
             elif layer or wanted:

@@ -379,8 +379,8 @@ class STEMNet(nn.Module):
             sample_weights: [B], a factor on each row's loss; the mean still divides by the number
                 of labels, so that a row's weight does not depend on its batch.
             mask: bool [B, T], False for labels to leave out beside the missing ones.
-            counts: [T], the labels that each task's mean divides by; default those that are there.
-                With the whole batch's, the losses of its parts add up to its own.
+            counts: int64 [T], the labels that each task's mean divides by; default those that are
+                there. With the whole batch's, the losses of its parts add up to its own.
 
         Returns:
             A scalar; a task without any label adds 0.

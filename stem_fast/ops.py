@@ -369,9 +369,25 @@ def task_losses(
     counts: Tensor | None = None,
 ) -> Tensor:
     """Mean loss of each task over the rows that have its label, [T]; arguments as in
-    :func:`reference.task_losses`."""
+    :func:`reference.task_losses`.
+
+    Raises:
+        ValueError: an argument of another shape or type.
+    """
+    batch, tasks = logits.shape
+    for name, given, shape, kind in (
+        ("labels", labels, (batch, tasks), None),
+        ("mask", mask, (batch, tasks), torch.bool),
+        ("sample_weights", sample_weights, (batch,), None),
+        ("counts", counts, (tasks,), torch.int64),
+    ):
+        if given is not None and (given.shape != shape or (kind or given.dtype) != given.dtype):
+            found = f"{given.dtype} {list(given.shape)}"
+            raise ValueError(f"{name} is {found}, {kind or 'a number'} {list(shape)} is due")
+    if len(regression) != tasks:
+        raise ValueError(f"regression has {len(regression)} tasks, the logits have {tasks}")
     arguments = logits, labels, list(regression), mask, sample_weights, counts
-    if sample_weights is not None and sample_weights.requires_grad:
+    if any(each is not None and each.requires_grad for each in (labels, sample_weights)):
         return reference.task_losses(*arguments)[0]  # the op has a gradient of the logits alone
     return _TaskLosses.apply(*arguments)
 
@@ -397,8 +413,8 @@ class _TaskLosses(torch.autograd.Function):
 def _task_losses_fake(
     logits: Tensor, labels: Tensor, regression: list[int], *rest: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    tasks = logits.shape[1]
-    return logits.new_empty(tasks), logits.new_empty(tasks, dtype=torch.int64)
+    tasks, wide = logits.shape[1], torch.promote_types(logits.dtype, torch.float32)
+    return logits.new_empty(tasks, dtype=wide), logits.new_empty(tasks, dtype=torch.int64)
 
 
 def _task_losses_backward_fake(grad: Tensor, logits: Tensor, *rest: Any) -> Tensor:
@@ -431,8 +447,8 @@ def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
 
 def _no_gradient(ctx: Any, *grads: Tensor) -> None:
     raise RuntimeError(
-        "grouped_linear and expert_mixture_inference have no gradient: they are for inference "
-        "(task_losses has one by the function of its name in stem_fast.ops)"
+        "torch.ops.stem_fast.grouped_linear, expert_mixture_inference and task_losses have no "
+        "gradient: the first two are for inference, the last has one as stem_fast.ops.task_losses"
     )
 
 

@@ -33,7 +33,7 @@ def sources() -> dict[str, tuple[ASTSource, int]]:
         plan = {"segments": "*i32", "sources": "*i32", "scales": "*fp64", "partials": "*fp32"}
         ids = "*i64" if dtype == torch.float32 else "*i32"
         pointers = tables | whole | plan | {"ids": ids, "bag_rows": ids, "first_rows": "*i32"}
-        for spaces, dim, sums in ((3, 16, 2), (9, 64, 8)):
+        for spaces, dim, sums in ((3, 16, 2), (9, 64, 8), (1, 576, 1)):
             sizes = lookup._sizes(dtype, spaces, dim, sums)
             block = lookup._block(sizes)
             chunk = sizes | lookup._chunk(sizes) | {"SCALED": True}
@@ -125,7 +125,8 @@ def sources() -> dict[str, tuple[ASTSource, int]]:
             for kernel in (loss._sums, loss._means, loss._task_losses_backward):
                 title = f"{kernel.fn.__name__} {name} T={tasks}"
                 found[title] = source(kernel, tensors, constants), warps
-                ones = constants | dict.fromkeys(("batch", "logit_row", "label_row", "mask_row"), 1)
+                strides = "logit_row", "out_row", "label_task", "mask_task", "programs"
+                ones = constants | dict.fromkeys(("batch", *strides), 1)
                 found[f"{title} sizes 1"] = source(kernel, tensors, ones), warps
         for experts, gates, width in ((10, 2, 512), (24, 4, 256), (64, 16, 512)):
             y = torch.empty(experts, 4096, width, dtype=dtype, device="meta")

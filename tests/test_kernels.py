@@ -155,10 +155,11 @@ def test_mixture_and_its_gradients(case: MixtureCase, dtype: torch.dtype) -> Non
     assert_within(mixture.mixture(*own), reference.mixture(*own), reference.mixture(*exact))
     grad = torch.randn(case.gates, case.batch, case.width, dtype=torch.float64).to(y)
     for relu in (False, True):
+        left = y.relu() if relu else y
         same(
-            mixture.mixture_backward(grad, *own, relu),
-            reference.mixture_backward(grad, *own, relu),
-            reference.mixture_backward(grad.double(), *exact, relu),
+            mixture.mixture_backward(grad, left, *own[1:], relu),
+            reference.mixture_backward(grad, left, *own[1:], relu),
+            reference.mixture_backward(grad.double(), left.double(), *exact[1:], relu),
         )
 
 

@@ -3,7 +3,7 @@
 //
 //   logits [B, T]   float64, float32, bfloat16 or float16, most often task by task in memory
 //   labels [B, T]   NaN where missing
-//   means  [T]      of logits' type
+//   means  [T]      float32, for float64 float64
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -74,26 +74,28 @@ class Batch {
                     ": the mask must be bool [", rows, ", ", tasks, "]");
     STD_TORCH_CHECK(!weights || (weights->dim() == 1 && weights->size(0) == rows), op,
                     ": the weights of samples must be [", rows, "]");
-    if (labels.scalar_type() != logits.scalar_type()) {
-      labels_ = torch::stable::to(labels, logits.scalar_type());
-    }
+    if (labels.scalar_type() != sums()) labels_ = torch::stable::to(labels, sums());
     if (mask) mask_ = *mask;
-    if (weights) {
-      weights_ = torch::stable::contiguous(torch::stable::to(*weights, logits.scalar_type()));
-    }
+    if (weights) weights_ = torch::stable::contiguous(torch::stable::to(*weights, sums()));
+  }
+
+  // What sums of the logits' type are kept in.
+  ScalarType sums() const {
+    return logits_.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   }
 
   // Calls run(row, logit, label, weight) for the labels of a task that count, of rows [begin, end).
   template <typename T, typename F>
   void each(int64_t begin, int64_t end, int64_t task, const F& run) const {
     using A = Sum<T>;
-    const auto logits = read<T>(logits_), labels = read<T>(labels_);
+    const auto logits = read<T>(logits_);
+    const auto labels = read<A>(labels_);
     const auto mask = mask_ ? read<bool>(*mask_) : Matrix<const bool>{};
-    const T* weights = weights_ ? static_cast<const T*>(weights_->const_data_ptr()) : nullptr;
+    const A* weights = weights_ ? static_cast<const A*>(weights_->const_data_ptr()) : nullptr;
     for (int64_t b = begin; b < end; ++b) {
-      const A y = static_cast<A>(labels(b, task));
+      const A y = labels(b, task);
       if (y != y || (mask.data && !mask(b, task))) continue;
-      run(b, static_cast<A>(logits(b, task)), y, weights ? static_cast<A>(weights[b]) : A(1));
+      run(b, static_cast<A>(logits(b, task)), y, weights ? weights[b] : A(1));
     }
   }
 
@@ -124,7 +126,7 @@ std::tuple<Tensor, Tensor> task_losses(const Tensor& logits, const Tensor& label
   STD_TORCH_CHECK(!counts || (counts->dim() == 1 && counts->size(0) == batch.tasks &&
                               counts->scalar_type() == ScalarType::Long),
                   "task_losses: counts must be int64 [", batch.tasks, "]");
-  Tensor means = torch::stable::new_empty(logits, {batch.tasks});
+  Tensor means = torch::stable::new_empty(logits, {batch.tasks}, batch.sums());
   Tensor divisors = torch::stable::new_empty(logits, {batch.tasks}, ScalarType::Long);
   for_type(logits.scalar_type(), "task_losses", [&](auto zero) {
     using T = decltype(zero);
@@ -144,7 +146,7 @@ std::tuple<Tensor, Tensor> task_losses(const Tensor& logits, const Tensor& label
         totals[block * batch.tasks + t] = total, found[block * batch.tasks + t] = count;
       }
     });
-    T* mean = static_cast<T*>(means.mutable_data_ptr());
+    A* mean = static_cast<A*>(means.mutable_data_ptr());
     auto* divisor = static_cast<int64_t*>(divisors.mutable_data_ptr());
     const auto* given = counts ? static_cast<const int64_t*>(counts->const_data_ptr()) : nullptr;
     for (int64_t t = 0; t < batch.tasks; ++t) {
@@ -154,7 +156,7 @@ std::tuple<Tensor, Tensor> task_losses(const Tensor& logits, const Tensor& label
         total += totals[at], count += found[at];
       }
       divisor[t] = std::max<int64_t>(1, given ? given[t * counts->stride(0)] : count);
-      mean[t] = static_cast<T>(static_cast<A>(total / static_cast<double>(divisor[t])));
+      mean[t] = static_cast<A>(total / static_cast<double>(divisor[t]));
     }
   });
   return {means, divisors};
@@ -166,21 +168,21 @@ Tensor task_losses_backward(const Tensor& grad, const Tensor& logits, const Tens
                             const std::optional<Tensor>& sample_weights, const Tensor& divisors) {
   const Batch batch("task_losses_backward", logits, labels, regression, mask, sample_weights);
   STD_TORCH_CHECK(grad.dim() == 1 && grad.size(0) == batch.tasks && divisors.dim() == 1 &&
-                      divisors.size(0) == batch.tasks && grad.scalar_type() == logits.scalar_type() &&
+                      divisors.size(0) == batch.tasks && grad.scalar_type() == batch.sums() &&
                       divisors.scalar_type() == ScalarType::Long && divisors.is_contiguous(),
                   "task_losses_backward: the gradient must be [", batch.tasks,
-                  "] of logits' type, and divisors int64 [", batch.tasks, "]");
+                  "] of the means' type, and divisors int64 [", batch.tasks, "]");
   Tensor out = torch::stable::empty_like(logits);
   for_type(logits.scalar_type(), "task_losses_backward", [&](auto zero) {
     using T = decltype(zero);
     using A = Sum<T>;
     const Matrix<T> slopes{static_cast<T*>(out.mutable_data_ptr()), out.stride(0), out.stride(1)};
-    const T* given = static_cast<const T*>(grad.const_data_ptr());
+    const A* given = static_cast<const A*>(grad.const_data_ptr());
     const auto* divisor = static_cast<const int64_t*>(divisors.const_data_ptr());
     batch.blocks([&](int64_t, int64_t begin, int64_t end) {
       for (int64_t t = 0; t < batch.tasks; ++t) {
         for (int64_t b = begin; b < end; ++b) slopes(b, t) = static_cast<T>(A(0));
-        const A scale = static_cast<A>(given[t * grad.stride(0)]) / static_cast<A>(divisor[t]);
+        const A scale = given[t * grad.stride(0)] / static_cast<A>(divisor[t]);
         const bool squares = batch.is_regression(t);
         batch.template each<T>(begin, end, t, [&](int64_t b, A x, A y, A weight) {
           const A slope = squares ? 2 * (x - y) : 1 / (1 + std::exp(-x)) - y;

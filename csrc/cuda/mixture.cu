@@ -39,7 +39,7 @@ struct Mixture {
   int experts, gates;
   int tile;    // samples of a block, in the forward
   int stride;  // values in shared memory: of a sample in the forward, of one table in the backward
-  bool relu;   // whether the backward has zeros where y is not above zero
+  bool relu;   // whether dy is zero where y <= 0
   uint64_t see[kMaxGates], learn[kMaxGates];
 };
 

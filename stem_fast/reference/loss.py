@@ -30,16 +30,16 @@ def task_losses(
         counts: int64 [T], the labels that the means divide by; default those that are there.
 
     Returns:
-        means [T] of the logits' type; a task without any label has 0.
+        means [T], float32 (float64 for float64); a task without any label has 0.
         divisors int64 [T], the counts, at least 1.
     """
-    present, labels = _present(logits, labels, mask)
+    present, logits, labels = _wide(logits, labels, mask)
     losses = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
     if any(regression):
         squares = (logits - labels).square()
         losses = torch.where(_tasks(regression, logits), squares, losses)
     if sample_weights is not None:
-        losses = losses * sample_weights[:, None]
+        losses = losses * sample_weights.to(losses.dtype)[:, None]
     divisors = (present.sum(0) if counts is None else counts).clamp(min=1)
     return torch.where(present, losses, 0).sum(0) / divisors, divisors
 
@@ -61,24 +61,27 @@ def task_losses_backward(
         divisors: as returned there.
 
     Returns:
-        [B, T], laid out as the logits.
+        [B, T] of the logits' type, laid out as torch.empty_like(logits).
     """
-    present, labels = _present(logits, labels, mask)
+    kind = logits.dtype
+    present, logits, labels = _wide(logits, labels, mask)
     scale = grad / divisors
     if sample_weights is not None:
-        scale = scale * sample_weights[:, None]
+        scale = scale * sample_weights.to(scale.dtype)[:, None]
     slope = logits.sigmoid() - labels
     if any(regression):
         slope = torch.where(_tasks(regression, logits), 2 * (logits - labels), slope)
-    return (slope * scale).to(logits.dtype).masked_fill_(~present, 0)
+    return (slope * scale).masked_fill_(~present, 0).to(kind)
 
 
-def _present(logits: Tensor, labels: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Which labels count, and the labels with 0 in place of the others."""
+def _wide(logits: Tensor, labels: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Which labels count; logits, and labels with 0 in place of those that do not, in the type of
+    sums."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
     present = ~labels.isnan()
     if mask is not None:
         present = present & mask
-    return present, torch.where(present, labels, 0).to(logits.dtype)
+    return present, logits.to(wide), torch.where(present, labels, 0).to(wide)
 
 
 def _tasks(chosen: Sequence[int], like: Tensor) -> Tensor:

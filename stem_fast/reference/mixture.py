@@ -89,7 +89,7 @@ def mixture_backward(
         relu: whether y is what ReLUs have left, and dy is wanted before them.
 
     Returns:
-        dy [E, B, H], with ``relu`` zero where y is not above zero, and dlogits [K, B, E].
+        dy [E, B, H], with ``relu`` zero where ``y <= 0``, and dlogits [K, B, E].
     """
     p = gate_weights(logits, see)
     dy = torch.einsum("kbe,kbh->ebh", p * mask_matrix(learn, p)[:, None, :], grad)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from cases import LOSSES, LossCase, check_task_losses, devices, dtypes, to
@@ -34,9 +36,7 @@ def test_the_gradient_is_that_of_the_mean(case: LossCase) -> None:
 @devices
 def test_what_a_label_adds(device: str) -> None:
     """By torch's own losses, task by task."""
-    logits, labels, regression, mask, weights, _ = to(
-        device, LOSSES["kinds, all there is"].arguments()
-    )
+    logits, labels, regression, mask, weights, _ = to(device, LOSSES["odd"].arguments())
     means = ops.task_losses(logits, labels, regression, mask, weights)
     for task, mean in enumerate(means):
         rows = (mask & ~labels.isnan())[:, task]
@@ -57,22 +57,40 @@ def test_a_lost_model_is_seen(device: str) -> None:
     assert ops.task_losses(logits, labels, *rest).isnan().tolist() == [False, True]
 
 
-def test_weights_of_samples_have_a_gradient_too() -> None:
-    logits, labels, regression, mask, weights, _ = LOSSES["kinds, all there is"].arguments()
+def test_labels_and_weights_of_samples_have_a_gradient_too() -> None:
+    logits, labels, regression, mask, weights, _ = LOSSES["odd"].arguments()
     few = slice(0, 5)
 
-    def means(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        return ops.task_losses(x, labels[few], regression, mask[few], w)
+    def means(x: torch.Tensor, y: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return ops.task_losses(x, y, regression, mask[few], w)
 
-    leaves = logits[few].clone().requires_grad_(), weights[few].clone().requires_grad_()
+    soft = labels[few].nan_to_num(0.3).double()
+    leaves = [t.clone().requires_grad_() for t in (logits[few], soft, weights[few])]
     assert torch.autograd.gradcheck(means, leaves)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({1: torch.zeros(71, 2)}, r"labels is torch.float32 .71, 2., a number .71, 3. is due"),
+        ({2: [0, 1]}, "regression has 2 tasks, the logits have 3"),
+        ({3: torch.ones(71, 1) > 0}, r"mask is torch.bool .71, 1., torch.bool .71, 3. is due"),
+        ({3: torch.ones(71, 3)}, "mask is torch.float32"),
+        ({4: torch.ones(70)}, r"sample_weights is torch.float32 .70., a number .71. is due"),
+        ({5: torch.ones(3)}, r"counts is torch.float32 .3., torch.int64 .3. is due"),
+    ],
+)
+def test_other_shapes_and_types_are_refused(change: dict[int, Any], message: str) -> None:
+    arguments = dict(enumerate(LOSSES["odd"].arguments())) | change
+    with pytest.raises(ValueError, match=message):
+        ops.task_losses(*arguments.values())
 
 
 @pytest.mark.filterwarnings(
     "ignore:.*should not be instantiated:DeprecationWarning"
 )  # dynamo's own
 def test_compiles_to_one_graph() -> None:
-    logits, *rest = LOSSES["kinds, all there is"].arguments()
+    logits, *rest = LOSSES["odd"].arguments()
     run = torch.compile(ops.task_losses, fullgraph=True, backend="aot_eager")
     grads = []
     for losses in (run, ops.task_losses):

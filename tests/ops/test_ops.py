@@ -125,7 +125,7 @@ def test_opcheck(name: str, device: str) -> None:
             torch.library.opcheck(library.sgd_rows.default, sgd)
     for case in ("narrow, all sums", "all rows, a sum a row"):
         torch.library.opcheck(library.adagrad_rows.default, to(device, ADAGRADS[case].arguments()))
-    for case in ("binary", "empty batch", "kinds, all there is"):
+    for case in ("binary", "empty batch", "odd parts"):
         logits, *rest = to(device, LOSSES[case].arguments())
         torch.library.opcheck(library.task_losses.default, (logits, *rest))
         means, divisors = library.task_losses(logits, *rest)
