@@ -25,7 +25,7 @@ DEVICES = [
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 cpp = pytest.mark.skipif(backends()["cpp"] != "in use on cpu", reason="no C++ library")
 devices = pytest.mark.parametrize("device", DEVICES)
-dtypes = pytest.mark.parametrize("dtype", DTYPES)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def to(device: str, arguments: Any) -> list[Any]:
