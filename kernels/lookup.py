@@ -127,7 +127,8 @@ def _pool(
 @triton.jit
 def _row_of(segments, place, unique, WIDE: tl.constexpr):
     """The last row whose segment begins at or before a place; a few wide looks, not many narrow."""
-    low, left = tl.zeros([], tl.int32), unique
+    low = tl.zeros([], tl.int32)
+    left = low + unique
     while left > 1:
         step = (left + WIDE - 1) // WIDE
         ahead = tl.arange(0, WIDE) * step
@@ -139,7 +140,7 @@ def _row_of(segments, place, unique, WIDE: tl.constexpr):
     return low
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["unique"])  # Triton 3.6 cannot compile it for a single row
 def _chunk_sums(
     grad_x,  # [SPACES, B, slots*DIM]
     grad_z,  # [SUMS, B, slots*DIM]

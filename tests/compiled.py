@@ -48,7 +48,9 @@ def sources() -> dict[str, tuple[ASTSource, int]]:
                 found[title] = source(kernel, pointers, constants), warps
                 if dim == 16 and dtype == torch.float32:
                     # Triton makes a constant of a size that is 1 (one sample, one field).
-                    ones = {n: 1 for n in kernel.arg_names if n not in pointers} | constants
+                    sizes_1 = set(kernel.arg_names) - set(pointers)
+                    sizes_1 -= set(kernel.do_not_specialize or ())
+                    ones = dict.fromkeys(sizes_1, 1) | constants
                     found[f"{title} sizes 1"] = source(kernel, pointers, ones), warps
         check = source(lookup._check_ids, pointers | {"out": ids}, {"BLOCK": 256})
         found[f"_check_ids {ids}"] = check, 4
