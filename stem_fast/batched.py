@@ -218,20 +218,15 @@ def _cast(tensors: Sequence[Tensor], types: Sequence[torch.dtype]) -> list[Tenso
     return cast
 
 
-def _relu_backward(grad: Tensor, y: Tensor) -> Tensor:
-    """Masks grad [n, B, O] in place. Returns the gradient of the bias, [n, O]."""
-    op = torch.ops.stem_fast.relu_backward
-    if grad.is_cpu:  # the C++ version takes one network
-        return torch.stack([op(*each) for each in zip(grad, y, strict=True)])
-    return op(grad, y)
-
-
 def _bias_gradient(d: Tensor, y: Tensor, relu: bool) -> Tensor:
-    """The gradient of a layer's bias, from that of its output; masks it in place where the layer's
-    ReLU is off."""
-    if relu:
-        return _relu_backward(d, y)
-    return d.sum(1, dtype=torch.promote_types(d.dtype, torch.float32))
+    """The gradient [n, O] of a layer's bias, from that of its output [n, B, O], which is masked in
+    place where the layer's ReLU is off."""
+    if not relu:
+        return d.sum(1, dtype=torch.promote_types(d.dtype, torch.float32))
+    op = torch.ops.stem_fast.relu_backward
+    if d.is_cpu:  # the C++ version takes one network
+        return torch.stack([op(*each) for each in zip(d, y, strict=True)])
+    return op(d, y)
 
 
 def _zero_gradients(weights: Sequence[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], ...]:

@@ -481,7 +481,7 @@ class LossCase(NamedTuple):
         counts = torch.arange(tasks) * 7 if self.counted else None
         labels = labels.to(torch.float32)
         if self.sliced:
-            logits = torch.cat([logits, logits])[: self.batch]
+            logits = torch.cat([logits.T, logits.T], 1).T[: self.batch]  # as of a larger batch
             labels = torch.stack([labels, labels], 2)[:, :, 0]
             mask = None if mask is None else torch.cat([mask, mask], 1)[:, :tasks]
             weights = None if weights is None else torch.stack([weights, weights], 1)[:, 0]

@@ -167,7 +167,7 @@ INLINE void forward(const T* y, const T* logits, const uint64_t* see, T* out, co
 // For n gates and one expert of one sample: dp[k, e], and their part of dy[e]. Gates are `step`
 // apart in taught and dp. `first` says whether dy[e] starts here, `last` whether it is whole: then it
 // goes past the caches, which the experts of a block would fill in vain; with `relu` it is zero where
-// y is. `ahead` as in mix.
+// y <= 0. `ahead` as in mix.
 template <int n, typename T, typename A = Sum<T>>
 INLINE void unmix(const T* const* grad, const T* y, const T* ahead, const A* taught, A* dp,
                   int64_t step, A* sums, T* dy, bool first, bool last, bool relu, int64_t width) {
