@@ -3,7 +3,7 @@ with the nearest public models, and ours, side by side.
 
     python -m bench.peers --official PATH --json FILE [--train A --valid B]
     python -m bench.peers --table FILE
-    python -m bench.peers --plot FILE.png --table FILE
+    python -m bench.peers --plot FILE.svg --table FILE
     python -m bench.peers --device cuda --official PATH --json FILE [--runs fp32 tf32 bf16]
 
 Everything runs on the same data, batches and sizes. First every contender is checked
@@ -391,7 +391,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path, help="run, and write results to this file")
     parser.add_argument("--table", type=Path, help="print Markdown from a result file")
-    parser.add_argument("--plot", type=Path, help="draw the --json or --table file to this .png")
+    parser.add_argument(
+        "--plot", type=Path, help="draw the --json or --table file to this .svg or .png"
+    )
     parser.add_argument("--official", type=adapter.checkout, help="a checkout of the official code")
     parser.add_argument("--device", choices=DEFAULTS, default="cpu")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import memory, run
-from bench.contenders import CONTENDERS, OURS, REQUESTS
+from bench.contenders import OURS, REQUESTS
 
 WHAT = ("step", "inference", "memory", "epoch")
 # On CUDA there is a column for each precision, where on the CPU there is one for each allocator.
@@ -165,60 +165,76 @@ def text(report: Mapping[str, Any]) -> str:
 
 
 def plot(report: Mapping[str, Any], path: Path) -> None:
-    """Bars of a step and of a request for each contender and setting, and the rooflines."""
+    """Bars of a step, and of a request of each size, for every contender that was timed, and STEM's
+    roofline. Ends the program where there is nothing to draw or to draw with."""
     try:
         pyplot: Any = importlib.import_module("matplotlib.pyplot")
     except ImportError:
         sys.exit("--plot needs matplotlib: pip install matplotlib")
-    panels: dict[tuple[str, int | None], list[Mapping[str, Any]]] = {}
-    for result in report["results"]:
-        if result["what"] in ("step", "inference"):
-            for rows in REQUESTS if result["what"] == "inference" else (None,):
-                panels.setdefault((result["setting"], rows), []).append(result)
-    panels = dict(sorted(panels.items(), key=lambda item: item[0][1] is not None))
+    panels = timed(report["results"])
     if not panels:
         sys.exit("--plot: the file has no steps and no requests")
-    across = min(len(panels), 3)
+    columns = list(
+        dict.fromkeys(c for bars in panels.values() for each in bars.values() for c in each)
+    )
+    across = min(len(panels), 2)
     down = -(-len(panels) // across)
-    names = [name for name in CONTENDERS if any(timed(r, name) for r in report["results"])]
-    figure, axes = pyplot.subplots(
-        down, across, figsize=(5.5 * across, (0.32 * len(names) + 1.3) * down), squeeze=False
-    )
-    allocators = list(dict.fromkeys(column(r) for p in panels.values() for r in p))
-    height = 0.8 / len(allocators)
-    for axis, ((setting, rows), results) in zip(axes.flat, panels.items(), strict=False):
-        longest = 0.0
-        for result in results:
-            found = times(result, rows)
-            if found is None or found["status"] != "ok" or "seconds" not in found:
-                continue
-            name, turn = result["contender"], allocators.index(column(result))
-            milliseconds = 1000 * found["seconds"]
-            longest = max(longest, milliseconds)
-            place = names.index(name) + height * turn
-            colour = "#c44e52" if name.startswith(OURS) else "#7f8fa6"
-            shade = 0.5 + 0.5 * turn / max(len(allocators) - 1, 1)
-            axis.barh(place, milliseconds, height, color=colour, alpha=shade)
-            axis.text(milliseconds, place, f" {milliseconds:.3g}", va="center", fontsize=6)
-            if result["contender"] in (OURS, "official"):
-                axis.axvline(1000 * found["roofline_seconds"], color="black", ls="--", lw=1)
-        axis.set_yticks([i + height * (len(allocators) - 1) / 2 for i in range(len(names))], names)
-        axis.tick_params(labelsize=7)
-        axis.invert_yaxis()
-        axis.set_xlim(0, longest * 1.15 or 1)
-        what = "a training step" if rows is None else f"a request of {rows:,} row(s), median"
-        axis.set_title(f"{setting}: ms of {what}", fontsize=9)
-    for axis in list(axes.flat)[len(panels) :]:
-        axis.set_visible(False)
-    shades = f"From light to dark: {', '.join(allocators)}."
-    figure.suptitle(
-        f"{run.title(report, report['others_cores'])}\n{shades} Dashed: STEM's roofline.",
-        fontsize=8,
-    )
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    tall = max(map(len, panels.values())) * len(columns) * 0.14 + 1
+    # Text stays text, and the same report is the same file.
+    fixed = {"svg.fonttype": "none", "svg.hashsalt": OURS, "font.size": 8}
+    with pyplot.rc_context(fixed):
+        figure, axes = pyplot.subplots(
+            down, across, figsize=(5 * across, tall * down), squeeze=False, layout="constrained"
+        )
+        for axis, (title, bars) in zip(axes.flat, panels.items(), strict=False):
+            axis.set_title(title, fontsize=9)
+            draw(axis, bars, columns)
+        for axis in axes.flat[len(panels) :]:
+            axis.set_visible(False)
+        of = "" if set(columns) <= set(PRECISIONS) else " in fp32"
+        shades = f"From light to dark: {', '.join(columns)}. Dashed: STEM's roofline{of}."
+        figure.suptitle(f"{run.title(report, report['others_cores'])}\n{shades}", fontsize=7)
+        figure.savefig(path, dpi=130, metadata={"Date": None} if path.suffix == ".svg" else None)
+        pyplot.close(figure)
 
 
-def timed(result: Mapping[str, Any], name: str) -> bool:
-    return result["contender"] == name and ("seconds" in result or "requests" in result)
+Bars = dict[str, dict[str, Mapping[str, Any]]]  # contender -> column -> its times
+
+
+def timed(results: Sequence[Mapping[str, Any]]) -> dict[str, Bars]:
+    """The bars of each panel, by its title: steps, then requests from small to large."""
+    panels: dict[str, Bars] = {}
+    for what in ("step", "inference"):
+        for result in (r for r in results if r["what"] == what):
+            for rows in REQUESTS if what == "inference" else (None,):
+                found = times(result, rows)
+                if found is None or found["status"] != "ok" or "seconds" not in found:
+                    continue
+                of = "a training step"
+                if rows is not None:
+                    of = f"a request of {rows:,} row{'s' if rows > 1 else ''}, median"
+                bars = panels.setdefault(f"{result['setting']}: ms of {of}", {})
+                bars.setdefault(result["contender"], {})[column(result)] = found
+    return panels
+
+
+def draw(axis: Any, bars: Bars, columns: Sequence[str]) -> None:
+    """One panel: the columns of a contender are shades of its colour."""
+    height = 0.8 / len(columns)
+    for place, (name, found) in enumerate(bars.items()):
+        colour = "#c44e52" if name.startswith(OURS) else "#7f8fa6"
+        for turn, each in enumerate(columns):
+            if each in found:
+                milliseconds = 1000 * found[each]["seconds"]
+                at = place + height * (turn - (len(columns) - 1) / 2)
+                shade = 0.5 + 0.5 * turn / max(len(columns) - 1, 1)
+                axis.barh(at, milliseconds, height, color=colour, alpha=shade)
+                digits = ",.0f" if milliseconds >= 100 else ".3g"
+                axis.text(milliseconds, at, f" {milliseconds:{digits}}", va="center", fontsize=6)
+    for stem in (bars.get(OURS, {}), bars.get("official", {})):
+        for part in stem.values():
+            axis.axvline(1000 * part["roofline_seconds"], color="black", ls="--", lw=1)
+    axis.set_yticks(range(len(bars)), list(bars))
+    axis.invert_yaxis()
+    axis.margins(x=0.12)
+    axis.set_xlim(left=0)

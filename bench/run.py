@@ -347,7 +347,7 @@ def stored(path: Path, *keys: str) -> Any:
 
 def command(module: str, arguments: Sequence[str], options: argparse.Namespace) -> str:
     """The command line, without the paths of this machine."""
-    names = {"json": "FILE", "plot": "FILE.png", "official": "PATH", "train": "A", "valid": "B"}
+    names = {"json": "FILE", "plot": "FILE.svg", "official": "PATH", "train": "A", "valid": "B"}
     paths = {str(getattr(options, name, None)): short for name, short in names.items()}
     quoted = (paths.get(a) or shlex.quote(a) for a in arguments)
     return " ".join([f"python -m {module}", *quoted])

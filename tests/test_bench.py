@@ -613,7 +613,6 @@ def test_what_peers_refuse(
 
 
 def test_the_plot(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     step = {"setting": "tiny", "what": "step", "allocator": "warm allocator", "status": "ok"}
     report = {
         "date": "2026-01-02T03:04:05+00:00",
@@ -634,7 +633,19 @@ def test_the_plot(tmp_path: Path) -> None:
             for name in (cases.OURS, "official")
         ],
     }
-    (tmp_path / "peers.json").write_text(json.dumps(report))
-    picture = tmp_path / "peers.png"
-    assert peers.main(["--table", str(tmp_path / "peers.json"), "--plot", str(picture)]) == 0
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    failed = {**step, "contender": "torch-rechub PLE", "status": "failed", "note": "no memory"}
+    report["results"].append(failed)
+    stored = str(tmp_path / "peers.json")
+    Path(stored).write_text(json.dumps(report))
+    pictures = [tmp_path / name for name in ("peers.png", "peers.svg", "again.svg")]
+    for picture in pictures:
+        assert peers.main(["--table", stored, "--plot", str(picture)]) == 1  # one failed
+    png, svg, again = (picture.read_bytes() for picture in pictures)
+    assert png.startswith(b"\x89PNG")
+    assert svg == again
+    for text, found in ((b">official<", 1), (b"> 100<", 2), (b"torch-rechub", 0)):
+        assert svg.count(text) == found, text
+    report["results"] = [failed]
+    Path(stored).write_text(json.dumps(report))
+    with pytest.raises(SystemExit, match="no steps and no requests"):
+        peers.main(["--table", stored, "--plot", str(pictures[0])])
