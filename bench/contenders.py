@@ -29,8 +29,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bench import cases, parity, steps
+from bench import cases, parity
 from bench import official as adapter
+from bench.ops.adam import WARM_UP
 from stem_fast import data, train
 from stem_fast.config import TrainingConfig
 from stem_fast.data import Batch, Dataset
@@ -260,7 +261,7 @@ class Ours(Contender):
         table.param_groups[0]["weight_decay"] = self.config.embedding_regularizer
         small = self.model.embedding.weight.shape[0] < 1000
         batches = problem.draw(self.config.batch_size)
-        for _ in range(2 if small else steps.WARM_UP):
+        for _ in range(2 if small else WARM_UP):
             table.zero_grad()
             x, _ = self.model.embedding(self.request(next(batches)[0]))
             x.backward(torch.full_like(x, 1e-6))

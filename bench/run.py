@@ -6,7 +6,7 @@
         --ops embedding_step embedding_step_l2 adam_rows catch_up_l2 \\
         --runs 'default allocator' --blocks 2
 
-Each op of bench/cases.py is timed by pytest-benchmark (bench/test_ops.py). On the CPU everything
+Each case of bench/ops/ is timed by pytest-benchmark (bench/test_ops.py). On the CPU everything
 runs twice, each time in a process of its own: with the allocator as it comes, and with glibc's kept
 warm, because page faults of fresh buffers are a large part of what PyTorch's ops cost, and freeing
 peers of them is no merit of a kernel. (Once ours has run, glibc keeps up to 256 MiB of what is
@@ -41,8 +41,9 @@ from xml.etree import ElementTree
 
 import torch
 
-from bench import cases, memory, steps
+from bench import cases, memory
 from bench import official as adapter
+from bench.ops import KERNELS, OPS
 from bench.parity import processor, write
 
 ROOT = Path(__file__).parents[1]
@@ -59,7 +60,6 @@ RUNS: dict[str, dict[str, dict[str, str]]] = {
         "cuda": {"STEM_FAST_BACKEND": "cuda"},
     },
 }
-OPS = {**cases.OPS, **steps.OPS}  # the latter have a results file of their own
 KEY = ("setting", "op", "contender")  # what tells a result
 PACKAGES = ("stem_fast", "torch", "triton", "numpy", "fbgemm-gpu-cpu", "pytest-benchmark")
 
@@ -308,7 +308,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--json", type=Path, help="run, and write results to this file")
     what.add_argument("--table", type=Path, nargs="+", help="print Markdown from result files")
-    parser.add_argument("--ops", nargs="+", choices=OPS, default=list(cases.OPS))
+    parser.add_argument("--ops", nargs="+", choices=OPS, default=list(KERNELS))
     parser.add_argument(
         "--settings", nargs="+", choices=cases.SETTINGS, default=list(cases.DEFAULT_SETTINGS)
     )

@@ -8,7 +8,8 @@ import math
 import torch
 import triton
 import triton.language as tl
-from stem_fast.kernels.rows import row_constants
+from stem_fast.kernels import require, require_one_device
+from stem_fast.kernels.rows import check_steps, row_constants, row_count
 from torch import Tensor
 
 COLUMNS = tl.constexpr(17)  # of the table of steps, see stem_fast.optim.Schedule
@@ -421,6 +422,7 @@ def _adam_rows(
     steps,  # [N, COLUMNS]
     leaps,  # [POLYNOMIALS + N // LEAP, LEAP_COLUMNS]
     clock,  # [2]
+    size,  # R
     width,
     lines,  # N
     BETA1: tl.constexpr,
@@ -442,8 +444,8 @@ def _adam_rows(
     u = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + u) if NAMED else u
     base, now = tl.load(clock), tl.load(clock + 1)
-    # Row 0 is padding where rows are named: a plan repeats it.
-    if ((row != 0) | (not NAMED)) & (now - base < lines):
+    # Row 0 is padding where rows are named: a plan repeats it. No row leaves the table.
+    if (row < size) & ((row > 0) | (not NAMED)) & (now - base < lines):
         # What the row holds is asked for before it is known what it owes: memory is far away.
         made = tl.maximum(tl.load(last + row).to(tl.int64), base)
         due = now - 1 if GRAD else now
@@ -515,7 +517,18 @@ def adam_rows(
     l2: bool,
 ) -> None:
     """Triton version of :func:`stem_fast.reference.adam_rows`."""
-    count = len(weight) if rows is None else len(rows)
+    count = row_count("adam_rows", rows, grad, weight, exp_avg, exp_avg_sq, last)
+    fits = exp_avg.shape == exp_avg_sq.shape == weight.shape and exp_avg.dtype == exp_avg_sq.dtype
+    require(
+        fits,
+        f"adam_rows: exp_avg and exp_avg_sq must be as weight, {list(weight.shape)}, of one type",
+    )
+    check_steps("adam_rows", weight, last, steps, COLUMNS.value, clock)
+    lines = POLYNOMIALS.value + len(steps) // LEAP.value
+    fits = leaps.dim() == 2 and len(leaps) >= lines and leaps.shape[1] == LEAP_COLUMNS.value
+    fits = fits and leaps.dtype == torch.float64 and leaps.is_contiguous()
+    require(fits, f"adam_rows: leaps must be float64 [{lines}, {LEAP_COLUMNS.value}]")
+    require_one_device("adam_rows", weight, leaps)
     if not count or not weight.shape[1]:
         return
     with torch.cuda.device_of(weight):
@@ -529,6 +542,7 @@ def adam_rows(
             steps,
             leaps,
             clock,
+            size=len(weight),
             width=weight.shape[1],
             lines=len(steps),
             NAMED=rows is not None,

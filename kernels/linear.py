@@ -101,7 +101,6 @@ def _product(
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
     EVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """x @ weight^T in float32 [ROWS, COLUMNS]; beyond rows and columns the last ones again, which
@@ -120,7 +119,8 @@ def _product(
             right = tl.load(weight + b, mask=inside[:, None], other=0.0)
         if INTERPRETED:  # the interpreter takes bfloat16 for integers here
             left, right = left.to(tl.float32), right.to(tl.float32)
-        total = tl.dot(left, right, total, input_precision=PRECISION)
+        # Not in TF32: Triton would cut numbers off where cuBLAS rounds them.
+        total = tl.dot(left, right, total, input_precision="ieee")
         x += INNER
         weight += INNER
     return total
@@ -143,7 +143,6 @@ def _grouped_linear(
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
     EVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
     BAND: tl.constexpr,
 ):
@@ -161,7 +160,6 @@ def _grouped_linear(
         COLUMNS,
         INNER,
         EVEN,
-        PRECISION,
         INTERPRETED,
     )
     r, c = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
@@ -188,7 +186,6 @@ def _grouped_linear_backward(
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
     EVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
     BAND: tl.constexpr,
 ):
@@ -211,7 +208,7 @@ def _grouped_linear_backward(
             right = tl.load(right_at + b, mask=there, other=0.0)
         if INTERPRETED:
             left, right = left.to(tl.float32), right.to(tl.float32)
-        value = tl.dot(left, right, value, input_precision=PRECISION)
+        value = tl.dot(left, right, value, input_precision="ieee")
         left_at += INNER
         right_at += INNER * inputs
     inside = (r < rows)[:, None] & (c < columns)[None, :]
@@ -262,7 +259,6 @@ def _expert_mixture_inference(
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
     EVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     # Programs side by side share their rows: x is the larger one, all weights fit the cache.
@@ -292,7 +288,6 @@ def _expert_mixture_inference(
             COLUMNS,
             INNER,
             EVEN,
-            PRECISION,
             INTERPRETED,
         )
         value += tl.load(bias + c, mask=c < columns, other=0.0).to(tl.float32)[None, :]
@@ -370,8 +365,7 @@ def relu_backward(grad: Tensor, y: Tensor, transposed: Tensor | None = None) -> 
 
 def _product_tile(x: Tensor, outputs: int) -> dict[str, Any]:
     """Constants of products x @ weight^T, x [N, B, I] and weight [E, outputs, I]."""
-    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    exact = x.dtype == torch.float32 and not tf32  # no tensor cores: every product takes registers
+    exact = x.dtype == torch.float32  # without tensor cores every product takes registers
     # Rows that are no multiple of 16 bytes are read number by number.
     inner = 64 if x.dtype.itemsize == 2 and x.shape[2] % 8 == 0 else 32
     columns = max(16, min(triton.next_power_of_2(outputs), 64 if exact else 128))
@@ -380,7 +374,6 @@ def _product_tile(x: Tensor, outputs: int) -> dict[str, Any]:
         "COLUMNS": columns,
         "INNER": inner,
         "EVEN": x.shape[2] % inner == 0,
-        "PRECISION": "ieee" if exact else "tf32",
         "INTERPRETED": x.is_cpu,
         "num_warps": 8,
         "num_stages": 3,
@@ -395,8 +388,8 @@ def _rows_aside(x: Tensor) -> Tensor:
 def grouped_linear(
     x: Tensor, reads: Sequence[int], weight: Tensor, bias: Tensor, relu: bool
 ) -> Tensor:
-    """Triton version of :func:`stem_fast.reference.grouped_linear` for x [N, B, I], in TF32 where
-    torch's products are; float64 goes to the reference."""
+    """Triton version of :func:`stem_fast.reference.grouped_linear` for x [N, B, I]; float64 goes to
+    the reference."""
     if x.dtype == torch.float64 or not x.numel():
         return reference.grouped_linear(x, reads, weight, bias, relu)
     x = _rows_aside(x)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from stem_fast.kernels import bit_masks
+from stem_fast.kernels import bit_masks, require, require_one_device
 from torch import Tensor
 
 TILE = 1024  # values of a tile of rows, 8 a thread: addresses take registers too
@@ -114,11 +114,11 @@ def _pool(
         row = tl.minimum(tl.maximum(row, 0), rows - 1)
         value = _read(weight, row, real, SPACES, DIM, SP, DP, SUM)
         if WEIGHTED:
-            factor = tl.load(weights + at, mask=at < end, other=0.0).to(SUM)
+            factor = tl.load(weights + at, mask=real, other=0.0).to(SUM)  # padding's may be NaN
             value *= factor[:, None, None]
         total += tl.sum(value, axis=0)
         count += tl.sum(real.to(tl.int64), axis=0)
-    if (mean >> field) & 1 != 0:
+    if (tl.cast(mean, tl.int64) >> field) & 1 != 0:
         total /= tl.maximum(count, 1).to(SUM)
     slot = sample * slots + fields + field + tl.zeros([1], dtype=tl.int64)
     _write(total[None, :, :], slot, slot >= 0, x, z, sums, stride, SPACES, DIM, SP, DP, SUMS)
@@ -290,11 +290,30 @@ def lookup(
     mean: int,
 ) -> tuple[Tensor, Tensor]:
     """Triton version of :func:`stem_fast.reference.lookup` (same arguments and result)."""
+    fits = weight.dim() == 2 and spaces > 0 and weight.shape[1] % spaces == 0
+    require(fits, f"lookup: weight must be [R, G*D] with G = {spaces}")
+    require(
+        ids.dim() == 2 and offsets.shape == ids.shape[1:],
+        "lookup: ids must be [B, F] and offsets [F]",
+    )
+    require(offsets.dtype == torch.int64, "lookup: offsets must be int64")
+    for mask in sums:
+        fits = 0 < mask < 1 << spaces
+        require(fits, f"lookup: a sum must name some of the {spaces} spaces; it is {mask}")
     batch, fields = ids.shape
+    if bags:
+        rows, bounds, *weights = bags
+        fits = rows.dim() == 1 and bounds.dim() == 2 and bounds.shape[1] == batch + 1
+        fits = fits and bounds.dtype == torch.int64 and len(weights) <= 1
+        form = "rows [n], int64 bounds [S, B+1] and perhaps weights [n]"
+        require(fits, f"lookup: bags must be {form}")
+        for each in weights:
+            fits = each.shape == rows.shape
+            require(fits, f"lookup: the weights of bags must be [n], n = {len(rows)}")
+    require_one_device("lookup", weight, ids, offsets, *bags)
     sequences = len(bags[1]) if bags else 0
     dim = weight.shape[1] // spaces
-    if weight.shape[1] % spaces or not all(0 < mask < 1 << spaces for mask in sums):
-        raise ValueError(f"lookup: weight {list(weight.shape)}, sums {sums} of {spaces} spaces")
+    require(len(weight) > 0 or not batch * (fields + sequences), "lookup: the arena has no rows")
     width = (fields + sequences) * dim
     x, z = weight.new_empty(spaces, batch, width), weight.new_empty(len(sums), batch, width)
     weight, masks = weight.contiguous(), bit_masks(weight.device, *sums)
@@ -351,11 +370,20 @@ def row_gradients(
     dim: int,
 ) -> Tensor:
     """Triton version of :func:`stem_fast.reference.row_gradients`."""
+    fits = grad_x.dim() == 3 and dim > 0 and grad_x.shape[2] % dim == 0
+    fits = fits and grad_z.shape == (len(sums), *grad_x.shape[1:]) and grad_z.dtype == grad_x.dtype
+    require(fits, f"row_gradients: gradients must be [G, B, C*D] of one type, D = {dim}")
+    fits = segments.dim() == sources.dim() == scales.dim() == 1 and len(segments) > 0
+    fits = fits and segments.dtype == sources.dtype == torch.int32 and scales.dtype == torch.float64
+    fits = fits and len(scales) in (0, len(sources))
+    require(fits, "row_gradients: segments, sources and scales must be a row plan's")
+    require_one_device("row_gradients", grad_x, grad_z, segments, sources, scales)
     spaces, unique, m = len(grad_x), len(segments) - 1, len(sources)
     out = grad_x.new_zeros(unique, spaces * dim)
     if not out.numel() or not m:
         return out
     grad_x, grad_z = grad_x.contiguous(), grad_z.contiguous()
+    segments, sources, scales = (each.contiguous() for each in (segments, sources, scales))
     sizes = _sizes(grad_x.dtype, spaces, dim, len(sums))
     tile = _chunk(sizes)
     chunks = triton.cdiv(m, CHUNK)
@@ -388,12 +416,16 @@ def row_gradients(
 
 def check_ids(ids: Tensor, sizes: Tensor, bad: Tensor) -> Tensor:
     """Triton version of :func:`stem_fast.reference.check_ids`."""
+    fits = ids.dim() == 2 and sizes.shape == bad.shape == ids.shape[1:] and bad.is_contiguous()
+    fits = fits and sizes.dtype == bad.dtype == torch.int64
+    require(fits, "check_ids: ids must be [B, F], sizes and bad int64 [F], bad contiguous")
+    require_one_device("check_ids", ids, sizes, bad)
     ids = ids.contiguous()
     out = torch.empty_like(ids)
     if out.numel():
         block = 256
         with torch.cuda.device_of(ids):
             _check_ids[(triton.cdiv(out.numel(), block),)](
-                ids, sizes, bad, out, out.numel(), ids.shape[1], BLOCK=block
+                ids, sizes.contiguous(), bad, out, out.numel(), ids.shape[1], BLOCK=block
             )
     return out

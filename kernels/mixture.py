@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from stem_fast.kernels import bit_masks
+from stem_fast.kernels import bit_masks, require, require_one_device
 from torch import Tensor
 
 # Values of a [KP, ROWS, COLUMNS] tile, 16 registers a thread of four warps: with 32 the backward
@@ -31,7 +31,7 @@ def _weights(
     top = tl.max(logit, axis=2)[:, :, None]
     p = tl.where(seen, tl.exp(logit - tl.where(seen, top, 0.0)), 0.0)
     total = tl.sum(p, axis=2)[:, :, None]
-    return p / tl.where(total > 0, total, 1.0), place, inside
+    return p / tl.where(total == 0, 1.0, total), place, inside  # NaN stays NaN
 
 
 @triton.jit
@@ -131,10 +131,17 @@ def _mixture_backward(
     tl.store(dlogits + place, (p * (dp - mean)).to(dlogits.dtype.element_ty), mask=real)
 
 
-def _sizes(y: Tensor, logits: Tensor) -> dict[str, object]:
+def _sizes(
+    y: Tensor, logits: Tensor, see: Sequence[int], learn: Sequence[int]
+) -> dict[str, object]:
     """Sizes and compile-time constants that both kernels take."""
+    fits = y.dim() == logits.dim() == 3 and logits.shape[1:] == (y.shape[1], y.shape[0])
+    require(fits, "mixture: y must be [E, B, H] and logits [K, B, E]")
+    require_one_device("mixture", y, logits)
     experts, batch, width = y.shape
     gates = logits.shape[0]
+    fits = len(see) == len(learn) == gates
+    require(fits, f"mixture: see and learn need a mask for each of {gates} gates")
     kp, ep = triton.next_power_of_2(gates), triton.next_power_of_2(experts)
     columns = min(triton.next_power_of_2(width), max(32, min(512, TILE // kp)))
     return {
@@ -154,7 +161,7 @@ def _sizes(y: Tensor, logits: Tensor) -> dict[str, object]:
 
 def mixture(y: Tensor, logits: Tensor, see: Sequence[int], learn: Sequence[int]) -> Tensor:
     """Triton version of :func:`stem_fast.reference.mixture` (same arguments and result)."""
-    sizes = _sizes(y, logits)
+    sizes = _sizes(y, logits, see, learn)
     out = y.new_empty(len(logits), *y.shape[1:])
     if out.numel():
         blocks = triton.cdiv(y.shape[1], sizes["ROWS"]), triton.cdiv(y.shape[2], sizes["COLUMNS"])
@@ -174,7 +181,10 @@ def mixture_backward(
     relu: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Triton version of :func:`stem_fast.reference.mixture_backward`."""
-    sizes = _sizes(y, logits)
+    sizes = _sizes(y, logits, see, learn)
+    fits = grad.shape == (len(logits), *y.shape[1:]) and grad.dtype == y.dtype
+    require(fits, "mixture: the gradient must be [K, B, H] of y's type")
+    require_one_device("mixture", y, grad)
     y, logits = y.contiguous(), logits.contiguous()
     dy, dlogits = torch.empty_like(y), torch.empty_like(logits)
     if dy.numel():

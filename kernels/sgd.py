@@ -6,7 +6,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from stem_fast.kernels.rows import row_constants
+from stem_fast.kernels import require
+from stem_fast.kernels.rows import check_steps, row_constants, row_count
 from torch import Tensor
 
 COLUMNS = tl.constexpr(7)  # of the table of steps, see stem_fast.optim.Products
@@ -22,6 +23,7 @@ def _sgd_rows(
     grad,  # [U, width]
     steps,  # [N, COLUMNS]
     clock,  # [2]
+    size,  # R
     width,
     lines,  # N
     MOMENTUM: tl.constexpr,  # whether there is a momentum_buffer
@@ -33,9 +35,10 @@ def _sgd_rows(
     u = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + u) if NAMED else u
     base, now = tl.load(clock), tl.load(clock + 1)
-    made = tl.maximum(tl.load(last + row).to(tl.int64), base)
-    # Row 0 is padding where rows are named: a plan repeats it.
-    if (made < now) & ((row != 0) | (not NAMED)) & (now - base < lines):
+    # Row 0 is padding where rows are named: a plan repeats it. No row leaves the table.
+    real = (row < size) & ((row > 0) | (not NAMED)) & (now - base < lines)
+    made = tl.maximum(tl.load(last + row, mask=real, other=0).to(tl.int64), base)
+    if real & (made < now):
         # What steps without a gradient do to (w, b).
         line, end = made - base, now - base
         ww = tl.full([], 1.0, tl.float64)
@@ -84,7 +87,12 @@ def sgd_rows(
     clock: Tensor,
 ) -> None:
     """Triton version of :func:`stem_fast.reference.sgd_rows`."""
-    count = len(weight) if rows is None else len(rows)
+    buffers = () if momentum_buffer is None else (momentum_buffer,)
+    count = row_count("sgd_rows", rows, grad, weight, *buffers, last)
+    for buffer in buffers:
+        fits = buffer.shape == weight.shape
+        require(fits, f"sgd_rows: momentum_buffer must be as weight, {list(weight.shape)}")
+    check_steps("sgd_rows", weight, last, steps, COLUMNS.value, clock)
     if not count or not weight.shape[1]:
         return
     with torch.cuda.device_of(weight):
@@ -96,6 +104,7 @@ def sgd_rows(
             weight if grad is None else grad.contiguous(),
             steps,
             clock,
+            size=len(weight),
             width=weight.shape[1],
             lines=len(steps),
             MOMENTUM=momentum_buffer is not None,

@@ -71,13 +71,13 @@ class Inference:
         """Probabilities (for regression tasks: values) [B, T], of the model's type (fp64: float64);
         arguments and errors as for the model's call."""
         if self.device.type != "cuda":
-            with self.lock:
-                self.model.embedding.flush()
-            return self._run(ids, numeric, sequences)
+            return self._now(ids, numeric, sequences)
         tensors, names = [ids] if numeric is None else [ids, numeric], []
         for name, given in (sequences or {}).items():
             names.append((name, isinstance(given, Tensor)))
             tensors += [given] if isinstance(given, Tensor) else _with_room(*given)
+        if not ops.capturable():
+            return self._now(*self._given(tensors, numeric is None, names))
         kind = (
             self.model.embedding.weight.data_ptr(),  # elsewhere if the model was moved
             numeric is None,
@@ -97,21 +97,35 @@ class Inference:
         self, tensors: Sequence[Tensor], no_numeric: bool, names: Sequence[tuple[str, bool]]
     ) -> _Graph:
         own = [tensor.to(self.device, copy=True) for tensor in tensors]
-        parts = iter(own)
-        ids, numeric = next(parts), None if no_numeric else next(parts)
-        sequences = {
-            name: next(parts) if padded else (next(parts), next(parts)) for name, padded in names
-        }
+        given = self._given(own, no_numeric, names)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # what is wrong is raised here, and kernels are compiled
-            self._run(ids, numeric, sequences)
+            self._run(*given)
         graph = torch.cuda.CUDAGraph()
         # Other threads may go on.
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            out = self._run(ids, numeric, sequences)
+            out = self._run(*given)
         torch.cuda.current_stream().wait_stream(stream)
         return _Graph(graph, own, out, torch.cuda.Event())
+
+    def _given(
+        self, tensors: Sequence[Tensor], no_numeric: bool, names: Sequence[tuple[str, bool]]
+    ) -> tuple[Tensor, Tensor | None, Sequences]:
+        """A request's tensors, on the device, as the model takes them."""
+        parts = (tensor.to(self.device) for tensor in tensors)
+        ids, numeric = next(parts), None if no_numeric else next(parts)
+        return (
+            ids,
+            numeric,
+            {n: next(parts) if padded else (next(parts), next(parts)) for n, padded in names},
+        )
+
+    def _now(self, ids: Tensor, numeric: Tensor | None, sequences: Sequences | None) -> Tensor:
+        """A request without a graph."""
+        with self.lock:
+            self.model.embedding.flush()
+        return self._run(ids, numeric, sequences)
 
     @torch.no_grad()
     def _run(self, ids: Tensor, numeric: Tensor | None, sequences: Sequences | None) -> Tensor:

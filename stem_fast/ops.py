@@ -550,7 +550,8 @@ def _load_cuda() -> str:
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
-        return "in use on cuda"  # what follows has no C++: the references wait for the device
+        # What follows has no C++.
+        return "in use on cuda, plans and schedules by the reference (triton is not installed)"
     for module, names in (
         (row_plan, ("row_plan",)),
         (adam, ("adam_schedule", "adam_leap")),
@@ -590,3 +591,8 @@ _states = _load(os.environ.get("STEM_FAST_BACKEND", "auto"))
 def backends() -> dict[str, str]:
     """State of every backend: "in use on cpu" or "in use on cuda", or why it is not."""
     return dict(_states)
+
+
+def capturable() -> bool:
+    """Whether a CUDA graph can hold the ops: references wait for the device, which it cannot."""
+    return "in use on cuda" in _states.values()

@@ -53,9 +53,14 @@ def tf32(precision: str) -> Iterator[None]:
         yield
         return
     products = torch.backends.cuda.matmul
-    before = products.allow_tf32
+    before = products.fp32_precision
+    if before == "tf32":
+        yield
+        return
+    # torch has an older switch too, and refuses to read it while the two differ: this sets both.
     products.allow_tf32 = True
     try:
         yield
     finally:
-        products.allow_tf32 = before
+        products.allow_tf32 = False
+        products.fp32_precision = before

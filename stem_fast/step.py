@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stem_fast import ops
 from stem_fast.config import TrainingConfig
 from stem_fast.data import Batch
 from stem_fast.layers import has_batch_norm, runs_ahead
@@ -196,7 +197,8 @@ class TrainStep:
     on the GPU, which a graph reads), of what is trained or of its place in memory begins anew, as a
     longer sequence than all before does; what changes at every step is never captured. Other
     batches (the last of an epoch), those of a model in evaluation mode, and all batches on the CPU
-    are trained as they are always. The steps are the same either way.
+    (on a GPU, too, without a backend for it) are trained as they are always. The steps are the same
+    either way.
 
     Args:
         model: on the device of its batches.
@@ -247,7 +249,7 @@ class TrainStep:
 
     def _capturable(self, batch: Batch) -> bool:
         whole = len(batch.ids) == self.config.batch_size
-        return batch.ids.is_cuda and whole and self.model.training
+        return batch.ids.is_cuda and ops.capturable() and whole and self.model.training
 
     def _kept(self) -> list[Any]:
         """What a graph keeps as it was: options, what is trained, and where tensors are."""

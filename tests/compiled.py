@@ -153,16 +153,13 @@ def sources() -> dict[str, tuple[ASTSource, int]]:
                     constants |= {"width": 1, "batch": 1, "blocks": 1}
                 code = source(kernel, tensors, constants, aligned=width == 512)
                 found[f"{kernel.fn.__name__} {name} O={width}"] = code, 4
-        for inputs, outputs, tf32 in ((512, 512, True), (512, 512, False), (77, 10, True)):
-            if dtype == torch.bfloat16 and not tf32:
-                continue  # it is the same
+        for inputs, outputs in ((512, 512), (77, 10)):
             x = torch.empty(10, 4096, inputs, dtype=dtype, device="meta")
-            torch.backends.cuda.matmul.allow_tf32 = tf32
             constants = linear._product_tile(x, outputs) | {"RELU": True, "BAND": 8}
             warps = constants["num_warps"]
             tensors = dict.fromkeys(("x", "weight", "bias", "y"), name) | {"reads": "*i64"}
             code = source(linear._grouped_linear, tensors, constants, aligned=inputs % 16 == 0)
-            found[f"_grouped_linear {name} I={inputs} O={outputs} tf32={tf32}"] = code, warps
+            found[f"_grouped_linear {name} I={inputs} O={outputs}"] = code, warps
             for gates in (2, linear.GATES):
                 constants = linear._mixture_tile(x, outputs, gates)
                 tensors |= {"out": name, "p": "*fp32"}
@@ -170,7 +167,7 @@ def sources() -> dict[str, tuple[ASTSource, int]]:
                     linear._expert_mixture_inference, tensors, constants, aligned=inputs % 16 == 0
                 )
                 title = f"_expert_mixture_inference {name} I={inputs} O={outputs} K={gates}"
-                found[f"{title} tf32={tf32}"] = code, warps
+                found[title] = code, warps
         # Triton makes a constant of a size that is 1: one sample, a tower's output, one expert.
         ones = dict.fromkeys(("batch", "outputs", "experts"), 1)
         constants |= ones | {"RELU": True, "BAND": 8}

@@ -104,20 +104,6 @@ def test_both_ways_of_a_layer(reads: tuple[int, ...], monkeypatch: pytest.Monkey
             torch.testing.assert_close(actual, expected)
 
 
-def test_tensor_cores_are_for_short_numbers() -> None:
-    switch = torch.backends.cuda.matmul
-    before = switch.allow_tf32
-    try:
-        for tf32 in (False, True):
-            switch.allow_tf32 = tf32
-            assert batched.fused(torch.bfloat16)
-            assert batched.fused(torch.float16)
-            assert batched.fused(torch.float32) == tf32
-            assert not batched.fused(torch.float64)
-    finally:
-        switch.allow_tf32 = before
-
-
 @pytest.mark.parametrize("device", DEVICES[1:])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_step_can_be_captured(autocast: bool, device: str) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import cases, contenders, memory, peers, peers_report, run, test_ops, turns
+from bench.ops import lookup, mixture
 from stem_fast.model import MODELS, STEMNet
 
 ROOT = Path(__file__).parents[1]
@@ -57,13 +58,13 @@ def test_bytes_are_those_of_the_shapes() -> None:
         4 * s.tasks * s.batch * s.experts,
         4 * s.tasks * s.batch * s.width,
     )
-    assert cases.mixture_forward(s, "cpu").moved == experts + logits + out
-    assert cases.mixture_forward_backward(s, "cpu").moved == 3 * (experts + logits) + 2 * out
+    assert mixture.mixture_forward(s, "cpu").moved == experts + logits + out
+    assert mixture.mixture_forward_backward(s, "cpu").moved == 3 * (experts + logits) + 2 * out
     x, z = (4 * n * s.batch * s.fields * s.dim for n in (s.spaces, s.tasks))
     ids = 8 * s.batch * s.fields
-    assert cases.lookup_forward(s, "cpu").moved == 2 * x + z + ids
+    assert lookup.lookup_forward(s, "cpu").moved == 2 * x + z + ids
     arena = 4 * s.rows * s.spaces * s.dim
-    assert cases.lookup_backward(s, "cpu").moved == x + z + ids + arena
+    assert lookup.lookup_backward(s, "cpu").moved == x + z + ids + arena
 
 
 def test_ids_are_in_their_fields_and_follow_zipf() -> None:
@@ -84,7 +85,7 @@ class Clock:
 
 
 def test_a_wrong_result_is_never_timed() -> None:
-    case = cases.mixture_forward(TINY, "cpu")
+    case = mixture.mixture_forward(TINY, "cpu")
     right = case.contenders[cases.OURS]().run
     case.contenders["wrong"] = lambda: cases.Contender(lambda: right() * 1.001)
     entry, clock = test_ops.Entry(case, {}, set()), Clock()

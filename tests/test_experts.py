@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import Ops, assert_within, stem_masks
+from cases import Ops, assert_within
+from cases.mixture import stem_masks
 from torch import Tensor, nn
 
 from stem_fast import batched, ops

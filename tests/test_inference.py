@@ -11,7 +11,7 @@ import torch
 from cases import assert_within
 from torch import nn
 
-from stem_fast import batched, inference
+from stem_fast import batched, inference, ops
 from stem_fast.model import MODELS, STEMNet
 from stem_fast.schema import DataError
 
@@ -67,7 +67,7 @@ def as_on_cuda(compiled: inference.Inference) -> None:
     [
         ("fp32", False, False),
         ("fp32", True, False),
-        ("fp32", True, True),  # as in tf32
+        ("fp32", True, True),
         ("bf16", False, True),
         ("bf16", True, True),
     ],
@@ -189,9 +189,15 @@ def test_what_is_wrong_is_refused() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp64"])
-def test_requests_are_graphs_on_a_gpu(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the CPU or the device, of sizes that come again, more of them than graphs are kept."""
-    monkeypatch.setattr(inference, "GRAPHS", 2)
+@pytest.mark.parametrize("graphs", [2, 0])
+def test_requests_are_graphs_on_a_gpu(
+    precision: str, graphs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the CPU or the device, of sizes that come again, more of them than graphs are kept; or
+    without graphs, as on references."""
+    monkeypatch.setattr(inference, "GRAPHS", graphs)
+    if not graphs:
+        monkeypatch.setattr(ops, "capturable", lambda: False)
     model, batch = build("stem")
     exact, model = copy.deepcopy(model).double(), model.cuda()
     compiled = model.compile_inference(precision)
@@ -206,7 +212,7 @@ def test_requests_are_graphs_on_a_gpu(precision: str, monkeypatch: pytest.Monkey
         assert actual.is_cuda
         expected = exact.predict(ids, numeric.double(), sequences)
         torch.testing.assert_close(actual.double().cpu(), expected, rtol=bound, atol=bound)
-    assert len(compiled.graphs) == 2
+    assert len(compiled.graphs) == graphs
     with torch.no_grad():
         model.embedding.weight.mul_(2)
         exact.embedding.weight.mul_(2)

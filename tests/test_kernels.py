@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,39 +13,32 @@ from typing import Any
 
 import pytest
 import torch
-from cases import (
-    ADAGRADS,
+from cases import assert_within, to
+from cases.adagrad import ADAGRADS, AdagradCase, check_adagrad_rows
+from cases.adam import (
     ADAMS,
-    EXPERT_MIXTURES,
-    GROUPS,
     LEAPS,
-    LINEARS,
-    LOOKUPS,
-    LOSSES,
-    MIXTURES,
     SCHEDULES,
-    SGDS,
-    AdagradCase,
     AdamCase,
-    LookupCase,
-    LossCase,
-    MixtureCase,
     ScheduleCase,
-    SgdCase,
-    assert_within,
-    check_adagrad_rows,
     check_adam_leap,
     check_adam_rows,
     check_adam_schedule,
+)
+from cases.linear import (
+    EXPERT_MIXTURES,
+    GROUPS,
+    LINEARS,
     check_bias_relu,
     check_expert_mixture_inference,
     check_grouped_linear,
     check_grouped_linear_backward,
     check_relu_backward,
-    check_sgd_rows,
-    check_task_losses,
-    to,
 )
+from cases.lookup import LOOKUPS, LookupCase
+from cases.loss import LOSSES, LossCase, check_task_losses
+from cases.mixture import MIXTURES, MixtureCase, check_not_a_number
+from cases.sgd import SGDS, SgdCase, check_sgd_rows
 
 from stem_fast import reference
 
@@ -92,7 +86,7 @@ def check_row_plan(*arguments: Any) -> tuple[Any, Any]:
     assert (plan[1][unique:] == read).all()
     ids, offsets, *rest = arguments
     narrow = row_plan.row_plan(ids, offsets.int(), *rest)
-    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(narrow, plan, strict=True))
+    torch.testing.assert_close(narrow, plan, rtol=0, atol=0, equal_nan=True)
     return plan, expected
 
 
@@ -163,6 +157,10 @@ def test_mixture_and_its_gradients(case: MixtureCase, dtype: torch.dtype) -> Non
         )
 
 
+def test_a_logit_that_is_not_a_number_shows() -> None:
+    check_not_a_number(mixture.mixture, mixture.mixture_backward, DEVICE)
+
+
 @pytest.mark.parametrize("shape", GROUPS)
 @dtypes
 def test_relu_backward(shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -220,6 +218,77 @@ def test_what_is_changed_in_place_must_be_contiguous() -> None:
         linear.bias_relu(y, bias, True)
     with pytest.raises(RuntimeError, match="grad is changed in place and must be contiguous"):
         linear.relu_backward(y, y.contiguous())
+
+
+OPTIMIZERS = [
+    (adam.adam_rows, ADAMS["early"], {"grads": True}),
+    (sgd.sgd_rows, SGDS["momentum and l2"], {"grads": True}),
+    (adagrad.adagrad_rows, ADAGRADS["narrow, all sums"], {}),
+]
+
+
+@pytest.mark.parametrize(("run", "case", "options"), OPTIMIZERS)
+def test_a_row_outside_the_table_changes_nothing(run: Any, case: Any, options: Any) -> None:
+    """Nor where it would be, if the table went on."""
+    arguments = to(DEVICE, case.arguments(**options))
+    place = next(i for i, a in enumerate(arguments) if a is not None and a.dtype == torch.int64)
+    rows, size = arguments[place], len(arguments[0])
+    wide = [a.new_full((3 * size, *a.shape[1:]), 7) for a in arguments[:place]]
+    for i, each in enumerate(wide):
+        each[size : 2 * size] = arguments[i]
+        arguments[i] = each[size : 2 * size]
+    before = [each.clone() for each in wide]
+    rows[:] = torch.where(torch.arange(len(rows), device=DEVICE) % 2 == 0, size + 1, -2)
+    run(*arguments)
+    for each, as_it_was in zip(wide, before, strict=True):
+        assert torch.equal(each, as_it_was)
+
+
+X, PLAN = torch.zeros(2, 2, 3), (torch.tensor([0, 2]).int(), torch.tensor([0, 1]).int())
+NONE = torch.empty(0, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("run", "arguments", "message"),
+    [
+        (mixture.mixture, (X, torch.zeros(1, 3, 2), [3], [3]), "logits [K, B, E]"),
+        (mixture.mixture, (X, torch.zeros(1, 2, 3), [3], [3]), "logits [K, B, E]"),
+        (mixture.mixture, (X, torch.zeros(2, 2, 2), [3], [3, 3]), "a mask for each of 2 gates"),
+        (mixture.mixture_backward, (X, X, torch.zeros(1, 2, 2), [3], [3]), "gradient must be"),
+        (lookup.lookup, (X[0], PLAN[0][None], PLAN[0].long(), 2, [], [], 0), "G = 2"),
+        (lookup.lookup, (X[0], PLAN[0][None], torch.zeros(3).long(), 3, [], [], 0), "offsets [F]"),
+        (lookup.lookup, (X[0], PLAN[0][None], PLAN[0], 3, [], [], 0), "offsets must be int64"),
+        (lookup.lookup, (X[0], PLAN[0][None], PLAN[0].long(), 3, [8], [], 0), "it is 8"),
+        (lookup.lookup, (X[0, :0], PLAN[0][None], PLAN[0].long(), 3, [], [], 0), "has no rows"),
+        (lookup.row_gradients, (X, NONE, [1], *PLAN, NONE.double().ravel(), 3), "gradients must"),
+        (lookup.row_gradients, (X, NONE, [], *PLAN, torch.ones(1).double(), 3), "a row plan's"),
+        (
+            lookup.check_ids,
+            (PLAN[0][None], torch.ones(2).long(), torch.ones(2, 2).long()[:, 0]),
+            "bad contiguous",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(run: Any, arguments: Any, message: str) -> None:
+    """In the words of the C++, before a kernel reads elsewhere."""
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        run(*to(DEVICE, arguments))
+
+
+@pytest.mark.parametrize(("run", "case", "options"), OPTIMIZERS)
+@pytest.mark.parametrize("argument", range(5))
+def test_what_does_not_fit_a_table_is_refused(
+    run: Any, case: Any, options: Any, argument: int
+) -> None:
+    arguments = to(DEVICE, case.arguments(**options))
+    given = arguments[argument]
+    if given.dim() == 1:
+        changes = [given.half(), given[None]]
+    else:
+        changes = [given[:-1], given.mT.contiguous().mT if argument < 2 else given[:, 1:]]
+    for change in changes:
+        with pytest.raises(RuntimeError):
+            run(*arguments[:argument], change, *arguments[argument + 1 :])
 
 
 @pytest.mark.parametrize("case", ADAMS.values(), ids=ADAMS.keys())

@@ -7,7 +7,8 @@ import math
 
 import pytest
 import torch
-from cases import LOOKUPS, MIXTURES, LookupCase, MixtureCase
+from cases.lookup import LOOKUPS, LookupCase
+from cases.mixture import MIXTURES, MixtureCase
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor

@@ -417,6 +417,18 @@ def test_steps_of_models_with_batch_norm_and_dropout(options: dict[str, Any], de
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
+def test_without_a_backend_on_the_gpu_no_step_is_captured(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steps.ops, "capturable", lambda: False)
+    found = model().to(device)
+    step = steps.TrainStep(found, train.make_optimizers(found, config()), config())
+    for batch in data().batches(BATCH, device=device):
+        assert step(batch).isfinite()
+    assert step.graph is None
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
 @pytest.mark.parametrize("resident", [True, False])
 def test_fit_is_what_it_is_on_the_cpu(
     resident: bool, device: str, monkeypatch: pytest.MonkeyPatch

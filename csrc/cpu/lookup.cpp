@@ -288,8 +288,8 @@ struct Batch {
     const auto* bounds = static_cast<const int64_t*>(bags[1].const_data_ptr());
     for (int64_t s = 0; s < sequences; ++s) {
       for (int64_t b = 0; b <= batch; ++b) {
-        const int64_t low = b ? bounds[s * (batch + 1) + b - 1] : 0;
-        const int64_t bound = bounds[s * (batch + 1) + b];
+        const int64_t at = s * (batch + 1) + b;
+        const int64_t low = at ? bounds[at - 1] : 0, bound = bounds[at];
         STD_TORCH_CHECK(low <= bound && bound <= n, "lookup: bound ", bound, " of bag field ", s,
                         " at row ", b, " must be in ", low, "..", n);
       }

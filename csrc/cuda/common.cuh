@@ -140,6 +140,7 @@ void launch(const char* op, void (*kernel)(Parameters...), dim3 grid, dim3 block
   config.dynamicSmemBytes = shared;
   config.stream = static_cast<cudaStream_t>(stream);
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
+  if (error != cudaSuccess) cudaGetLastError();  // else who asks next is told of it again
   STD_TORCH_CHECK(error == cudaSuccess, op, ": the kernel was not launched: ",
                   cudaGetErrorString(error));
 }

@@ -30,7 +30,8 @@ def lookup(
         sums: K bit masks over the spaces; bit g says whether space g is in the sum.
         bags: sequences of S further fields: none, or (rows, bounds) or (rows, bounds, weights).
             rows: int32 or int64 [n], arena rows; 0 is padding and counts for nothing.
-            bounds: int64 [S, B+1]; bag (s, b) is ``rows[bounds[s, b] : bounds[s, b + 1]]``.
+            bounds: int64 [S, B+1]; bag (s, b) is ``rows[bounds[s, b] : bounds[s, b + 1]]``. Bags
+                of a field lie after those of the one before: no bound is below the last.
             weights: float [n], a constant factor of each row.
         mean: bit s says whether the bags of field s are divided by their count of rows that are
             not padding (FuxiCTR's MaskedAveragePooling; without: MaskedSumPooling).

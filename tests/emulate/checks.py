@@ -13,23 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from cases import (
-    ADAGRADS,
-    ADAMS,
-    LOOKUPS,
-    MIXTURES,
-    SGDS,
-    AdagradCase,
-    AdamCase,
-    LookupCase,
-    MixtureCase,
-    SgdCase,
-    check_adagrad_rows,
-    check_adam_rows,
-    check_sgd_rows,
-    stem_masks,
-    to,
-)
+from cases import to
+from cases.adagrad import ADAGRADS, AdagradCase, check_adagrad_rows
+from cases.adam import ADAMS, AdamCase, check_adam_rows
+from cases.lookup import LOOKUPS, LookupCase
+from cases.mixture import MIXTURES, MixtureCase, stem_masks
+from cases.sgd import SGDS, SgdCase, check_sgd_rows
 from torch import Tensor
 
 from stem_fast import backends, reference

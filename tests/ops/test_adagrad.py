@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import ADAGRADS, AdagradCase, check_adagrad_rows, cpp, devices, dtypes
+from cases import cpp, devices, dtypes
+from cases.adagrad import ADAGRADS, AdagradCase, check_adagrad_rows
 
 
 @devices

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import (
+from cases import cpp, devices, dtypes
+from cases.adam import (
     ADAMS,
     LEAPS,
     SCHEDULES,
@@ -15,9 +16,6 @@ from cases import (
     check_adam_leap,
     check_adam_rows,
     check_adam_schedule,
-    cpp,
-    devices,
-    dtypes,
 )
 
 

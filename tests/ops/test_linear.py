@@ -6,17 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from cases import (
-    DEVICES,
+from cases import DEVICES, cpp, devices, dtypes
+from cases.linear import (
     GROUPS,
     LINEARS,
     check_bias_relu,
     check_grouped_linear,
     check_grouped_linear_backward,
     check_relu_backward,
-    cpp,
-    devices,
-    dtypes,
 )
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPES, LOOKUPS, LookupCase, check_lookup, cpp, devices, dtypes, to
+from cases import DTYPES, cpp, devices, dtypes, to
+from cases.lookup import LOOKUPS, LookupCase, check_lookup
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -122,6 +123,10 @@ BAGS = [torch.tensor([1, 2]), torch.tensor([[0, 1, 2]])]
         (
             {"bags": [BAGS[0], torch.tensor([[0, 2, 1]])]},
             r"bound 1 of bag field 0 at row 2 must be in 2\.\.2",
+        ),
+        (
+            {"bags": [BAGS[0], torch.tensor([[0, 1, 2], [1, 2, 2]])]},
+            r"bound 1 of bag field 1 at row 0 must be in 2\.\.2",
         ),
         (
             {"bags": [BAGS[0], torch.tensor([[0, 1, 3]])]},

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import LOSSES, LossCase, check_task_losses, devices, dtypes, to
+from cases import devices, dtypes, to
+from cases.loss import LOSSES, LossCase, check_task_losses
 from torch.nn import functional as F
 
 from stem_fast import ops, reference

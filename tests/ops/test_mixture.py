@@ -4,19 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import (
-    DTYPES,
-    EXPERT_MIXTURES,
-    MIXTURES,
-    MixtureCase,
-    assert_within,
-    check_expert_mixture_inference,
-    check_mixture,
-    cpp,
-    devices,
-    dtypes,
-    to,
-)
+from cases import DTYPES, assert_within, cpp, devices, dtypes, to
+from cases.linear import EXPERT_MIXTURES, check_expert_mixture_inference
+from cases.mixture import MIXTURES, MixtureCase, check_mixture, check_not_a_number
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -114,6 +104,12 @@ def test_mixture_refuses_other_sizes(experts: int, gates: int, width: int) -> No
     y, logits = torch.zeros(experts, 4, width), torch.zeros(gates, 4, experts)
     with pytest.raises(ValueError, match="1 to 64 experts, 1 to 16 gates and a width above 0"):
         ops.mixture(y, logits, [1] * gates, [1] * gates)
+
+
+@devices
+def test_a_logit_that_is_not_a_number_shows(device: str) -> None:
+    op = torch.ops.stem_fast
+    check_not_a_number(op.mixture, op.mixture_backward, device)
 
 
 @devices

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import SGDS, SgdCase, check_sgd_rows, cpp, devices, dtypes
+from cases import cpp, devices, dtypes
+from cases.sgd import SGDS, SgdCase, check_sgd_rows
 
 
 @devices
