@@ -518,11 +518,9 @@ def adam_rows(
 ) -> None:
     """Triton version of :func:`stem_fast.reference.adam_rows`."""
     count = row_count("adam_rows", rows, grad, weight, exp_avg, exp_avg_sq, last)
-    fits = exp_avg.shape == exp_avg_sq.shape == weight.shape and exp_avg.dtype == exp_avg_sq.dtype
-    require(
-        fits,
-        f"adam_rows: exp_avg and exp_avg_sq must be as weight, {list(weight.shape)}, of one type",
-    )
+    fits = exp_avg.shape == exp_avg_sq.shape == weight.shape
+    require(fits, f"adam_rows: exp_avg and exp_avg_sq must be as weight, {list(weight.shape)}")
+    require(exp_avg_sq.itemsize >= 4, "adam_rows: exp_avg_sq must be float32 or float64")
     check_steps("adam_rows", weight, last, steps, COLUMNS.value, clock)
     lines = POLYNOMIALS.value + len(steps) // LEAP.value
     fits = leaps.dim() == 2 and len(leaps) >= lines and leaps.shape[1] == LEAP_COLUMNS.value

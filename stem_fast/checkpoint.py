@@ -53,9 +53,15 @@ def create_run(
     path = Path(path).absolute()
     prepare(path, overwrite=overwrite)
     _refuse_mismatch(path, model, encoding)
+    names = [name for name, kind in MODELS.items() if kind is type(model)]
+    if not names:
+        raise DataError(
+            f"a run holds one of {', '.join(MODELS)}, and this is a {type(model).__name__}: keep "
+            "its state_dict() yourself."
+        )
     config = {
         "version": VERSION,
-        "model": next(name for name, kind in MODELS.items() if kind is type(model)),
+        "model": names[0],
         "config": model.config,
         "training": dataclasses.asdict(training),
     }
@@ -171,8 +177,7 @@ def load_run(
     contradict each other (tensors missing, left over or of another shape).
     """
     path = Path(path)
-    if not path.is_dir():
-        raise DataError(f"no run folder {path}: name the folder that `stem-fast fit --out` made.")
+    require_folder(path)
     missing = [name for name in (WEIGHTS, SCHEMA, CONFIG) if not (path / name).is_file()]
     if missing:
         raise DataError(f"{path} is not a complete run: it lacks {', '.join(missing)}.")
@@ -186,6 +191,12 @@ def load_run(
     _refuse_mismatch(path, model, encoding)
     model.load_state_dict(_read_weights(path / WEIGHTS, model))
     return model.to(device).eval(), encoding, training
+
+
+def require_folder(path: Path) -> None:
+    """Raises DataError for a run folder that is not there."""
+    if not path.is_dir():
+        raise DataError(f"no run folder {path}: name the folder that `stem-fast fit --out` made.")
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -366,6 +366,7 @@ def evaluate(
 ) -> None:
     """Score a run on labelled data."""
     _refuse_folder(json)
+    _refuse_source("--json", json, table, join)
     model, encoding, config = checkpoint.load_run(run, _device(device))
     check_precision(precision or config.precision, _device(device))
     with report.console().status(f"evaluating {table}"):
@@ -395,8 +396,9 @@ def predict(
 ) -> None:
     """Write one column a task, probabilities (values of regression tasks), rows in order."""
     writers = {".parquet": pyarrow.parquet.write_table, ".csv": pyarrow.csv.write_csv}
-    if out.suffix not in writers:
+    if out.suffix.lower() not in writers:
         raise DataError(f"--out is {out}: name a .parquet or .csv file.")
+    _refuse_source("--out", out, table, join)
     model, encoding, config = checkpoint.load_run(run, _device(device))
     check_precision(precision or config.precision, _device(device))
     with report.console().status(f"predicting {table}"):
@@ -410,21 +412,34 @@ def predict(
         )
     columns = dict(zip(encoding.schema.tasks, predictions.T, strict=True))
     with checkpoint.replacing(out) as partial:
-        writers[out.suffix](pa.table(columns), partial)
+        writers[out.suffix.lower()](pa.table(columns), partial)
     report.console().print(f"{len(rows):,} rows of {', '.join(columns)} written to {out}")
 
 
 def _print_metrics(result: dict[str, Any], title: str, group: str | None) -> None:
     report.print_metrics(result, title)
-    without = [task for task, values in result["tasks"].items() if values.get("gauc", 0) is None]
-    if without:
-        why = "the run has no --group" if group is None else f"no {group} has both classes"
-        report.console().print(f"no gauc for {', '.join(without)}: {why}")
+    reasons: dict[str, list[str]] = {}
+    for task, values in result["tasks"].items():
+        if values.get("gauc", 0) is None:
+            why = "the run has no --group" if group is None else f"no {group} has both classes"
+            why = "no row has the label" if values["logloss"] is None else why
+            reasons.setdefault(why, []).append(task)
+    for why, tasks in reasons.items():
+        report.console().print(f"no gauc for {', '.join(tasks)}: {why}")
 
 
 def _refuse_folder(json: Path | None) -> None:
     if json is not None and json.is_dir():
         raise DataError(f"--json is {json}, a folder: name a file.")
+
+
+def _refuse_source(option: str, out: Path | None, table: Path, join: list[str] | None) -> None:
+    """An output that would replace what it is made from."""
+    sources = [table, *(Path(each.path) for each in _joins(join))]
+    if out is not None and any(
+        each.resolve() in (out.resolve(), *out.resolve().parents) for each in sources
+    ):
+        raise DataError(f"{option} is {out}, which is read: name another file.")
 
 
 def _joins(texts: list[str] | None) -> tuple[data.Join, ...]:
@@ -441,6 +456,7 @@ def compare(
     names = [run.name for run in runs]
     rows = {}
     for run in runs:
+        checkpoint.require_folder(run)
         model = checkpoint.read_config(run)["model"]
         name = run.name if names.count(run.name) == 1 else str(run)
         rows[name] = (model, checkpoint.read_metrics(run))

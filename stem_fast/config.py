@@ -273,7 +273,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, no such date
         raise DataError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise DataError(f"{path} must hold `key: value` lines, found {content!r}.")
+        found = str(content)
+        found = f"{found[:60]!r} ..." if len(found) > 60 else repr(found)
+        raise DataError(f"{path} must hold `key: value` lines, found {found}.")
     return content
 
 

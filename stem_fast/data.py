@@ -26,7 +26,7 @@ from stem_fast.cache import Writer, cache_root, read_entry, write_entry
 from stem_fast.schema import DataError, Encoding, Schema, SequenceField, table_owners
 from stem_fast.tables import TEXT, Block, Join, Table, read_blocks
 
-CACHE_VERSION = 1  # a part of every cache key: raise it when the encoded form changes
+CACHE_VERSION = 2  # a part of every cache key: raise it when the encoded form changes
 MERGE_ROWS = 1 << 20  # counts kept unmerged beyond what merging would leave
 
 

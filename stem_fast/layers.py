@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import Any, Literal, Protocol
 
 import torch
@@ -94,7 +95,7 @@ class EmbeddingArena(nn.Module):
         self.tables: dict[str, slice] = {}
         rows = 0
         for name, size in {**vocab_sizes, **own}.items():
-            if size < 1:
+            if not isinstance(size, Integral) or size < 1:
                 raise ValueError(f"field {name!r}: a vocabulary of {size} rows")
             self.tables[name] = slice(rows, rows + size)
             rows += size
@@ -211,7 +212,9 @@ class EmbeddingArena(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """What copies are made from: the optimizer is the original's."""
         self.flush()
-        return {key: value for key, value in self.__dict__.items() if key != "optimizer"}
+        kept = {key: value for key, value in self.__dict__.items() if key != "optimizer"}
+        # It was the optimizer that asked for sparse gradients.
+        return kept if self.optimizer is None else kept | {"sparse": False}
 
     def raise_bad_ids(self) -> None:
         """On CUDA, wait for the device and raise IndexError for the first id that was outside its

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,37 @@ class Wiring:
     see: tuple[int, ...]  # mixture -> experts in it (forward); one each where there are no gates
     learn: tuple[int, ...]  # mixture -> experts it teaches (backward)
     towers: tuple[int, ...]  # task -> mixture its tower reads
+
+    def check(self, tasks: int) -> None:
+        """Raises ValueError where parts don't fit together, or a mixture is of nothing."""
+        inputs, experts, mixtures = len(self.spaces), len(self.reads), len(self.see)
+        every = (1 << experts) - 1
+        for name, given, due in (
+            ("towers", len(self.towers), tasks),
+            ("learn", len(self.learn), mixtures),
+            ("gates", len(self.gates) or mixtures, mixtures),
+        ):
+            if given != due:
+                raise ValueError(f"wire: {name} are {given}, {due} are due")
+        for name, places, end in (
+            ("reads", self.reads, inputs),
+            ("gates", [i for gate in self.gates for i in gate], inputs),
+            ("towers", self.towers, mixtures),
+        ):
+            for place in places:
+                if not 0 <= place < end:
+                    raise ValueError(f"wire: {name} have {place}, there are 0 to {end - 1}")
+        for name, masks, low in (("see", self.see, 1), ("learn", self.learn, 0)):
+            for mask in masks:
+                if not low <= mask <= every:
+                    raise ValueError(f"wire: {name} has the mask {mask:#b}, of {experts} experts")
+        for seen, taught in zip(self.see, self.learn, strict=True):
+            if taught & ~seen:
+                raise ValueError(f"wire: {taught:#b} is taught, of which {seen:#b} is seen")
+        if not self.gates and any(mask & (mask - 1) for mask in self.see):
+            raise ValueError("wire: without gates every mixture sees one expert")
+        if not all(self.gates):
+            raise ValueError("wire: a gate reads no input")
 
 
 class STEMNet(nn.Module):
@@ -91,6 +122,19 @@ class STEMNet(nn.Module):
         fields: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
+        for name, given in (
+            ("tasks", tasks),
+            ("numeric", numeric),
+            ("fields", fields or ()),
+            ("expert_hidden_units", expert_hidden_units),
+            ("gate_hidden_units", gate_hidden_units),
+            ("tower_hidden_units", tower_hidden_units),
+        ):
+            if isinstance(given, str) or not isinstance(given, Iterable):
+                raise ValueError(f"{name} is {given!r}: give a list")
+        for name, mapping in (("vocab_sizes", vocab_sizes), ("kinds", kinds or {})):
+            if not isinstance(mapping, Mapping):
+                raise ValueError(f"{name} is {mapping!r}: give a mapping from names")
         sequences = dict(sequences or {})
         if isinstance(pooling, str):
             pooling = dict.fromkeys(sequences, pooling)
@@ -125,6 +169,7 @@ class STEMNet(nn.Module):
         wiring, num_experts = self.wiring, len(self.wiring.reads)
         if not num_experts:
             raise ValueError("the model has no expert")
+        wiring.check(len(tasks))
         if num_experts > ops.MAX_EXPERTS or len(wiring.gates) > ops.MAX_GATES:
             raise ValueError(
                 f"{num_experts} experts and {len(wiring.gates)} gates; "
@@ -348,13 +393,14 @@ class STEMNet(nn.Module):
     def _evaluate(
         self, ids: Tensor, numeric: Tensor | None, sequences: Sequences | None
     ) -> tuple[Tensor, list[Tensor]]:
-        training = self.training
+        training = [module for module in self.modules() if module.training]
         self.eval()
         try:
             parts = self.experts, self.gate_mlps, self.towers
             return self._network(*self.lookup(ids, numeric, sequences), *parts)
         finally:
-            self.train(training)
+            for module in training:  # parts may have been in evaluation mode before
+                module.training = True
 
     def loss(
         self,

@@ -36,6 +36,7 @@ order.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -109,9 +110,18 @@ class Schedule(History):
             and m (times -c) from w, then from m
     """
 
-    def __init__(self, betas: tuple[float, float], step: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        step: int,
+        device: torch.device,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        *,
+        decoupled: bool = False,
+    ) -> None:
         super().__init__(step, device)
-        self.betas = betas
+        self.betas, self.eps, self.decoupled = betas, eps, decoupled
+        self.left = 1.0  # what decoupled decay has left of a weight, as far as the host knows
         size = _lines(device), 5 + 3 * reference.SERIES
         self.steps = torch.zeros(size, dtype=torch.float64, device=device)
         self.steps[0, 3] = 1
@@ -120,19 +130,18 @@ class Schedule(History):
         self.leaps[:POLYNOMIALS, :TERMS] = torch.tensor(leap_polynomials(betas[0]))
         self.l2 = False  # whether coupled weight decay was above 0 in one of them
 
-    def advance(
-        self, lr: float | Tensor, weight_decay: float | Tensor, eps: float, *, decoupled: bool
-    ) -> None:
+    def advance(self, lr: float | Tensor, weight_decay: float | Tensor) -> None:
         """Adds a step."""
+        options = _options(self.steps, lr, weight_decay)
         self.count()
-        self.l2 |= not decoupled and (isinstance(weight_decay, Tensor) or weight_decay != 0)
+        self.left *= self._factor(lr, weight_decay)
+        self.l2 |= not self.decoupled and (isinstance(weight_decay, Tensor) or weight_decay != 0)
         if self.made >= len(self.steps):
             self.steps = torch.cat([self.steps, torch.zeros_like(self.steps)])
             more = torch.full_like(self.leaps[POLYNOMIALS:], math.inf)
             self.leaps = torch.cat([self.leaps, more])
-        options = _options(self.steps, lr, weight_decay)
         torch.ops.stem_fast.adam_schedule(
-            self.steps, self.clock, options, *self.betas, eps, decoupled, self.l2
+            self.steps, self.clock, options, *self.betas, self.eps, self.decoupled, self.l2
         )
         if self.clock.is_cuda:  # a CUDA graph does not count its steps
             torch._assert_async(self.steps[0, 3], "flush the table: its schedule is full")
@@ -140,8 +149,32 @@ class Schedule(History):
         if self.l2 and (self.made % LEAP == 0 or self.clock.is_cuda):
             torch.ops.stem_fast.adam_leap(self.steps, self.leaps, self.clock, *self.betas)
 
+    def fades(self, lr: float | Tensor, weight_decay: float | Tensor) -> bool:
+        """Whether a flush is due before a step: column 3 would come so near to 0 that no quotient
+        of two lines is known, or so much faster than momentum that sums over it are large.
+
+        Raises ValueError where decoupled decay leaves nothing of a weight.
+        """
+        factor = abs(self._factor(lr, weight_decay))
+        if factor < 1e-6:
+            raise ValueError(
+                f"lr * weight_decay is {float(lr) * float(weight_decay):g}: decoupled decay would "
+                "leave nothing of a weight"
+            )
+        return self.made > 0 and (abs(self.left) * factor < 1e-150 or factor < self.betas[0] ** 2)
+
+    def _factor(self, lr: float | Tensor, weight_decay: float | Tensor) -> float:
+        """What decoupled decay leaves of a weight in one step; of what is on a GPU nothing is known
+        here."""
+        if not self.decoupled or any(
+            isinstance(o, Tensor) and o.is_cuda for o in (lr, weight_decay)
+        ):
+            return 1.0
+        return 1 - float(lr) * float(weight_decay)
+
     def flushed(self) -> None:
         super().flushed()
+        self.left = 1.0
         self.steps[0].zero_()
         self.steps[0, 3].fill_(1)
         self.leaps[POLYNOMIALS:].fill_(math.inf)
@@ -194,6 +227,13 @@ class TableOptimizer(torch.optim.Optimizer):
         groups: list[Any] = [params] if isinstance(params, EmbeddingArena) else list(params)
         super().__init__(groups, defaults)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Refused: a copy would train the table of the original."""
+        raise TypeError(
+            f"{type(self).__name__} cannot be copied or pickled: make one for the copied arena, "
+            "and load this one's state_dict()"
+        )
+
     def add_param_group(self, group: dict[str, Any]) -> None:
         """Adds arenas with options of their own: ``{"params": arena or arenas, "lr": ...}``."""
         given = group["params"]
@@ -208,6 +248,7 @@ class TableOptimizer(torch.optim.Optimizer):
         super().add_param_group(group | {"params": [arena.weight for arena in arenas]})
         for arena in arenas:
             self._arenas[arena.weight] = arena
+            arena.flush()  # of steps under an optimizer before
             arena.sparse, arena.optimizer = True, self
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -223,7 +264,15 @@ class TableOptimizer(torch.optim.Optimizer):
         """One step with the gradients of the batch's rows, or of all where a gradient is dense.
 
         A table without a gradient makes no step, as in torch.
+
+        Raises RuntimeError where another optimizer has taken a table over.
         """
+        for arena in self._arenas.values():
+            if arena.optimizer not in (self, None):
+                raise RuntimeError(
+                    f"another {type(arena.optimizer).__name__} trains the table now, which would "
+                    f"not know of this {type(self).__name__}'s steps: keep to one"
+                )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -325,14 +374,17 @@ class TableOptimizer(torch.optim.Optimizer):
                 large.append((weight, name, value))
         self.flush()  # steps owed under the old state
         super().load_state_dict(state_dict)
+        for group in self.param_groups:  # torch before 2.7 has no decoupled_weight_decay
+            for option, value in self.defaults.items():
+                group.setdefault(option, value)
         for weight, name, value in large:
             # torch has cast it to the weight's type.
-            dtype = self._state_dtype(weight)
+            dtype = self._state_dtype(weight, name)
             self.state[weight][name] = value.to(weight.device, dtype, copy=True).contiguous()
         self._histories.clear()
         self._last.clear()
 
-    def _state_dtype(self, weight: Tensor) -> torch.dtype:
+    def _state_dtype(self, weight: Tensor, name: str) -> torch.dtype:
         return torch.promote_types(weight.dtype, torch.float32)
 
     def _state_shape(self, weight: Tensor) -> torch.Size:
@@ -346,12 +398,19 @@ class ExactAdam(TableOptimizer):
         params: as :class:`TableOptimizer`'s.
         lr, betas, eps, weight_decay: as ``torch.optim.Adam``'s.
         decoupled: ``torch.optim.AdamW``'s weight decay.
-        state_dtype: of m and v; torch.bfloat16 saves half their memory. (float64 tables: float64.)
+        state_dtype: of m; torch.bfloat16 saves half its memory. (float64 tables: float64.) v stays
+            float32: bfloat16 has too few digits to shrink by a thousandth.
+
+    ``betas`` and ``eps`` may change too, but each change makes the steps of all rows: of schedulers
+    that cycle momentum by default (``OneCycleLR``, ``CyclicLR``) ask for ``cycle_momentum=False``.
+    Decoupled decay is known where ``lr`` and ``weight_decay`` are no tensors on a GPU; with those,
+    flush before what it leaves of a weight is below 1e-150.
 
     ``step`` may be left out, as a gradient scaler does when gradients overflow. What a table lacks
     is made up whenever it is read: by the arena in a forward pass (with autograd the batch's rows,
     without the whole table), in the ``state_dict`` of model and optimizer, in a copy. Who reads
-    ``arena.weight`` directly calls ``arena.flush()`` before.
+    ``arena.weight`` directly, or walks over parameters (``torch.optim.swa_utils.AveragedModel``),
+    calls ``arena.flush()`` before.
 
     ``state_dict`` has the form of ``torch.optim.Adam``'s for the dense table, and each loads the
     other's.
@@ -381,9 +440,10 @@ class ExactAdam(TableOptimizer):
     def _update(
         self, weight: Tensor, group: dict[str, Any], rows: Tensor | None, values: Tensor
     ) -> None:
-        decoupled = group["decoupled_weight_decay"]
         schedule = self._schedule(weight, group)
-        schedule.advance(group["lr"], group["weight_decay"], group["eps"], decoupled=decoupled)
+        if schedule.fades(group["lr"], group["weight_decay"]):
+            self.catch_up(weight, None)
+        schedule.advance(group["lr"], group["weight_decay"])
         self._run(weight, group, rows, values)
 
     def _run(
@@ -400,29 +460,45 @@ class ExactAdam(TableOptimizer):
             schedule.steps,
             schedule.leaps,
             schedule.clock,
-            *group["betas"],
-            group["eps"],
-            group["decoupled_weight_decay"],
+            *schedule.betas,
+            schedule.eps,
+            schedule.decoupled,
             schedule.l2,
         )
 
     def _schedule(self, weight: Tensor, group: dict[str, Any]) -> Schedule:
-        """The table's schedule; with its state, made at its first step."""
+        """The table's schedule; with its state, made at its first step. One has the same betas and
+        eps in all steps: where they change, every row makes the steps that it owes."""
+        options = tuple(group["betas"]), group["eps"]
+        decoupled = group["decoupled_weight_decay"]
+        old = self._histories.get(weight)
+        if old is not None and ((old.betas, old.eps), old.decoupled) != (options, decoupled):
+            if old.made == 1:
+                warnings.warn(
+                    "betas or eps change at every step: each makes the steps of all rows, as dense "
+                    "Adam does. Give OneCycleLR or CyclicLR cycle_momentum=False.",
+                    stacklevel=4,
+                )
+            self.catch_up(weight, None)
+            self.state[weight]["step"] = old.clock[1].cpu().float()
+            del self._histories[weight]
         if weight not in self._histories:
             state = self.state[weight]
             if not state:
                 state["step"] = torch.zeros(())
                 for name in ("exp_avg", "exp_avg_sq"):
-                    dtype = self._state_dtype(weight)
+                    dtype = self._state_dtype(weight, name)
                     state[name] = ops.new_table(torch.empty_like(weight, dtype=dtype)).zero_()
             step = int(state["step"])
-            self._histories[weight] = Schedule(group["betas"], step, weight.device)
+            new = Schedule(step, weight.device, *options, decoupled=decoupled)
+            self._histories[weight] = new
             self._last[weight] = _of_rows(weight, step)
         schedule: Schedule = self._histories[weight]
         return schedule
 
-    def _state_dtype(self, weight: Tensor) -> torch.dtype:
-        return torch.float64 if weight.dtype == torch.float64 else self.state_dtype
+    def _state_dtype(self, weight: Tensor, name: str) -> torch.dtype:
+        wide = super()._state_dtype(weight, name)
+        return self.state_dtype if name == "exp_avg" and wide == torch.float32 else wide
 
     def state_dict(self) -> dict[str, Any]:
         """State of the form of ``torch.optim.Adam``'s, after :meth:`flush`."""
@@ -470,6 +546,7 @@ class Products(History):
 
     def advance(self, lr: float | Tensor, momentum: float, weight_decay: float | Tensor) -> None:
         """Adds a step."""
+        options = _options(self.steps, lr, momentum, weight_decay)
         self.count()
         self.owing |= momentum != 0 or isinstance(weight_decay, Tensor) or weight_decay != 0
         if self.made >= len(self.steps):
@@ -478,7 +555,6 @@ class Products(History):
         line = (
             self.clock[1:] - self.clock[:1]
         )  # not a scalar: an index of those would be waited for
-        options = _options(self.steps, lr, momentum, weight_decay)
         rate, _, decay = options[:, None]
         keep = 1 - rate * decay
         if momentum:
@@ -523,7 +599,8 @@ class SGD(TableOptimizer):
             self._histories[weight] = Products(weight.device)
             self._last[weight] = _of_rows(weight, 0)
         if group["momentum"] and self.state[weight].get("momentum_buffer") is None:
-            buffer = ops.new_table(torch.empty_like(weight, dtype=self._state_dtype(weight)))
+            dtype = self._state_dtype(weight, "momentum_buffer")
+            buffer = ops.new_table(torch.empty_like(weight, dtype=dtype))
             buffer.zero_()
             self.state[weight]["momentum_buffer"] = buffer
         self._histories[weight].advance(group["lr"], group["momentum"], group["weight_decay"])
@@ -569,7 +646,7 @@ class Adagrad(TableOptimizer):
     ) -> None:
         state = self.state[weight]
         if not state:
-            shape, dtype = self._state_shape(weight), self._state_dtype(weight)
+            shape, dtype = self._state_shape(weight), self._state_dtype(weight, "sum")
             state["sum"] = ops.new_table(weight.new_empty(shape, dtype=dtype)).zero_()
         options = _options(weight, group["lr"], group["weight_decay"])
         torch.ops.stem_fast.adagrad_rows(weight, state["sum"], rows, values, options, group["eps"])

@@ -57,19 +57,35 @@ def train_step(
     with tf32(config.precision):
         loss = _backward(model, batch, config)
     table, strength = model.embedding.weight, config.embedding_regularizer
+    _check_decay(optimizers, strength)
     if strength and table.grad is not None and not table.grad.is_sparse:
         # The gradient of model.regularization, without tensors as large as the table.
         table.grad.add_(table.detach(), alpha=strength)
         with torch.no_grad():
             loss = loss + model.regularization(strength, 0.0)
-    clipped = _clip(model, config)
+    clipped = clip_grad_norm_(model, config.max_gradient_norm, embedding_regularizer=strength)
     for optimizer in optimizers:
-        if isinstance(optimizer, TableOptimizer):
+        if isinstance(optimizer, TableOptimizer) and strength:
             # Clipping shrinks the L2 term of every row, of those in no sample too.
             for group in optimizer.param_groups:
-                group["weight_decay"] = clipped * strength if strength else 0.0
+                group["weight_decay"] = clipped * strength
         optimizer.step()
     return loss
+
+
+def _check_decay(optimizers: Sequence[torch.optim.Optimizer], strength: float) -> None:
+    """Raises DataError for a table with two terms of L2, or one in another form."""
+    for optimizer in optimizers:
+        if not (strength and isinstance(optimizer, TableOptimizer)):
+            continue
+        own = optimizer.defaults["weight_decay"]
+        if own or any(group.get("decoupled_weight_decay") for group in optimizer.param_groups):
+            name = type(optimizer).__name__
+            raise DataError(
+                f"embedding_regularizer is {strength:g}, and the table's {name} has a weight decay "
+                f"of its own (weight_decay={own:g}, or decoupled): set the first to 0, or drop the "
+                "other."
+            )
 
 
 def _backward(model: STEMNet, batch: Batch, config: TrainingConfig) -> Tensor:
@@ -155,13 +171,23 @@ def _loss(
 
 
 @torch.no_grad()
-def _clip(model: STEMNet, config: TrainingConfig) -> Tensor | float:
-    """Clips all gradients to a global norm as torch's clip_grad_norm_ does; returns the factor.
+def clip_grad_norm_(
+    model: STEMNet, max_norm: float, *, embedding_regularizer: float = 0.0
+) -> Tensor | float:
+    """``torch.nn.utils.clip_grad_norm_`` of a model, whose table has a sparse gradient.
 
-    Of a table with a sparse gradient the rows of the batch count, with their L2 term; that of all
-    other rows is below rounding and left out.
+    Of such a table the rows of the batch count, with the L2 term that its optimizer will add
+    (``embedding_regularizer``); that of all other rows is below rounding and left out.
+
+    Args:
+        model: after the backward pass.
+        max_norm: of all gradients together; 0: they are left alone.
+        embedding_regularizer: the ``weight_decay`` of the table's optimizer.
+
+    Returns:
+        The factor that gradients were multiplied by, at most 1.
     """
-    if not config.max_gradient_norm:
+    if not max_norm:
         return 1.0
     trained = [p.grad for p in model.parameters() if p.grad is not None]
     clipped = [grad for grad in trained if not grad.is_sparse]
@@ -173,10 +199,10 @@ def _clip(model: STEMNet, config: TrainingConfig) -> Tensor | float:
         assert rows is not None
         # Not table[rows]: on CPU that takes five times as long.
         own = table.index_select(0, rows)
-        measured = [*clipped, torch.add(values, own, alpha=config.embedding_regularizer, out=own)]
+        measured = [*clipped, torch.add(values, own, alpha=embedding_regularizer, out=own)]
         clipped.append(sparse._values())
     norm = nn.utils.get_total_norm(measured)
-    factor = (config.max_gradient_norm / (norm + 1e-6)).clamp(max=1.0)
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     if not runs_ahead(factor) and factor == 1:
         return 1.0
     torch._foreach_mul_(clipped, factor)
@@ -258,8 +284,9 @@ class TrainStep:
         found += [buffer.data_ptr() for buffer in model.buffers()]
         for optimizer in self.optimizers:
             own = isinstance(optimizer, TableOptimizer)
-            # train_step sets the weight_decay of a table in every step.
-            left_out = ("params", "weight_decay") if own else ("params",)
+            # train_step sets the weight_decay of a table in every step, where there is L2.
+            set_here = own and self.config.embedding_regularizer
+            left_out = ("params", "weight_decay") if set_here else ("params",)
             for group in optimizer.param_groups:
                 found.append({k: _number(v) for k, v in group.items() if k not in left_out})
             found.append([tensor.data_ptr() for tensor in _state(optimizer)])

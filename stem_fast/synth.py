@@ -259,7 +259,7 @@ def _refuse_occupied(folder: Path, overwrite: bool) -> None:
         )
     if held and not overwrite:
         raise DataError(
-            f"{folder} holds a data set already: choose another folder, or overwrite it."
+            f"{folder} holds a data set already: choose another folder, or give --overwrite."
         )
 
 

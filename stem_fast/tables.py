@@ -31,6 +31,7 @@ SUFFIXES = (*DELIMITERS, *(f"{suffix}.gz" for suffix in DELIMITERS), ".parquet")
 TEXT = pa.large_string()
 # Text that means "missing", in CSV cells, Parquet strings and list elements alike.
 MISSING = pa.array(["", "NULL", "\\N", "NaN", "nan"], TEXT)
+LINE = re.compile(rb"[^\r\n]*(?:\r\n|\r|\n|$)")
 INVALID_UTF8 = re.compile(r"column #(\d+): Row #(\d+): .*invalid UTF8")  # pyarrow's words
 TYPO = 0.85  # likeness of a name of seven letters to itself with one of them wrong
 NUMBERS = (
@@ -90,8 +91,9 @@ class Table:
                 return pa.parquet.read_schema(file).names
             if self.header is not None:
                 return list(self.header)
-            with self._csv(file, None, lambda row: "skip") as reader:
-                return reader.schema.names
+            # Not by a stream of rows, whose thread would go on reading.
+            head = pa.csv.read_csv(pa.BufferReader(self._header(file)), *self._options(None))
+            return head.column_names
 
     def blocks(self, columns: Sequence[str]) -> Iterator[tuple[Path, int, pa.Table]]:
         """(file, its first row in the file, rows) of about BLOCK_ROWS rows at a time."""
@@ -120,7 +122,9 @@ class Table:
                         for batch in parquet.iter_batches(BLOCK_ROWS, columns=list(columns)):
                             yield batch.select(columns)
                 else:
-                    with self._csv(file, columns, refuse) as reader:
+                    single = len(self.names(file)) == 1
+                    options = self._options(columns, refuse, single=single)
+                    with pa.csv.open_csv(file, *options) as reader:
                         yield from reader
             except pa.ArrowInvalid as error:
                 # The reader numbers rows from 1, and the header line is one of them.
@@ -139,21 +143,44 @@ class Table:
                     f"{ragged[0].actual_columns}: {ragged[0].text[:200]!r}."
                 ) from error
 
-    def _csv(
+    @property
+    def between(self) -> str:
+        """What is between the cells of a line."""
+        return self.delimiter or DELIMITERS[self.kind]
+
+    def _header(self, file: Path) -> bytes:
+        """The first line of a CSV file, which is of several where a name in quotes is."""
+        with pa.input_stream(str(file), compression="detect") as stream:
+            start = stream.read(CSV_BYTES)
+        end = 0
+        for line in LINE.finditer(start):
+            end = line.end()
+            whole = self.between == "\t" or start[:end].count(b'"') % 2 == 0
+            if whole and start[:end].strip():
+                break
+        return start[:end]
+
+    def _options(
         self,
-        file: Path,
         columns: Sequence[str] | None,
-        ragged: Callable[[pa.csv.InvalidRow], str],
-    ) -> pa.csv.CSVStreamingReader:
+        ragged: Callable[[pa.csv.InvalidRow], str] | None = None,
+        *,
+        single: bool = False,
+    ) -> tuple[pa.csv.ReadOptions, pa.csv.ParseOptions, pa.csv.ConvertOptions]:
+        """Of a CSV reader. ``single``: there is one column, of which an empty line is a value."""
         header = None if self.header is None else list(self.header)
-        delimiter = self.delimiter or DELIMITERS[self.kind]
         texts = {} if columns is None else dict.fromkeys(columns, TEXT)
-        return pa.csv.open_csv(
-            file,
+        # In text between tabs a quote is a character: one that is alone would swallow lines.
+        quotes = self.between != "\t"
+        return (
             # With threads the reader does not know the number of a ragged row.
             pa.csv.ReadOptions(use_threads=False, block_size=CSV_BYTES, column_names=header),
             pa.csv.ParseOptions(
-                delimiter=delimiter, newlines_in_values=True, invalid_row_handler=ragged
+                delimiter=self.between,
+                quote_char='"' if quotes else False,
+                newlines_in_values=quotes,
+                ignore_empty_lines=not single,
+                invalid_row_handler=ragged,
             ),
             pa.csv.ConvertOptions(
                 include_columns=list(texts), column_types=texts, strings_can_be_null=False
@@ -236,10 +263,14 @@ class Block:
             raise DataError(f"{self.file}: column '{name}' holds {kind}, not numbers.")
         advice = "correct it or leave it empty."
         try:
-            numbers = values.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+            numbers = _as_numbers(values)
         except pa.ArrowInvalid:
-            self.refuse(name, _first_failure(values), f"is not a number: {advice}")
-            raise
+            values = _true_to_one(values)
+            try:
+                numbers = _as_numbers(values)
+            except pa.ArrowInvalid:
+                self.refuse(name, _first_failure(values), f"is not a number: {advice}")
+                raise
         self.refuse(name, np.isinf(numbers), f"is not finite: {advice}")
         return numbers
 
@@ -248,14 +279,13 @@ class _Side:
     """A side table in memory: ``keys`` (unique texts) and the columns wanted from it."""
 
     def __init__(self, table: Table, key: str, columns: Sequence[str]) -> None:
-        parts = [
-            pa.table({name: _array(part[name]) for name in (key, *columns)})
-            for _, _, part in table.blocks((key, *columns))
-        ]
+        parts = [part for _, _, part in table.blocks((key, *columns))]
         if not parts:
             raise DataError(f"{table.path}: no rows.")
-        whole = pa.concat_tables(parts, promote_options="permissive")
-        block = Block(table.path, 0, whole, ())
+        names = (key, *columns)
+        with _reading(table.path):
+            whole = {name: _joined([_array(part[name]) for part in parts]) for name in names}
+            block = Block(table.path, 0, pa.table(whole), ())
         self.key = key
         texts, codes = block.distinct(key, block.column(key))
         self.keys = texts.take(codes)
@@ -298,6 +328,13 @@ def read_blocks(table: Table, columns: Iterable[str], joins: Sequence[Join]) -> 
         plan.append((other, join.key, taken))
         available.update(names)
         where += f" joined with {other.path}"
+    if available.isdisjoint(wanted) and table.kind != ".parquet":
+        first = ", ".join(f"'{name}'" for name in wanted[:3]) + ", ..." * (len(wanted) > 3)
+        raise DataError(
+            f"{where}: no column {first}: its first line, read as names, is "
+            f"{table.between.join(own)[:200]!r}. Give --delimiter if something else than "
+            f"{table.between!r} is between them, --header if it holds values."
+        )
     require(
         where,
         wanted,
@@ -337,8 +374,12 @@ def _reading(file: Path) -> Iterator[None]:
     """Turn what pyarrow and the file system raise into a DataError that names the file."""
     try:
         yield
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{file}: the names of its columns are not valid UTF-8: save the file as UTF-8."
+        ) from error
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file}: cannot be read: {error}.") from error
+        raise DataError(f"{file}: cannot be read: {str(error).rstrip('.')}.") from error
 
 
 def _files(path: Path) -> list[Path]:
@@ -382,6 +423,13 @@ def _regroup(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
         yield pa.Table.from_batches(waiting)
 
 
+def _joined(parts: Sequence[pa.Array]) -> pa.ChunkedArray:
+    """Arrays one after the other, as text where files differ in type."""
+    if len({part.type for part in parts}) > 1:
+        parts = [part if pa.types.is_nested(part.type) else _texts(part) for part in parts]
+    return pa.chunked_array(parts)
+
+
 def _array(column: pa.ChunkedArray) -> pa.Array:
     return _plain(column.combine_chunks())
 
@@ -404,6 +452,17 @@ def _texts(values: pa.Array) -> pa.Array:
 
 def _missing_to_null(texts: pa.Array) -> pa.Array:
     return pc.if_else(pc.is_in(texts, value_set=MISSING), pa.scalar(None, TEXT), texts)
+
+
+def _as_numbers(values: pa.Array) -> np.ndarray:
+    return values.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+
+
+def _true_to_one(texts: pa.Array) -> pa.Array:
+    """1 and 0 for true and false, however they are written."""
+    small = pc.utf8_lower(texts)
+    texts = pc.if_else(pc.equal(small, "true"), "1", texts)
+    return pc.if_else(pc.equal(small, "false"), "0", texts)
 
 
 def _first_failure(texts: pa.Array) -> np.ndarray:

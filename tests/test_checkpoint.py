@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from stem_fast import checkpoint
 from stem_fast.config import TrainingConfig
-from stem_fast.model import MODELS
+from stem_fast.model import MODELS, STEMNet
 from stem_fast.schema import DataError, Encoding, Schema, SequenceField
 
 TRAINING = TrainingConfig(epochs=7, learning_rate=0.1, task_weights=(2.0,), monitor="click.auc")
@@ -28,6 +28,16 @@ def run(tmp_path: Path) -> Path:
     path = tmp_path / "run"
     checkpoint.create_run(path, marked_model(5), ENCODING, TRAINING)
     return path
+
+
+def test_a_model_of_ones_own_is_no_run(tmp_path: Path) -> None:
+    class Own(STEMNet):
+        pass
+
+    model = Own(ENCODING.vocab_sizes, ENCODING.schema.tasks, expert_hidden_units=(2,))
+    with pytest.raises(DataError, match="a run holds one of stem, single, shared_bottom"):
+        checkpoint.create_run(tmp_path / "run", model, ENCODING, TRAINING)
+    assert not (tmp_path / "run").exists()
 
 
 def test_round_trip(run: Path) -> None:

@@ -166,6 +166,24 @@ def test_evaluate_gives_what_fit_wrote() -> None:
     pq.write_table(valid.filter(pa.compute.equal(valid["long_view"], 0)), "valid.parquet")
     result = stem_fast("evaluate", "run", "--data", "valid.parquet")
     assert "no gauc for long_view: no user_id has both classes\n" in result.stdout
+    column = valid.schema.get_field_index("long_view")
+    empty = pa.nulls(len(valid), pa.float64())
+    pq.write_table(valid.set_column(column, "long_view", empty), "valid.parquet")
+    result = stem_fast("evaluate", "run", "--data", "valid.parquet")
+    assert "no gauc for long_view: no row has the label\n" in result.stdout
+
+
+def test_what_is_read_is_not_written() -> None:
+    fit()
+    Path("side").mkdir()
+    before = Path("valid.parquet").read_bytes()
+    for command, option in (("predict", "--out"), ("evaluate", "--json")):
+        for out, join in (("./valid.parquet", []), ("side/x.csv", ["--join", "side:user_id"])):
+            arguments = (command, "run", "--data", "valid.parquet", option, out, *join)
+            refused(stem_fast(*arguments), f"{option} is {Path(out)}, which is read: name another")
+    assert Path("valid.parquet").read_bytes() == before
+    result = stem_fast("predict", "run", "--data", "valid.parquet", "--out", "P.CSV")
+    assert result.exit_code == 0, result.output
 
 
 @pytest.mark.filterwarnings("default")
@@ -525,7 +543,7 @@ def test_other_commands_refuse() -> None:
     pq.write_table(table(5, 0).drop_columns(["is_click"]), "unlabelled.parquet")
     refused(stem_fast("evaluate", "run", "--data", "unlabelled.parquet"), "is_click")
     refused(stem_fast("evaluate", "run", *data, "--json", "."), "--json is ., a folder: name a")
-    refused(stem_fast("compare", "run", "nope"), "nope has no config.json")
+    refused(stem_fast("compare", "run", "nope"), "no run folder nope: name the folder that")
     refused(stem_fast("compare", "run", "--json", "."), "--json is ., a folder: name a file.")
     Path("run/metrics.json").write_text("[]")
     refused(stem_fast("compare", "run"), "metrics.json does not hold the metrics of a run")

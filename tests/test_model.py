@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 from typing import Any
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 
 from stem_fast import MODELS, PLE, MMoE, SharedBottom, SingleTask, STEMNet, reference
 from stem_fast import model as model_module
+from stem_fast.model import Wiring
 
 VOCAB = {"user": 6, "item": 9}
 TASKS = ["click", "like", "follow"]
@@ -276,6 +278,9 @@ def test_predict_and_gates_leave_the_mode_alone() -> None:
     model.gates(ids())
     assert model.training
     assert not torch.equal(model(ids()), model(ids()))
+    model.experts.eval()  # a part of it stays as it was
+    model.predict(ids())
+    assert [module.training for module in (model, model.experts[0], model.towers)] == [1, 0, 1]
 
 
 def test_loss_is_the_sum_of_mean_cross_entropies() -> None:
@@ -378,12 +383,48 @@ def test_regularization_of_a_large_table_is_added_up_well() -> None:
         ({"kinds": {"clik": "binary"}}, "kinds names 'clik', which is no task"),
         ({"kinds": {"click": "ranking"}}, "kind 'ranking' is not binary or regression"),
         ({"hidden_activations": "rellu"}, "unknown activation 'rellu'"),
+        ({"tasks": "like"}, "tasks is 'like': give a list"),
+        ({"numeric": "age"}, "numeric is 'age': give a list"),
+        ({"fields": "user"}, "fields is 'user': give a list"),
+        ({"expert_hidden_units": 64}, "expert_hidden_units is 64: give a list"),
+        ({"kinds": ["binary"]}, r"kinds is \['binary'\]: give a mapping from names"),
+        ({"vocab_sizes": {"user": 10.5}}, "field 'user': a vocabulary of 10.5 rows"),
     ],
 )
 def test_bad_configurations(options: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {"vocab_sizes": VOCAB, "tasks": TASKS, **SMALL, **options}
     with pytest.raises(ValueError, match=message):
         STEMNet(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"towers": (0,)}, "towers are 1, 3 are due"),
+        ({"towers": (0, 1, 4)}, "towers have 4, there are 0 to 3"),
+        ({"learn": (1,)}, "learn are 1, 4 are due"),
+        ({"learn": (63, 1, 1, 1)}, "learn has the mask 0b111111, of 5 experts"),
+        (
+            {"learn": (1, 2, 4, 8), "see": (31, 31, 31, 7)},
+            "0b1000 is taught, of which 0b111 is seen",
+        ),
+        ({"see": (31, 31, 0, 31)}, "see has the mask 0b0, of 5 experts"),
+        ({"see": (31, 31, 31, 32)}, "see has the mask 0b100000, of 5 experts"),
+        ({"gates": ()}, "without gates every mixture sees one expert"),
+        ({"gates": ((0,), (1,), (), (3,))}, "a gate reads no input"),
+        ({"gates": ((0,), (1,), (9,), (3,))}, "gates have 9, there are 0 to 3"),
+        ({"reads": (0, 1, 2, 3, 4)}, "reads have 4, there are 0 to 3"),
+        ({"spaces": (0, 1)}, "reads have 2, there are 0 to 1"),
+    ],
+)
+def test_wires_that_do_not_fit(change: dict[str, Any], message: str) -> None:
+    class Own(STEMNet):
+        @staticmethod
+        def wire(tasks: int, specific: int, shared: int) -> Wiring:
+            return dataclasses.replace(STEMNet.wire(tasks, specific, shared), **change)
+
+    with pytest.raises(ValueError, match=f"wire: {message}"):
+        Own(VOCAB, TASKS, num_shared_experts=2, **SMALL)
 
 
 @pytest.mark.parametrize(

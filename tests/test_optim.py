@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import math
+import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -181,6 +183,23 @@ def test_states_of_torch_and_ours_load_each_other() -> None:
     assert_same((ours, exact), (expected, dense), 1e-9)
 
 
+def test_a_state_that_is_loaded_is_not_shared() -> None:
+    """Nor need it have options that torch has had since 2.7 alone."""
+    ours, theirs = arena(), arena()
+    dense = torch.optim.Adam([theirs.weight])
+    train(theirs, dense, batches(20))
+    state = dense.state_dict()
+    for group in state["param_groups"]:
+        group.pop("decoupled_weight_decay", None)
+    before = copy.deepcopy(state["state"][0])
+    ours.load_state_dict(theirs.state_dict())
+    optimizer = optim.ExactAdam(ours)
+    optimizer.load_state_dict(state)
+    train(ours, optimizer, batches(9))
+    for name, value in before.items():
+        assert torch.equal(state["state"][0][name], value), name
+
+
 def test_gradients_of_several_batches_and_skipped_steps() -> None:
     """As with gradient accumulation and with a scaler that found an overflow."""
     ours, theirs = arena(), arena()
@@ -231,17 +250,139 @@ def test_other_betas(betas: tuple[float, float]) -> None:
 
 
 def test_long_absences_with_l2_end_where_dense_adam_does() -> None:
-    """10,000 steps without a gradient: rows decay to nothing, which the replay stops at."""
-    ours, theirs = arena(torch.float32), arena(torch.float32)
+    """Steps without a gradient: rows decay, at last to nothing, which the replay stops at."""
+    tables = [arena(torch.float32), arena(torch.float32), arena()]
     make, make_torch = adams(1e-4, False)
+    optimizers = [kind(t) for t, kind in zip(tables, (make, make_torch, make_torch), strict=True)]
+    nothing = (torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, SPACES * DIM))
+    for table, each in zip(tables, optimizers, strict=True):
+        train(table, each, [*batches(5), *[nothing] * 1500])
+    tables[0].flush()
+    ours, theirs, exact = (table.weight.detach().double() for table in tables)
+    largest = exact.abs().max()
+    assert largest > 1e-4
+    bound = 2 * (theirs - exact).abs().max() + 1e-5 * largest
+    assert (ours - exact).abs().max() <= bound
+    train(tables[0], optimizers[0], [nothing] * 8500)
+    tables[0].flush()
+    assert tables[0].weight.abs().max() < 1e-8  # false for NaN
+
+
+@pytest.mark.parametrize("decay", [0.0, 1e-4])
+def test_more_steps_than_a_schedule_begins_with(decay: float) -> None:
+    ours, theirs = arena(), arena()
+    make, make_torch = adams(decay, False)
     optimizer, dense = make(ours), make_torch(theirs)
-    data = batches(5)
-    idle = (torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, SPACES * DIM))
     for model, each in ((ours, optimizer), (theirs, dense)):
-        train(model, each, [*data, *[idle] * 10_000])
-    ours.flush()
-    assert ours.weight.isfinite().all()
-    torch.testing.assert_close(ours.weight, theirs.weight, rtol=0, atol=1e-8)
+        train(model, each, batches(2500), COSINE)
+    assert_same((ours, optimizer), (theirs, dense), 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("decay", "steps", "bound"), [(100.0, 4000, 1e-7), (500.0, 300, 1e-9), (1500.0, 30, 1e-9)]
+)
+def test_decoupled_decay_that_leaves_little(decay: float, steps: int, bound: float) -> None:
+    """Of what was not read for thousands of steps, as good as nothing; the last changes signs."""
+    ours, theirs = arena(), arena()
+    make, make_torch = adams(decay, True)
+    optimizer, dense = make(ours), make_torch(theirs)
+    for model, each in ((ours, optimizer), (theirs, dense)):
+        train(model, each, batches(steps))
+    assert_same((ours, optimizer), (theirs, dense), bound)
+    optimizer.param_groups[0]["lr"] = 1 / decay
+    with pytest.raises(ValueError, match="lr \\* weight_decay is 1: decoupled decay would leave"):
+        optimizer.step()
+
+
+def test_betas_and_eps_change() -> None:
+    ours, theirs = arena(), arena()
+    optimizer, dense = optim.ExactAdam(ours), torch.optim.Adam([theirs.weight])
+    data = batches(90)
+    for betas, eps, part in (
+        ((0.9, 0.999), 1e-8, data[:30]),
+        ((0.8, 0.999), 1e-8, data[30:60]),
+        ((0.8, 0.99), 1e-4, data[60:]),
+    ):
+        for model, each in ((ours, optimizer), (theirs, dense)):
+            each.param_groups[0] |= {"betas": betas, "eps": eps}
+            train(model, each, part)
+    assert_same((ours, optimizer), (theirs, dense), 1e-9)
+
+
+def test_a_scheduler_that_cycles_momentum_is_followed_with_a_warning() -> None:
+    ours, theirs = arena(), arena()
+    optimizer, dense = optim.ExactAdam(ours), torch.optim.Adam([theirs.weight])
+    for model, each in ((ours, optimizer), (theirs, dense)):
+        cycle = torch.optim.lr_scheduler.OneCycleLR(each, max_lr=1e-2, total_steps=60)
+        for batch in batches(59):
+            lr = each.param_groups[0]["lr"]
+            if each is optimizer and cycle.last_epoch == 2:
+                with pytest.warns(UserWarning, match="Give OneCycleLR or CyclicLR cycle_momentum"):
+                    train(model, each, [batch], lambda step, lr=lr: lr)
+            else:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    train(model, each, [batch], lambda step, lr=lr: lr)
+            cycle.step()
+    assert_same((ours, optimizer), (theirs, dense), 1e-9)
+
+
+def test_momentum_in_bfloat16() -> None:
+    """v is as without: in so few digits it would never shrink."""
+    tables = [arena(torch.float32), arena(torch.float32)]
+    kinds = torch.float32, torch.bfloat16
+    optimizers = [
+        optim.ExactAdam(each, state_dtype=kind) for each, kind in zip(tables, kinds, strict=True)
+    ]
+    start, data = tables[0].weight.detach().clone(), batches(900)
+    for model, each in zip(tables, optimizers, strict=True):
+        each.param_groups[0]["lr"] = 1e-3
+        for ids, grads in data:
+            each.zero_grad()
+            x, _ = model(ids)
+            x.backward(grads.to(x).unflatten(1, (SPACES, DIM)).permute(1, 0, 2)[:, :, None])
+            each.step()
+    full, short = (each.state_dict()["state"][0] for each in optimizers)
+    assert short["exp_avg"].dtype == torch.bfloat16
+    torch.testing.assert_close(short["exp_avg_sq"], full["exp_avg_sq"], rtol=1e-5, atol=0)
+    own, other = (table.weight.detach() - start for table in tables)
+    assert (own - other).norm() <= 0.02 * own.norm()
+    again = optim.ExactAdam(arena(torch.float32), state_dtype=torch.bfloat16)
+    again.load_state_dict(optimizers[1].state_dict())
+    kept = again.state_dict()["state"][0]
+    assert all(torch.equal(kept[name], short[name]) for name in short)
+
+
+def test_an_optimizer_takes_over_what_the_one_before_owed() -> None:
+    ours, theirs = arena(), arena()
+    data = batches(60)
+    for rate, part in ((1e-2, data[:30]), (1e-3, data[30:])):
+        # Each begins with an empty state.
+        optimizer, dense = optim.ExactAdam(ours), torch.optim.Adam([theirs.weight])
+        for model, each in ((ours, optimizer), (theirs, dense)):
+            train(model, each, part, lambda step, rate=rate: rate)
+    assert_same((ours, optimizer), (theirs, dense), 1e-9)
+    other = optim.SGD(ours, lr=0.1)
+    with pytest.raises(RuntimeError, match="another SGD trains the table now"):
+        optimizer.step()
+    train(ours, other, data[:1])
+
+
+def test_a_step_that_fails_is_not_counted() -> None:
+    table = arena()
+    optimizer = optim.ExactAdam(table)
+    train(table, optimizer, batches(3))
+    with pytest.raises(RuntimeError):
+        train(table, optimizer, batches(1), lambda step: torch.ones(2))  # type: ignore[arg-type]
+    assert optimizer.made == 3
+
+
+def test_an_optimizer_is_not_copied() -> None:
+    table = arena()
+    for optimizer in (optim.ExactAdam(table), optim.SGD(table)):
+        for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(TypeError, match="cannot be copied or pickled: make one for the"):
+                copied(optimizer)
 
 
 # ---- tables at rest --------------------------------------------------------------------------
@@ -288,9 +429,9 @@ def test_a_copy_trains_without_the_optimizer() -> None:
     train(table, adams(0.0, False)[0](table), batches(3))
     twin = copy.deepcopy(table)
     assert twin.optimizer is None
-    twin(torch.ones(2, 1, dtype=torch.int64))[0].sum().backward()
-    assert twin.weight.grad is not None
+    train(twin, torch.optim.Adam([twin.weight]), batches(3))  # which takes no sparse gradient
     assert table.optimizer is not None
+    assert table.sparse
 
 
 def test_whoever_reads_a_model_sees_a_table_at_rest() -> None:
@@ -569,16 +710,16 @@ def test_states_that_do_not_fit_are_refused() -> None:
 
 
 def test_sums_of_the_other_adagrad_are_refused() -> None:
-    table = arena()
-    both = [optim.Adagrad(table), optim.RowWiseAdagrad(table)]
-    for optimizer in both:
+    tables = [arena(), arena()]
+    both = [optim.Adagrad(tables[0]), optim.RowWiseAdagrad(tables[1])]
+    for table, optimizer in zip(tables, both, strict=True):
         train(table, optimizer, batches(2))
     states = [optimizer.state_dict() for optimizer in both]
     with pytest.raises(ValueError, match=r"sum is \[400\], .*: \[400, 6\] is due"):
         both[0].load_state_dict(states[1])
     with pytest.raises(ValueError, match=r"sum is \[400, 6\], .*: \[400\] is due"):
         both[1].load_state_dict(states[0])
-    for optimizer, state in zip(both, states, strict=True):
+    for table, optimizer, state in zip(tables, both, states, strict=True):
         assert torch.equal(optimizer.state[table.weight]["sum"], state["state"][0]["sum"])
 
 

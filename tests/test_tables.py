@@ -67,6 +67,54 @@ def test_tsv(tmp_path: Path, name: str) -> None:
     assert values(text(tmp_path / name, "x\ty\na,b\t1\n"), "x") == ["a,b"]
 
 
+@pytest.mark.parametrize("delimiter", [None, "\t"])
+def test_a_quote_between_tabs_is_a_character(tmp_path: Path, delimiter: str | None) -> None:
+    """One that is alone would swallow the lines up to the next."""
+    path = text(
+        tmp_path / ("a.csv" if delimiter else "a.tsv"), 'x\ty\n"a\t1\nb\t2\nc"\t3\n"d"\t4\n'
+    )
+    assert values(path, "x", delimiter=delimiter) == ['"a', "b", 'c"', '"d"']
+
+
+@pytest.mark.parametrize("options", [{}, {"header": ("x",)}])
+def test_an_empty_line_of_one_column_is_a_missing_value(tmp_path: Path, options: Any) -> None:
+    lines = ["v1", "", "v2", ""]
+    path = text(tmp_path / "a.csv", "\n".join([*([] if options else ["x"]), *lines, ""]))
+    assert values(path, "x", **options) == ["v1", None, "v2", None]
+    two = text(tmp_path / "b.csv", "x,y\n1,2\n\n3,4\n\n")
+    assert values(two, "x") == ["1", "3"]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_the_first_line_is_the_header(tmp_path: Path, end: str) -> None:
+    path = text(tmp_path / "a.csv", "")
+    path.write_bytes(end.join(["", "\ufeffx,y", "1,2", "3", ""]).encode()[len(end) :])
+    assert Table(path).names() == ["x", "y"]  # whatever is wrong below
+    path.write_bytes(end.join(['x,"y', '1"', "1,2", ""]).encode())
+    assert Table(path).names() == ["x", f"y{end}1"]
+    assert values(path, "x") == ["1"]
+
+
+def test_a_table_that_is_read_the_wrong_way(tmp_path: Path) -> None:
+    path = text(tmp_path / "a.csv", "user;item;click\n1;2;0\n")
+    with refused(
+        "a.csv: no column 'user', 'item', 'click': its first line, read as names, is "
+        "'user;item;click'. Give --delimiter if something else than ',' is between them, --header"
+    ):
+        blocks(path, "user item click")
+    path.write_bytes("user,item\n1,2\n".encode("utf-16"))
+    with refused("a.csv: the names of its columns are not valid UTF-8: save the file as UTF-8."):
+        blocks(path, "user")
+
+
+def test_true_and_false_are_numbers(tmp_path: Path) -> None:
+    path = text(tmp_path / "a.csv", "x,y\nTrue,1\nfalse,2\n,3\n0.5,yes\n")
+    assert numbers(path, "x")[[0, 1, 3]].tolist() == [1, 0, 0.5]
+    assert np.isnan(numbers(path, "x")[2])
+    with refused("a.csv: column 'y', row 3: 'yes' is not a number: correct it or leave it empty."):
+        numbers(path, "y")
+
+
 def test_header_and_delimiter_of_the_schema(tmp_path: Path) -> None:
     path = text(tmp_path / "a.csv", "1;2\n3;4\n")
     assert values(path, "b", header=("a", "b"), delimiter=";") == ["2", "4"]
@@ -404,6 +452,11 @@ def test_a_side_table_in_a_folder(tmp_path: Path) -> None:
     parquet(folder / "0.parquet", user=pa.array([1], pa.int8()), age=pa.nulls(1))
     parquet(folder / "1.parquet", user=[2], age=[20])
     assert values(log, "age", Join(folder, "user")) == [None, "20"]
+    # As the files of the table itself, these are compared by their texts.
+    parquet(folder / "2.parquet", user=["x"], age=[2.0])
+    parquet(folder / "3.parquet", user=pa.array([2**53 + 1, 4]), age=["", "30"])
+    log = parquet(tmp_path / "more.parquet", user=["2", "x", str(2**53 + 1), "4"])
+    assert values(log, "age", Join(folder, "user")) == ["20", "2", None, "30"]
 
 
 def test_joins_that_are_refused(tmp_path: Path, users: Join) -> None:

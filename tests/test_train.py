@@ -16,7 +16,9 @@ from stem_fast.config import EMBEDDING_OPTIMIZERS, TrainingConfig
 from stem_fast.data import Batch, Dataset
 from stem_fast.layers import EmbeddingArena
 from stem_fast.model import STEMNet
+from stem_fast.optim import ExactAdam
 from stem_fast.schema import DataError
+from stem_fast.step import clip_grad_norm_
 from stem_fast.train import Monitor, TrainingError
 
 TINY = {
@@ -113,6 +115,36 @@ def test_exact_adam_trains_as_dense_adam_does(max_norm: float) -> None:
     for ours, theirs in zip(*(m.parameters() for m in models), strict=True):
         # Where it clips, the norm of the L2 term of rows outside the batch is left out.
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-8 if max_norm else 1e-13)
+
+
+def test_a_table_has_one_weight_decay() -> None:
+    """Its optimizer's own where there is no embedding_regularizer; never two."""
+    batch = next(iter(tiny_data(6).batches(6)))
+    for options in ({"weight_decay": 0.1}, {"decoupled": True}):
+        model = tiny_model()
+        table = ExactAdam(model.embedding, **options)
+        with pytest.raises(
+            DataError, match=r"embedding_regularizer is 0\.3, and the table's Exact"
+        ):
+            train.train_step(model, [table], batch, config(embedding_regularizer=0.3))
+        train.train_step(model, [table], batch, config(embedding_regularizer=0.0))
+        assert table.param_groups[0]["weight_decay"] == options.get("weight_decay", 0.0)
+
+
+@pytest.mark.parametrize("max_norm", [1e-3, 10.0, 0.0])
+def test_gradients_of_a_table_are_clipped_with_the_others(max_norm: float) -> None:
+    batch = next(iter(tiny_data(6).batches(6)))
+    models = [tiny_model().double(), tiny_model().double()]
+    ExactAdam(models[0].embedding)
+    for model in models:
+        model.loss(model(batch.ids), batch.labels).backward()
+    factor = clip_grad_norm_(models[0], max_norm)
+    assert (factor == 1) == (max_norm != 1e-3)
+    if max_norm:
+        nn.utils.clip_grad_norm_(models[1].parameters(), max_norm)
+    for ours, theirs in zip(*(model.parameters() for model in models), strict=True):
+        grad = ours.grad.to_dense() if ours.grad.is_sparse else ours.grad
+        torch.testing.assert_close(grad, theirs.grad, rtol=1e-9, atol=1e-12)
 
 
 def test_fp64_trains_with_exact_adam_as_with_dense_adam() -> None:

@@ -247,8 +247,8 @@ def adam_rows(setting: Setting, device: str) -> Case:
         tables = [ops.new_table(before.new_empty(shape)).zero_() for _ in range(3)]
         tables[0].copy_(steps.start())
         last = ops.new_table(rows.new_empty(s.rows, dtype=torch.int32)).zero_()
-        schedule = Schedule((0.9, 0.999), 0, torch.device(device))
-        schedule.advance(RATE, 0.0, EPS, decoupled=False)
+        schedule = Schedule(0, torch.device(device))
+        schedule.advance(RATE, 0.0)
         history = schedule.steps, schedule.leaps, schedule.clock
         mine = rows[named]
 
@@ -307,9 +307,9 @@ def catch_up_l2(setting: Setting, device: str) -> Case:
     grad = torch.randn(count, s.spaces * s.dim, generator=draw) / s.batch
     # What one step makes of a row: m, v, and a move by the learning rate.
     start = (torch.randn_like(grad) * RATE, 0.1 * grad, 0.001 * grad.square())
-    schedule = Schedule((0.9, 0.999), 1000, torch.device(device))
+    schedule = Schedule(1000, torch.device(device))
     for _ in range(MISSED):
-        schedule.advance(RATE, decay, EPS, decoupled=False)
+        schedule.advance(RATE, decay)
     last = torch.full((count,), 1000, dtype=torch.int32)
 
     def arguments(tables: tuple[Tensor, ...], leaps: Tensor) -> tuple[Any, ...]:

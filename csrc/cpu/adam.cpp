@@ -437,6 +437,7 @@ void adam_rows(const Tensor& weight, const Tensor& exp_avg, const Tensor& exp_av
   for (const Tensor* state : {&exp_avg, &exp_avg_sq}) {
     check_state("adam_rows", "exp_avg and exp_avg_sq", weight, *state);
   }
+  STD_TORCH_CHECK(exp_avg_sq.element_size() >= 4, "adam_rows: exp_avg_sq must be float32 or float64");
   const Steps steps("adam_rows", weight, last, steps_in, kColumns, clock);
   STD_TORCH_CHECK(leaps_in.dim() == 2 && leaps_in.size(1) == kLeapColumns &&
                       leaps_in.size(0) >= kPolynomials + steps_in.size(0) / kLeap &&

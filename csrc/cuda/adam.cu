@@ -37,7 +37,8 @@ constexpr double kSpent = 0x1p-60;
 template <typename T, typename S>
 struct Adam {
   T* weight;
-  S *exp_avg, *exp_avg_sq;
+  S* exp_avg;
+  Sum<T>* exp_avg_sq;
   int32_t* last;
   const int64_t* rows;  // nullptr: all
   const T* grad;        // nullptr: none
@@ -318,7 +319,7 @@ void run(const Tensor& weight, const Tensor& exp_avg, const Tensor& exp_avg_sq, 
   Adam<T, S> a{};
   a.weight = static_cast<T*>(weight.mutable_data_ptr());
   a.exp_avg = static_cast<S*>(exp_avg.mutable_data_ptr());
-  a.exp_avg_sq = static_cast<S*>(exp_avg_sq.mutable_data_ptr());
+  a.exp_avg_sq = static_cast<Sum<T>*>(exp_avg_sq.mutable_data_ptr());
   a.last = static_cast<int32_t*>(last.mutable_data_ptr());
   a.rows = rows.named();
   a.grad = rows.grad<T>();
@@ -337,7 +338,7 @@ void run(const Tensor& weight, const Tensor& exp_avg, const Tensor& exp_avg_sq, 
   const bool vectors =
       a.width % wide == 0 &&
       aligned({a.weight, a.grad}, wide * sizeof(T)) &&
-      aligned({a.exp_avg, a.exp_avg_sq}, wide * sizeof(S));
+      aligned({a.exp_avg}, wide * sizeof(S)) && aligned({a.exp_avg_sq}, 16);
   const auto [grid, block] = row_shape(rows.count, vectors ? a.width / wide : a.width, kThreads);
   launch("adam_rows", vectors ? adam_kernel<T, S, wide, l2> : adam_kernel<T, S, 1, l2>, grid, block,
          0, weight, a);
@@ -351,11 +352,14 @@ void adam_rows(const Tensor& weight, const Tensor& exp_avg, const Tensor& exp_av
   const Rows rows("adam_rows", weight, rows_in, grad);
   const int64_t size = weight.size(0), width = weight.size(1);
   for (const Tensor* state : {&exp_avg, &exp_avg_sq}) {
-    STD_TORCH_CHECK(state->dim() == 2 && state->size(0) == size && state->size(1) == width &&
-                        state->scalar_type() == exp_avg.scalar_type(),
+    STD_TORCH_CHECK(state->dim() == 2 && state->size(0) == size && state->size(1) == width,
                     "adam_rows: exp_avg and exp_avg_sq must be as weight, [", size, ", ", width,
-                    "], of one type");
+                    "]");
   }
+  STD_TORCH_CHECK(exp_avg_sq.scalar_type() == (weight.scalar_type() == ScalarType::Double
+                                                   ? ScalarType::Double
+                                                   : ScalarType::Float),
+                  "adam_rows: exp_avg_sq must be float32, of a float64 weight float64");
   STD_TORCH_CHECK(exp_avg.is_contiguous() && exp_avg_sq.is_contiguous(),
                   "adam_rows: what is changed in place must be contiguous");
   check_steps("adam_rows", weight, last, steps_in, kColumns, clock_in);
@@ -381,7 +385,7 @@ void adam_rows(const Tensor& weight, const Tensor& exp_avg, const Tensor& exp_av
     if (state == ScalarType::BFloat16) return with(BFloat16());
     if (state == weight.scalar_type()) return with(T());
     STD_TORCH_CHECK(state == ScalarType::Float,
-                    "adam_rows: the state must be bfloat16, float32 or of weight's type");
+                    "adam_rows: exp_avg must be bfloat16, float32 or of weight's type");
     with(float());
   });
 }

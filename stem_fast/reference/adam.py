@@ -42,7 +42,9 @@ def adam_rows(
 
     Args:
         weight: [R, W].
-        exp_avg, exp_avg_sq: [R, W], Adam's m and v.
+        exp_avg: [R, W], Adam's m, in bfloat16, float32 or weight's type.
+        exp_avg_sq: [R, W], v, in float32 or float64: a number of few digits times ``beta2`` is
+            itself.
         last: int32 [R], the newest step that each row has made.
         rows: int64 [U], each once; row 0 is padding and left out (a CUDA plan repeats it). None:
             all rows.

@@ -33,10 +33,10 @@ class AdamCase(NamedTuple):
         def normal(*size: int) -> torch.Tensor:
             return torch.randn(*size, generator=draw, dtype=torch.float64)
 
-        schedule = Schedule(self.betas, self.base, torch.device("cpu"))
+        schedule = Schedule(self.base, torch.device("cpu"), self.betas, decoupled=self.decoupled)
         for step in range(self.steps):
             lr = 1e-3 * (1 + step % self.rates)
-            schedule.advance(lr, self.decay * (1 + step % 2), 1e-8, decoupled=self.decoupled)
+            schedule.advance(lr, self.decay * (1 + step % 2))
         size = 10 ** (normal(self.rows, 1) - 5)
         never = slice(None, None, 1 if self.new else 5)  # trained
         size[never] = 0
@@ -56,7 +56,7 @@ class AdamCase(NamedTuple):
         count = len(rows) if self.named else self.rows
         grad = normal(count, self.width) * 1e-4 if grads else None
         return [
-            *(table.to(dtype) for table in (weight, m, v)),
+            *(weight.to(dtype), m.to(dtype), v.to(torch.promote_types(dtype, torch.float32))),
             *(last, rows if self.named else None, None if grad is None else grad.to(dtype)),
             *(schedule.steps, schedule.leaps, schedule.clock, *self.betas, 1e-8, self.decoupled),
             self.decay > 0 and not self.decoupled,

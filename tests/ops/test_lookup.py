@@ -79,6 +79,18 @@ def test_lookup_takes_what_is_not_contiguous(device: str) -> None:
     torch.testing.assert_close(actual, reference.row_gradients(*grad, sums, *plan[1:], 4))
 
 
+@devices
+def test_rows_that_repeat_are_merged(device: str) -> None:
+    rows = torch.tensor([7, 3, 7, 0, 5, 3, 7], device=device)
+    values = torch.randn(7, 6, dtype=torch.float64, device=device)
+    values[3] = 0  # padding
+    named, sums = ops.merge_rows(rows, values)
+    dense = torch.zeros(9, 6, dtype=torch.float64, device=device)
+    expected = dense.index_add(0, rows, values)
+    torch.testing.assert_close(dense.index_add(0, named, sums), expected)
+    assert len(named[named != 0]) == 3
+
+
 def test_weights_of_bags_that_want_a_gradient_are_refused() -> None:
     *rest, bags, mean = LOOKUPS["weighted sequences"].arguments()
     bags[2].requires_grad_()
