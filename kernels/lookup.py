@@ -114,7 +114,8 @@ def _pool(
         row = tl.minimum(tl.maximum(row, 0), rows - 1)
         value = _read(weight, row, real, SPACES, DIM, SP, DP, SUM)
         if WEIGHTED:
-            factor = tl.load(weights + at, mask=real, other=0.0).to(SUM)  # padding's may be NaN
+            factor = tl.load(weights + at, mask=at < end, other=0.0).to(SUM)
+            factor = tl.where(real, factor, 0.0)  # padding's may be NaN
             value *= factor[:, None, None]
         total += tl.sum(value, axis=0)
         count += tl.sum(real.to(tl.int64), axis=0)

@@ -132,7 +132,8 @@ def sources() -> dict[str, tuple[ASTSource, int]]:
                 found[f"{title} sizes 1"] = source(kernel, tensors, ones), warps
         for experts, gates, width in ((10, 2, 512), (24, 4, 256), (64, 16, 512)):
             y = torch.empty(experts, 4096, width, dtype=dtype, device="meta")
-            sizes = mixture._sizes(y, torch.empty(gates, 4096, experts, device="meta"))
+            logits, masks = torch.empty(gates, 4096, experts, device="meta"), [1] * gates
+            sizes = mixture._sizes(y, logits, masks, masks)
             constants = {key: value for key, value in sizes.items() if key.isupper()}
             tensors = dict.fromkeys(("y", "logits", "out", "grad", "dy", "dlogits"), name)
             tensors |= {"see": "*i64", "learn": "*i64"}
