@@ -4,7 +4,7 @@
     python -m bench.run --table bench/results/kernels_cpu.json
     python -m bench.run --json bench/results/steps_cpu.json --settings tiktok tall \\
         --ops embedding_step embedding_step_l2 adam_rows catch_up_l2 \\
-        --runs 'default allocator' --blocks 2
+        --runs 'default allocator' --blocks 3
 
 Each case of bench/ops/ is timed by pytest-benchmark (bench/test_ops.py). On the CPU everything
 runs twice, each time in a process of its own: with the allocator as it comes, and with glibc's kept

@@ -439,7 +439,7 @@ def _refuse_source(option: str, out: Path | None, table: Path, join: list[str] |
     if out is not None and any(
         each.resolve() in (out.resolve(), *out.resolve().parents) for each in sources
     ):
-        raise DataError(f"{option} is {out}, which is read: name another file.")
+        raise DataError(f"{option} is {out}, which is or lies in what is read: name another file.")
 
 
 def _joins(texts: list[str] | None) -> tuple[data.Join, ...]:

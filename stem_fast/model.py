@@ -47,6 +47,7 @@ class Wiring:
             if given != due:
                 raise ValueError(f"wire: {name} are {given}, {due} are due")
         for name, places, end in (
+            ("spaces", self.spaces, max(self.spaces, default=0) + 1),
             ("reads", self.reads, inputs),
             ("gates", [i for gate in self.gates for i in gate], inputs),
             ("towers", self.towers, mixtures),

@@ -550,8 +550,7 @@ def _load_cuda() -> str:
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
-        # What follows has no C++.
-        return "in use on cuda, plans and schedules by the reference (triton is not installed)"
+        return "in use on cuda, with references for what only Triton has, which is not installed"
     for module, names in (
         (row_plan, ("row_plan",)),
         (adam, ("adam_schedule", "adam_leap")),

@@ -60,6 +60,7 @@ class History:
     """
 
     owing = True  # whether a row that has missed steps differs from what it would be
+    fading = False  # whether a flush is due before another step like the last
 
     def __init__(self, step: int, device: torch.device) -> None:
         self.clock = torch.tensor([step, step], device=device)
@@ -70,6 +71,10 @@ class History:
         """Counts a step."""
         self.hidden |= _captured(self.clock)
         self.made += 1
+
+    def replayed(self) -> None:
+        """Counts a step that a CUDA graph has made."""
+        self.made, self.hidden = self.made + 1, False
 
     def flushed(self) -> None:
         """Every row has made every step: the history begins anew."""
@@ -121,7 +126,9 @@ class Schedule(History):
     ) -> None:
         super().__init__(step, device)
         self.betas, self.eps, self.decoupled = betas, eps, decoupled
-        self.left = 1.0  # what decoupled decay has left of a weight, as far as the host knows
+        # What decoupled decay leaves of a weight, since base and in the last step, as far as the
+        # host knows.
+        self.left, self.factor = 1.0, 1.0
         size = _lines(device), 5 + 3 * reference.SERIES
         self.steps = torch.zeros(size, dtype=torch.float64, device=device)
         self.steps[0, 3] = 1
@@ -134,7 +141,7 @@ class Schedule(History):
         """Adds a step."""
         options = _options(self.steps, lr, weight_decay)
         self.count()
-        self.left *= self._factor(lr, weight_decay)
+        self.left *= self.factor
         self.l2 |= not self.decoupled and (isinstance(weight_decay, Tensor) or weight_decay != 0)
         if self.made >= len(self.steps):
             self.steps = torch.cat([self.steps, torch.zeros_like(self.steps)])
@@ -149,28 +156,29 @@ class Schedule(History):
         if self.l2 and (self.made % LEAP == 0 or self.clock.is_cuda):
             torch.ops.stem_fast.adam_leap(self.steps, self.leaps, self.clock, *self.betas)
 
-    def fades(self, lr: float | Tensor, weight_decay: float | Tensor) -> bool:
-        """Whether a flush is due before a step: column 3 would come so near to 0 that no quotient
-        of two lines is known, or so much faster than momentum that sums over it are large.
+    def replayed(self) -> None:
+        super().replayed()
+        self.left *= self.factor
+
+    @property
+    def fading(self) -> bool:  # type: ignore[override]
+        """Whether column 3 would come so near to 0 that no quotient of two lines is known, or so
+        much faster than momentum that sums over it are large."""
+        near = abs(self.left * self.factor) < 1e-150
+        return self.made > 0 and (near or abs(self.factor) < self.betas[0] ** 2)
+
+    def decays(self, lr: float | Tensor, weight_decay: float | Tensor) -> None:
+        """Sets the factor of the next step; of what is on a GPU the host knows none.
 
         Raises ValueError where decoupled decay leaves nothing of a weight.
         """
-        factor = abs(self._factor(lr, weight_decay))
-        if factor < 1e-6:
+        known = not any(isinstance(o, Tensor) and o.is_cuda for o in (lr, weight_decay))
+        decay = float(lr) * float(weight_decay) if self.decoupled and known else 0.0
+        if abs(1 - decay) < 1e-6:
             raise ValueError(
-                f"lr * weight_decay is {float(lr) * float(weight_decay):g}: decoupled decay would "
-                "leave nothing of a weight"
+                f"lr * weight_decay is {decay:g}: decoupled decay would leave nothing of a weight"
             )
-        return self.made > 0 and (abs(self.left) * factor < 1e-150 or factor < self.betas[0] ** 2)
-
-    def _factor(self, lr: float | Tensor, weight_decay: float | Tensor) -> float:
-        """What decoupled decay leaves of a weight in one step; of what is on a GPU nothing is known
-        here."""
-        if not self.decoupled or any(
-            isinstance(o, Tensor) and o.is_cuda for o in (lr, weight_decay)
-        ):
-            return 1.0
-        return 1 - float(lr) * float(weight_decay)
+        self.factor = 1 - decay
 
     def flushed(self) -> None:
         super().flushed()
@@ -301,6 +309,11 @@ class TableOptimizer(torch.optim.Optimizer):
         """Steps that a table has made since its last flush, as far as the host knows."""
         return max((history.made for history in self._histories.values()), default=0)
 
+    @property
+    def fading(self) -> bool:
+        """Whether a flush is due before another step like the last: see :class:`Schedule`."""
+        return any(history.fading for history in self._histories.values())
+
     def replayed(self) -> None:
         """Counts a step of every table, which the replay of a CUDA graph made.
 
@@ -308,7 +321,7 @@ class TableOptimizer(torch.optim.Optimizer):
         a table of which a step was captured.
         """
         for history in self._histories.values():
-            history.made, history.hidden = history.made + 1, False
+            history.replayed()
 
     def tensors(self) -> Iterator[Tensor]:
         """What a step works on, tables and gradients aside: a CUDA graph needs them where they
@@ -441,7 +454,8 @@ class ExactAdam(TableOptimizer):
         self, weight: Tensor, group: dict[str, Any], rows: Tensor | None, values: Tensor
     ) -> None:
         schedule = self._schedule(weight, group)
-        if schedule.fades(group["lr"], group["weight_decay"]):
+        schedule.decays(group["lr"], group["weight_decay"])
+        if schedule.fading:
             self.catch_up(weight, None)
         schedule.advance(group["lr"], group["weight_decay"])
         self._run(weight, group, rows, values)
@@ -475,9 +489,9 @@ class ExactAdam(TableOptimizer):
         if old is not None and ((old.betas, old.eps), old.decoupled) != (options, decoupled):
             if old.made == 1:
                 warnings.warn(
-                    "betas or eps change at every step: each makes the steps of all rows, as dense "
-                    "Adam does. Give OneCycleLR or CyclicLR cycle_momentum=False.",
-                    stacklevel=4,
+                    "betas or eps change after a single step: each change makes the steps of all "
+                    "rows, as dense Adam does. Give OneCycleLR or CyclicLR cycle_momentum=False.",
+                    stacklevel=2,
                 )
             self.catch_up(weight, None)
             self.state[weight]["step"] = old.clock[1].cpu().float()

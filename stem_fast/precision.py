@@ -63,4 +63,6 @@ def tf32(precision: str) -> Iterator[None]:
         yield
     finally:
         products.allow_tf32 = False
-        products.fp32_precision = before
+        # What it reads as may be what holds for all of torch; that goes on holding.
+        everywhere = torch.backends.fp32_precision
+        products.fp32_precision = "none" if before == everywhere else before

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -46,18 +47,19 @@ def train_step(
     """One official step: loss + L2, backward, clip to the global norm, update.
 
     Returns the loss as a detached scalar on the model's device. The table's L2 term is in it where
-    the table is trained by a dense optimizer; the others never read the whole table.
+    the table is trained by a dense optimizer; the others never read the whole table, and have
+    ``config.embedding_regularizer``, where it is above 0, as their ``weight_decay`` of this step.
     """
     if batch.labels is None:
         raise DataError("the data was loaded without labels, so it cannot train.")
     if config.precision == "fp64" and model.embedding.weight.dtype != torch.float64:
         raise DataError("precision is 'fp64', and the model is not: call model.double() before.")
+    _check_decay(optimizers, config.embedding_regularizer)
     for optimizer in optimizers:
         optimizer.zero_grad()
     with tf32(config.precision):
         loss = _backward(model, batch, config)
     table, strength = model.embedding.weight, config.embedding_regularizer
-    _check_decay(optimizers, strength)
     if strength and table.grad is not None and not table.grad.is_sparse:
         # The gradient of model.regularization, without tensors as large as the table.
         table.grad.add_(table.detach(), alpha=strength)
@@ -65,27 +67,38 @@ def train_step(
             loss = loss + model.regularization(strength, 0.0)
     clipped = clip_grad_norm_(model, config.max_gradient_norm, embedding_regularizer=strength)
     for optimizer in optimizers:
-        if isinstance(optimizer, TableOptimizer) and strength:
-            # Clipping shrinks the L2 term of every row, of those in no sample too.
-            for group in optimizer.param_groups:
-                group["weight_decay"] = clipped * strength
-        optimizer.step()
+        # Clipping shrinks the L2 term of every row, of those in no sample too.
+        with _decay(optimizer, clipped * strength if strength else None):
+            optimizer.step()
     return loss
 
 
 def _check_decay(optimizers: Sequence[torch.optim.Optimizer], strength: float) -> None:
     """Raises DataError for a table with two terms of L2, or one in another form."""
-    for optimizer in optimizers:
-        if not (strength and isinstance(optimizer, TableOptimizer)):
-            continue
-        own = optimizer.defaults["weight_decay"]
-        if own or any(group.get("decoupled_weight_decay") for group in optimizer.param_groups):
-            name = type(optimizer).__name__
-            raise DataError(
-                f"embedding_regularizer is {strength:g}, and the table's {name} has a weight decay "
-                f"of its own (weight_decay={own:g}, or decoupled): set the first to 0, or drop the "
-                "other."
-            )
+    tables = [each for each in optimizers if strength and isinstance(each, TableOptimizer)]
+    for table in tables:
+        for group in table.param_groups:
+            own = group["weight_decay"]
+            if isinstance(own, Tensor) or own or group.get("decoupled_weight_decay"):
+                raise DataError(
+                    f"embedding_regularizer is {strength:g}, and the table's "
+                    f"{type(table).__name__} has a weight decay of its own (weight_decay={own}, or "
+                    "decoupled): set the first to 0, or drop the other."
+                )
+
+
+@contextmanager
+def _decay(optimizer: torch.optim.Optimizer, decay: Tensor | float | None) -> Iterator[None]:
+    """The optimizer of a table with a ``weight_decay`` (None: its own), for one step."""
+    groups = optimizer.param_groups if isinstance(optimizer, TableOptimizer) else []
+    own = [group["weight_decay"] for group in groups]
+    for group in groups:
+        group["weight_decay"] = group["weight_decay"] if decay is None else decay
+    try:
+        yield
+    finally:
+        for group, value in zip(groups, own, strict=True):
+            group["weight_decay"] = value
 
 
 def _backward(model: STEMNet, batch: Batch, config: TrainingConfig) -> Tensor:
@@ -176,13 +189,15 @@ def clip_grad_norm_(
 ) -> Tensor | float:
     """``torch.nn.utils.clip_grad_norm_`` of a model, whose table has a sparse gradient.
 
-    Of such a table the rows of the batch count, with the L2 term that its optimizer will add
-    (``embedding_regularizer``); that of all other rows is below rounding and left out.
+    Of such a table the rows of the batch count; the L2 term of all others is below rounding and
+    left out.
 
     Args:
         model: after the backward pass.
         max_norm: of all gradients together; 0: they are left alone.
-        embedding_regularizer: the ``weight_decay`` of the table's optimizer.
+        embedding_regularizer: of an L2 term that counts in the norm and is clipped with it: the
+            optimizer of the table then gets it, times the factor, as ``weight_decay``. (torch's
+            adds weight decay after clipping: leave 0.)
 
     Returns:
         The factor that gradients were multiplied by, at most 1.
@@ -249,7 +264,8 @@ class TrainStep:
     def __call__(self, batch: Batch) -> Tensor:
         """The loss of the step, as train_step's; errors too."""
         tables = [each for each in self.optimizers if isinstance(each, TableOptimizer)]
-        if self.graph is not None and any(table.made >= FLUSH for table in tables):
+        due = any(table.made >= FLUSH or table.fading for table in tables)
+        if self.graph is not None and due:
             self.model.embedding.flush()  # a schedule that grew would be another one
         if not self._capturable(batch):
             return train_step(self.model, self.optimizers, batch, self.config)
@@ -283,12 +299,8 @@ class TrainStep:
         found: list[Any] = [(p.data_ptr(), p.requires_grad) for p in model.parameters()]
         found += [buffer.data_ptr() for buffer in model.buffers()]
         for optimizer in self.optimizers:
-            own = isinstance(optimizer, TableOptimizer)
-            # train_step sets the weight_decay of a table in every step, where there is L2.
-            set_here = own and self.config.embedding_regularizer
-            left_out = ("params", "weight_decay") if set_here else ("params",)
             for group in optimizer.param_groups:
-                found.append({k: _number(v) for k, v in group.items() if k not in left_out})
+                found.append({k: _number(v) for k, v in group.items() if k != "params"})
             found.append([tensor.data_ptr() for tensor in _state(optimizer)])
         return found
 

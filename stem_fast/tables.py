@@ -9,6 +9,7 @@ program writes another text than Arrow does: pandas writes 2.0 as "2.0", and tru
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import hashlib
 import re
@@ -31,7 +32,7 @@ SUFFIXES = (*DELIMITERS, *(f"{suffix}.gz" for suffix in DELIMITERS), ".parquet")
 TEXT = pa.large_string()
 # Text that means "missing", in CSV cells, Parquet strings and list elements alike.
 MISSING = pa.array(["", "NULL", "\\N", "NaN", "nan"], TEXT)
-LINE = re.compile(rb"[^\r\n]*(?:\r\n|\r|\n|$)")
+END = rb"\r\n|\r|\n"  # of a line
 INVALID_UTF8 = re.compile(r"column #(\d+): Row #(\d+): .*invalid UTF8")  # pyarrow's words
 TYPO = 0.85  # likeness of a name of seven letters to itself with one of them wrong
 NUMBERS = (
@@ -92,8 +93,8 @@ class Table:
             if self.header is not None:
                 return list(self.header)
             # Not by a stream of rows, whose thread would go on reading.
-            head = pa.csv.read_csv(pa.BufferReader(self._header(file)), *self._options(None))
-            return head.column_names
+            _, line = self._header(file)
+            return pa.csv.read_csv(pa.BufferReader(line), *self._options(None)).column_names
 
     def blocks(self, columns: Sequence[str]) -> Iterator[tuple[Path, int, pa.Table]]:
         """(file, its first row in the file, rows) of about BLOCK_ROWS rows at a time."""
@@ -122,8 +123,10 @@ class Table:
                         for batch in parquet.iter_batches(BLOCK_ROWS, columns=list(columns)):
                             yield batch.select(columns)
                 else:
-                    single = len(self.names(file)) == 1
-                    options = self._options(columns, refuse, single=single)
+                    options = self._options(columns, refuse)
+                    if len(self.names(file)) == 1:  # an empty line is a value, but before the name
+                        options[0].skip_rows = 0 if self.header else self._header(file)[0]
+                        options[1].ignore_empty_lines = False
                     with pa.csv.open_csv(file, *options) as reader:
                         yield from reader
             except pa.ArrowInvalid as error:
@@ -148,38 +151,41 @@ class Table:
         """What is between the cells of a line."""
         return self.delimiter or DELIMITERS[self.kind]
 
-    def _header(self, file: Path) -> bytes:
-        """The first line of a CSV file, which is of several where a name in quotes is."""
+    @property
+    def quotes(self) -> bool:
+        """Whether a cell may stand in quotes. Between tabs a quote is a character: one that is
+        alone would swallow lines."""
+        return self.between != "\t"
+
+    def _header(self, file: Path) -> tuple[int, bytes]:
+        """(empty lines before it, the first line) of a CSV file; names in quotes may be of several
+        lines."""
         with pa.input_stream(str(file), compression="detect") as stream:
-            start = stream.read(CSV_BYTES)
-        end = 0
-        for line in LINE.finditer(start):
-            end = line.end()
-            whole = self.between == "\t" or start[:end].count(b'"') % 2 == 0
-            if whole and start[:end].strip():
-                break
-        return start[:end]
+            start = stream.read(CSV_BYTES).removeprefix(codecs.BOM_UTF8)
+        between = re.escape(self.between.encode())
+        cell = b"[^" + between + b"\r\n]*"
+        if self.quotes:
+            cell = b'(?:"(?:[^"]|"")*"' + cell + b"|" + cell + b")"
+        line = cell + b"(?:" + between + cell + b")*"
+        found = re.match(b"((?:" + END + b")*)(" + line + b"(?:" + END + b")?)", start)
+        assert found is not None  # all of it may be empty
+        return len(re.findall(END, found[1])), found[2]
 
     def _options(
         self,
         columns: Sequence[str] | None,
         ragged: Callable[[pa.csv.InvalidRow], str] | None = None,
-        *,
-        single: bool = False,
     ) -> tuple[pa.csv.ReadOptions, pa.csv.ParseOptions, pa.csv.ConvertOptions]:
-        """Of a CSV reader. ``single``: there is one column, of which an empty line is a value."""
+        """Of a CSV reader."""
         header = None if self.header is None else list(self.header)
         texts = {} if columns is None else dict.fromkeys(columns, TEXT)
-        # In text between tabs a quote is a character: one that is alone would swallow lines.
-        quotes = self.between != "\t"
         return (
             # With threads the reader does not know the number of a ragged row.
             pa.csv.ReadOptions(use_threads=False, block_size=CSV_BYTES, column_names=header),
             pa.csv.ParseOptions(
                 delimiter=self.between,
-                quote_char='"' if quotes else False,
-                newlines_in_values=quotes,
-                ignore_empty_lines=not single,
+                quote_char='"' if self.quotes else False,
+                newlines_in_values=self.quotes,
                 invalid_row_handler=ragged,
             ),
             pa.csv.ConvertOptions(
@@ -328,19 +334,14 @@ def read_blocks(table: Table, columns: Iterable[str], joins: Sequence[Join]) -> 
         plan.append((other, join.key, taken))
         available.update(names)
         where += f" joined with {other.path}"
-    if available.isdisjoint(wanted) and table.kind != ".parquet":
-        first = ", ".join(f"'{name}'" for name in wanted[:3]) + ", ..." * (len(wanted) > 3)
-        raise DataError(
-            f"{where}: no column {first}: its first line, read as names, is "
-            f"{table.between.join(own)[:200]!r}. Give --delimiter if something else than "
-            f"{table.between!r} is between them, --header if it holds values."
+    advice = " A side table's columns need its --join FILE:KEY in every command."
+    if available.isdisjoint(wanted) and table.kind != ".parquet" and table.header is None:
+        advice = (
+            f" Its first line, read as names, is {table.between.join(own)[:200]!r}: give "
+            f"--delimiter if something else than {table.between!r} is between them, --header if "
+            "it holds values."
         )
-    require(
-        where,
-        wanted,
-        available,
-        " A side table's columns need its --join FILE:KEY in every command.",
-    )
+    require(where, wanted, available, advice)
     sides = [_Side(*parts) for parts in plan]
     rows = 0
     for file, start, part in table.blocks([name for name in wanted if name in own]):
@@ -425,9 +426,11 @@ def _regroup(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
 
 def _joined(parts: Sequence[pa.Array]) -> pa.ChunkedArray:
     """Arrays one after the other, as text where files differ in type."""
-    if len({part.type for part in parts}) > 1:
-        parts = [part if pa.types.is_nested(part.type) else _texts(part) for part in parts]
-    return pa.chunked_array(parts)
+    types = {part.type for part in parts}
+    if any(pa.types.is_nested(each) for each in types):
+        whole = pa.concat_tables([pa.table({"": p}) for p in parts], promote_options="permissive")
+        return whole[""]
+    return pa.chunked_array([_texts(p) for p in parts] if len(types) > 1 else parts)
 
 
 def _array(column: pa.ChunkedArray) -> pa.Array:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import DEVICES, assert_within
+from cases import DEVICES, DTYPES, assert_within
 from torch import Tensor, nn
 
 from stem_fast import batched, reference
 from stem_fast.layers import GroupedMLP
+from stem_fast.precision import tf32
 
 
 def normal(*size: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -102,6 +103,12 @@ def test_both_ways_of_a_layer(reads: tuple[int, ...], monkeypatch: pytest.Monkey
             expected = reference.grouped_linear(x, reads, weight, bias, relu)
             actual = batched.linear(x, reads, weight, bias, relu)
             torch.testing.assert_close(actual, expected)
+
+
+def test_our_products_are_for_short_numbers() -> None:
+    with tf32("tf32"):  # which Triton would cut off
+        found = {dtype for dtype in DTYPES if batched.fused(dtype)}
+    assert found == {torch.bfloat16, torch.float16}
 
 
 @pytest.mark.parametrize("device", DEVICES[1:])

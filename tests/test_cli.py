@@ -180,7 +180,9 @@ def test_what_is_read_is_not_written() -> None:
     for command, option in (("predict", "--out"), ("evaluate", "--json")):
         for out, join in (("./valid.parquet", []), ("side/x.csv", ["--join", "side:user_id"])):
             arguments = (command, "run", "--data", "valid.parquet", option, out, *join)
-            refused(stem_fast(*arguments), f"{option} is {Path(out)}, which is read: name another")
+            refused(
+                stem_fast(*arguments), f"{option} is {Path(out)}, which is or lies in what is read"
+            )
     assert Path("valid.parquet").read_bytes() == before
     result = stem_fast("predict", "run", "--data", "valid.parquet", "--out", "P.CSV")
     assert result.exit_code == 0, result.output

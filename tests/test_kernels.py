@@ -246,6 +246,8 @@ def test_a_row_outside_the_table_changes_nothing(run: Any, case: Any, options: A
 
 X, PLAN = torch.zeros(2, 2, 3), (torch.tensor([0, 2]).int(), torch.tensor([0, 1]).int())
 NONE = torch.empty(0, 2, 3)
+LOOK = X[0], PLAN[0][None], PLAN[0].long(), 3, []
+BAGS = PLAN[1], PLAN[1].long()[None]
 
 
 @pytest.mark.parametrize(
@@ -259,6 +261,13 @@ NONE = torch.empty(0, 2, 3)
         (lookup.lookup, (X[0], PLAN[0][None], torch.zeros(3).long(), 3, [], [], 0), "offsets [F]"),
         (lookup.lookup, (X[0], PLAN[0][None], PLAN[0], 3, [], [], 0), "offsets must be int64"),
         (lookup.lookup, (X[0], PLAN[0][None], PLAN[0].long(), 3, [8], [], 0), "it is 8"),
+        (
+            lookup.lookup,
+            (*LOOK, [PLAN[1], PLAN[1].long()], 0),
+            "bags must be rows [n], int64",
+        ),
+        (lookup.lookup, (*LOOK, [PLAN[1], PLAN[1][None, :1]], 0), "bags must be rows [n], int64"),
+        (lookup.lookup, (*LOOK, [*BAGS, torch.ones(3)], 0), "weights of bags must be [n], n = 2"),
         (lookup.lookup, (X[0, :0], PLAN[0][None], PLAN[0].long(), 3, [], [], 0), "has no rows"),
         (lookup.row_gradients, (X, NONE, [1], *PLAN, NONE.double().ravel(), 3), "gradients must"),
         (lookup.row_gradients, (X, NONE, [], *PLAN, torch.ones(1).double(), 3), "a row plan's"),
@@ -276,18 +285,20 @@ def test_what_does_not_fit_is_refused(run: Any, arguments: Any, message: str) ->
 
 
 @pytest.mark.parametrize(("run", "case", "options"), OPTIMIZERS)
-@pytest.mark.parametrize("argument", range(5))
+@pytest.mark.parametrize("argument", range(9))
 def test_what_does_not_fit_a_table_is_refused(
     run: Any, case: Any, options: Any, argument: int
 ) -> None:
     arguments = to(DEVICE, case.arguments(**options))
-    given = arguments[argument]
+    given = arguments[argument] if argument < len(arguments) else 0.0
+    if not isinstance(given, torch.Tensor):
+        pytest.skip("a number, or beyond the last")
     if given.dim() == 1:
         changes = [given.half(), given[None]]
     else:
         changes = [given[:-1], given.mT.contiguous().mT if argument < 2 else given[:, 1:]]
     for change in changes:
-        with pytest.raises(RuntimeError):
+        with pytest.raises(RuntimeError, match="must be"):
             run(*arguments[:argument], change, *arguments[argument + 1 :])
 
 

@@ -415,6 +415,7 @@ def test_bad_configurations(options: dict[str, Any], message: str) -> None:
         ({"gates": ((0,), (1,), (9,), (3,))}, "gates have 9, there are 0 to 3"),
         ({"reads": (0, 1, 2, 3, 4)}, "reads have 4, there are 0 to 3"),
         ({"spaces": (0, 1)}, "reads have 2, there are 0 to 1"),
+        ({"spaces": (0, 1, -2, 3)}, "spaces have -2, there are 0 to 3"),
     ],
 )
 def test_wires_that_do_not_fit(change: dict[str, Any], message: str) -> None:

@@ -294,6 +294,18 @@ def test_decoupled_decay_that_leaves_little(decay: float, steps: int, bound: flo
         optimizer.step()
 
 
+def test_decay_is_known_of_steps_that_a_graph_replays() -> None:
+    table = arena()
+    optimizer = optim.ExactAdam(table, lr=0.1, weight_decay=0.5, decoupled=True)
+    train(table, optimizer, batches(1), lambda step: 0.1)
+    assert not optimizer.fading
+    for _ in range(6800):  # 0.95^6800 is 1e-151
+        optimizer.replayed()
+    assert optimizer.fading
+    optimizer.flush()
+    assert not optimizer.fading
+
+
 def test_betas_and_eps_change() -> None:
     ours, theirs = arena(), arena()
     optimizer, dense = optim.ExactAdam(ours), torch.optim.Adam([theirs.weight])

@@ -83,6 +83,8 @@ def test_an_empty_line_of_one_column_is_a_missing_value(tmp_path: Path, options:
     assert values(path, "x", **options) == ["v1", None, "v2", None]
     two = text(tmp_path / "b.csv", "x,y\n1,2\n\n3,4\n\n")
     assert values(two, "x") == ["1", "3"]
+    late = text(tmp_path / "c.csv", "\n\r\n\nx\nv1\n\nv2\n")
+    assert values(late, "x") == ["v1", None, "v2"]
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
@@ -90,6 +92,8 @@ def test_the_first_line_is_the_header(tmp_path: Path, end: str) -> None:
     path = text(tmp_path / "a.csv", "")
     path.write_bytes(end.join(["", "\ufeffx,y", "1,2", "3", ""]).encode()[len(end) :])
     assert Table(path).names() == ["x", "y"]  # whatever is wrong below
+    path.write_bytes(end.join(['x 5",y', '1,"2', '3"', "4,5,6", ""]).encode())
+    assert Table(path).names() == ['x 5"', "y"]  # within a cell a quote is a character
     path.write_bytes(end.join(['x,"y', '1"', "1,2", ""]).encode())
     assert Table(path).names() == ["x", f"y{end}1"]
     assert values(path, "x") == ["1"]
@@ -98,10 +102,14 @@ def test_the_first_line_is_the_header(tmp_path: Path, end: str) -> None:
 def test_a_table_that_is_read_the_wrong_way(tmp_path: Path) -> None:
     path = text(tmp_path / "a.csv", "user;item;click\n1;2;0\n")
     with refused(
-        "a.csv: no column 'user', 'item', 'click': its first line, read as names, is "
-        "'user;item;click'. Give --delimiter if something else than ',' is between them, --header"
+        "a.csv: no column 'user', 'item', 'click'. Its first line, read as names, is "
+        "'user;item;click': give --delimiter if something else than ',' is between them, --header"
     ):
         blocks(path, "user item click")
+    with refused("no column 'user'. A side table's columns need"):
+        blocks(path, "user", header=("a", "b", "c"), delimiter=";")
+    with refused("no column 'usr'. Did you mean 'user'?"):
+        blocks(text(tmp_path / "b.csv", "user,item\n1,2\n"), "usr")
     path.write_bytes("user,item\n1,2\n".encode("utf-16"))
     with refused("a.csv: the names of its columns are not valid UTF-8: save the file as UTF-8."):
         blocks(path, "user")
@@ -457,6 +465,12 @@ def test_a_side_table_in_a_folder(tmp_path: Path) -> None:
     parquet(folder / "3.parquet", user=pa.array([2**53 + 1, 4]), age=["", "30"])
     log = parquet(tmp_path / "more.parquet", user=["2", "x", str(2**53 + 1), "4"])
     assert values(log, "age", Join(folder, "user")) == ["20", "2", None, "30"]
+    tagged = tmp_path / "tagged"
+    tagged.mkdir()
+    for number, tags in enumerate((pa.nulls(1), pa.array([[1, 2]]), pa.array([[3]]))):
+        parquet(tagged / f"{number}.parquet", user=[number], tags=tags)
+    log = parquet(tmp_path / "log.parquet", user=[0, 1, 2])
+    assert lists(log, "tags", Join(tagged, "user")) == [[], ["1", "2"], ["3"]]
 
 
 def test_joins_that_are_refused(tmp_path: Path, users: Join) -> None:

@@ -129,6 +129,13 @@ def test_a_table_has_one_weight_decay() -> None:
             train.train_step(model, [table], batch, config(embedding_regularizer=0.3))
         train.train_step(model, [table], batch, config(embedding_regularizer=0.0))
         assert table.param_groups[0]["weight_decay"] == options.get("weight_decay", 0.0)
+    model = tiny_model()
+    table = ExactAdam([{"params": model.embedding, "weight_decay": 0.1}])
+    with pytest.raises(DataError, match=r"a weight decay of its own \(weight_decay=0\.1"):
+        train.train_step(model, [table], batch, config(embedding_regularizer=0.3))
+    table.param_groups[0]["weight_decay"] = 0.0
+    train.train_step(model, [table], batch, config(embedding_regularizer=0.3))
+    assert table.param_groups[0]["weight_decay"] == 0.0  # that was the step's alone
 
 
 @pytest.mark.parametrize("max_norm", [1e-3, 10.0, 0.0])

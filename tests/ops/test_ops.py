@@ -206,6 +206,23 @@ def test_triton_can_be_chosen_with_the_interpreter() -> None:
     assert states["cpp"].startswith("off")
 
 
+@pytest.mark.parametrize(
+    ("states", "expected"),
+    [
+        ({"cpp": "in use on cpu", "triton": "no CUDA device"}, False),
+        ({"triton": "in use on cuda", "cuda": "off"}, True),
+        ({"triton": "off", "cuda": "in use on cuda"}, True),
+        ({"cuda": "in use on cuda, with references for what only Triton has"}, False),
+    ],
+)
+def test_graphs_need_a_backend_that_does_not_wait(
+    states: dict[str, str], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not ops.capturable() or torch.cuda.is_available()
+    monkeypatch.setattr(ops, "_states", states)
+    assert ops.capturable() == expected
+
+
 def test_an_unknown_backend_is_refused() -> None:
     result = backends_in_a_process(STEM_FAST_BACKEND="cuda9")
     assert "STEM_FAST_BACKEND='cuda9' is none of" in result.stderr
