@@ -64,5 +64,5 @@ def tf32(precision: str) -> Iterator[None]:
     finally:
         products.allow_tf32 = False
         # What it reads as may be what holds for all of torch; that goes on holding.
-        everywhere = torch.backends.fp32_precision
+        everywhere = torch.backends.fp32_precision  # type: ignore[attr-defined]
         products.fp32_precision = "none" if before == everywhere else before
