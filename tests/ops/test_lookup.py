@@ -76,7 +76,9 @@ def test_lookup_takes_what_is_not_contiguous(device: str) -> None:
     torch.testing.assert_close(tuple(ops.row_plan(strided[1], offsets, bags, mean)), tuple(plan))
     grad = [torch.randn_like(part.mT.contiguous()).mT for part in expected]
     actual = torch.ops.stem_fast.row_gradients(*grad, sums, *plan[1:], 4)
-    torch.testing.assert_close(actual, reference.row_gradients(*grad, sums, *plan[1:], 4))
+    read = int(plan.segments[-1])  # on CUDA a plan goes on after it, which the reference knows not
+    rest = plan.segments, plan.sources[:read], plan.scales[:read]
+    torch.testing.assert_close(actual, reference.row_gradients(*grad, sums, *rest, 4))
 
 
 @devices

@@ -70,6 +70,8 @@ def test_gradcheck_with_live_and_frozen_experts_apart(device: str) -> None:
 def test_opcheck(name: str, device: str) -> None:
     torch.use_deterministic_algorithms(False)  # it compares uninitialised outputs of fakes
     weight, ids, offsets, spaces, sums, bags, mean = to(device, LOOKUPS[name].arguments())
+    if len(bags) > 2:
+        bags[2].nan_to_num_()  # opcheck takes no NaN for another
     library = torch.ops.stem_fast
     arguments = (weight.requires_grad_(), ids, offsets, spaces, sums, bags, mean)
     torch.library.opcheck(library.lookup.default, arguments)
