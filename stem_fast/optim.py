@@ -483,10 +483,13 @@ class ExactAdam(TableOptimizer):
     def _schedule(self, weight: Tensor, group: dict[str, Any]) -> Schedule:
         """The table's schedule; with its state, made at its first step. One has the same betas and
         eps in all steps: where they change, every row makes the steps that it owes."""
-        options = tuple(group["betas"]), group["eps"]
-        decoupled = group["decoupled_weight_decay"]
+        options = {
+            "betas": tuple(group["betas"]),
+            "eps": group["eps"],
+            "decoupled": group["decoupled_weight_decay"],
+        }
         old = self._histories.get(weight)
-        if old is not None and ((old.betas, old.eps), old.decoupled) != (options, decoupled):
+        if old is not None and any(getattr(old, k) != value for k, value in options.items()):
             if old.made == 1:
                 warnings.warn(
                     "betas or eps change after a single step: each change makes the steps of all "
@@ -504,8 +507,7 @@ class ExactAdam(TableOptimizer):
                     dtype = self._state_dtype(weight, name)
                     state[name] = ops.new_table(torch.empty_like(weight, dtype=dtype)).zero_()
             step = int(state["step"])
-            new = Schedule(step, weight.device, *options, decoupled=decoupled)
-            self._histories[weight] = new
+            self._histories[weight] = Schedule(step, weight.device, **options)
             self._last[weight] = _of_rows(weight, step)
         schedule: Schedule = self._histories[weight]
         return schedule

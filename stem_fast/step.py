@@ -90,10 +90,11 @@ def _check_decay(optimizers: Sequence[torch.optim.Optimizer], strength: float) -
 @contextmanager
 def _decay(optimizer: torch.optim.Optimizer, decay: Tensor | float | None) -> Iterator[None]:
     """The optimizer of a table with a ``weight_decay`` (None: its own), for one step."""
-    groups = optimizer.param_groups if isinstance(optimizer, TableOptimizer) else []
+    table = decay is not None and isinstance(optimizer, TableOptimizer)
+    groups = optimizer.param_groups if table else []
     own = [group["weight_decay"] for group in groups]
     for group in groups:
-        group["weight_decay"] = group["weight_decay"] if decay is None else decay
+        group["weight_decay"] = decay
     try:
         yield
     finally:

@@ -105,11 +105,13 @@ class Table:
                 if names.count(column) > 1:
                     raise DataError(f"{file}: column '{column}' stands there twice: rename one.")
             start = 0
-            for table in _regroup(self._batches(file, columns)):
+            for table in _regroup(self._batches(file, names, columns)):
                 yield file, start, table
                 start += len(table)
 
-    def _batches(self, file: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    def _batches(
+        self, file: Path, names: Sequence[str], columns: Sequence[str]
+    ) -> Iterator[pa.RecordBatch]:
         ragged: list[pa.csv.InvalidRow] = []
 
         def refuse(row: pa.csv.InvalidRow) -> str:
@@ -124,7 +126,7 @@ class Table:
                             yield batch.select(columns)
                 else:
                     options = self._options(columns, refuse)
-                    if len(self.names(file)) == 1:  # an empty line is a value, but before the name
+                    if len(names) == 1:  # an empty line is a value, but before the name
                         options[0].skip_rows = 0 if self.header else self._header(file)[0]
                         options[1].ignore_empty_lines = False
                     with pa.csv.open_csv(file, *options) as reader:
@@ -133,7 +135,7 @@ class Table:
                 # The reader numbers rows from 1, and the header line is one of them.
                 first = 1 if self.header is not None else 2
                 if invalid := INVALID_UTF8.search(str(error)):
-                    column, row = self.names(file)[int(invalid[1])], int(invalid[2]) - first
+                    column, row = names[int(invalid[1])], int(invalid[2]) - first
                     raise DataError(
                         f"{file}: column '{column}', row {row}: is not valid UTF-8: save the file "
                         "as UTF-8."
