@@ -243,8 +243,8 @@ def test_gpu_check_goes_on_after_a_failure(tmp_path: Path) -> None:
         ("memcheck, cuda", 0),
         ("racecheck, triton", 1),
         ("racecheck, cuda", 1),
-        ("benchmarks", 0),
         ("steps", 0),
+        ("benchmarks", 0),
     ]
 
 
