@@ -1,9 +1,9 @@
 """Triton kernels, one file an op, installed as ``stem_fast.kernels``."""
 
-import functools
 import os
 
-import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 if __name__ != "stem_fast.kernels":
@@ -13,10 +13,15 @@ if __name__ != "stem_fast.kernels":
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 
-@functools.cache  # none may go: CUDA graphs read them
-def bit_masks(device: torch.device, *masks: int) -> Tensor:
-    """int64 on the device. Kept, because a copy to the device would make every step wait."""
-    return torch.tensor(masks, dtype=torch.int64, device=device)
+@triton.jit
+def pick(index, VALUES: tl.constexpr):
+    """VALUES[index] of a tile of int64, 0 past their end: masks and the like are constants of a
+    kernel, for a tensor of them would be copied to the device, which makes a step wait."""
+    found = tl.zeros_like(index)
+    for i in tl.static_range(len(VALUES)):
+        if VALUES[i] != 0:
+            found = tl.where(index == i, VALUES[i], found)
+    return found
 
 
 def require(fits: bool, message: str) -> None:

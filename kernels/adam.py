@@ -412,41 +412,14 @@ def _adam_leap(
 
 
 @triton.jit
-def _adam_rows(
-    weight,  # [R, width]
-    exp_avg,  # [R, width]
-    exp_avg_sq,  # [R, width]
-    last,  # [R]
-    rows,  # [U]
-    grad,  # [U, width]
-    steps,  # [N, COLUMNS]
-    leaps,  # [POLYNOMIALS + N // LEAP, LEAP_COLUMNS]
-    clock,  # [2]
-    size,  # R
-    width,
-    lines,  # N
-    BETA1: tl.constexpr,
-    BETA2: tl.constexpr,
-    EPS: tl.constexpr,
-    KEEP: tl.constexpr,  # BETA2 ** LEAP
-    LOG1: tl.constexpr,  # log2(BETA1)
-    LOG2: tl.constexpr,
-    ROOT2: tl.constexpr,  # sqrt(BETA2)
-    MOST: tl.constexpr,
-    LEAST: tl.constexpr,
-    NAMED: tl.constexpr,  # whether there are rows; else all
-    GRAD: tl.constexpr,
-    DECOUPLED: tl.constexpr,
-    L2: tl.constexpr,
-    SUM: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    u = tl.program_id(0).to(tl.int64)
+def _row(
+    u, weight, exp_avg, exp_avg_sq, last, rows, grad, steps, leaps, base, now, size, width,
+    BETA1, BETA2, EPS, KEEP, LOG1, LOG2, ROOT2, MOST, LEAST, NAMED, GRAD, DECOUPLED, L2, SUM, BLOCK,
+):  # fmt: skip
+    """One row, with the steps that it missed."""
     row = tl.load(rows + u) if NAMED else u
-    base, now = tl.load(clock), tl.load(clock + 1)
     # Row 0 is padding where rows are named: a plan repeats it. No row leaves the table.
-    if (row < size) & ((row > 0) | (not NAMED)) & (now - base < lines):
-        # What the row holds is asked for before it is known what it owes: memory is far away.
+    if (row < size) & ((row > 0) | (not NAMED)):
         made = tl.maximum(tl.load(last + row).to(tl.int64), base)
         due = now - 1 if GRAD else now
         for start in range(0, width, BLOCK):
@@ -480,11 +453,107 @@ def _adam_rows(
         tl.store(last + row, now.to(tl.int32))
 
 
+@triton.jit
+def _newest_step(
+    begin, weight, exp_avg, exp_avg_sq, last, rows, grad, steps, base, now, count, size, width,
+    BETA1, BETA2, EPS, NAMED, DECOUPLED, SUM, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The step with the gradient of several rows at once, if they owe no other, as after a batch's
+    catch-up. Returns whether they do: then nothing is done."""
+    u = begin + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    row = tl.load(rows + u, mask=u < count, other=-1) if NAMED else u
+    known = (u < count) & (row < size) & ((row > 0) | (not NAMED))
+    inside = known & (column < width)
+    at = row * width + column
+    # What rows hold is asked for before it is known what they owe: memory is far away.
+    made = tl.load(last + row, mask=known, other=0).to(tl.int64)
+    w = tl.load(weight + at, mask=inside, other=0.0).to(SUM)
+    m = tl.load(exp_avg + at, mask=inside, other=0.0).to(SUM)
+    v = tl.load(exp_avg_sq + at, mask=inside, other=0.0).to(SUM)
+    g = tl.load(grad + u * width + column, mask=inside, other=0.0).to(SUM)
+    made = tl.where(known, tl.maximum(made, base), now)
+    owing = tl.min(made) < now - 1
+    if not owing:
+        inside &= made < now
+        step = steps + (now - base) * COLUMNS
+        w, m, v = _make_step(w, m, v, g, step, BETA1, BETA2, EPS, DECOUPLED, SUM)
+        tl.store(weight + at, w.to(weight.dtype.element_ty), mask=inside)
+        tl.store(exp_avg + at, m.to(exp_avg.dtype.element_ty), mask=inside)
+        tl.store(exp_avg_sq + at, v.to(exp_avg_sq.dtype.element_ty), mask=inside)
+        tl.debug_barrier()  # every warp has read for itself when the rows made their last step
+        newest = tl.zeros_like(row).to(tl.int32) + now.to(tl.int32)
+        tl.store(last + row, newest, mask=known)
+    return owing
+
+
+@triton.jit
+def _adam_rows(
+    weight,  # [R, width]
+    exp_avg,  # [R, width]
+    exp_avg_sq,  # [R, width]
+    last,  # [R]
+    rows,  # [U]
+    grad,  # [U, width]
+    steps,  # [N, COLUMNS]
+    leaps,  # [POLYNOMIALS + N // LEAP, LEAP_COLUMNS]
+    clock,  # [2]
+    count,  # U
+    size,  # R
+    width,
+    lines,  # N
+    BETA1: tl.constexpr,
+    BETA2: tl.constexpr,
+    EPS: tl.constexpr,
+    KEEP: tl.constexpr,  # BETA2 ** LEAP
+    LOG1: tl.constexpr,  # log2(BETA1)
+    LOG2: tl.constexpr,
+    ROOT2: tl.constexpr,  # sqrt(BETA2)
+    MOST: tl.constexpr,
+    LEAST: tl.constexpr,
+    NAMED: tl.constexpr,  # whether there are rows; else all
+    GRAD: tl.constexpr,
+    DECOUPLED: tl.constexpr,
+    L2: tl.constexpr,
+    SUM: tl.constexpr,
+    ROWS: tl.constexpr,  # of a program; above 1 with gradients
+    BLOCK: tl.constexpr,  # above 1 row not less than width
+):
+    base, now = tl.load(clock), tl.load(clock + 1)
+    begin = tl.program_id(0).to(tl.int64) * ROWS
+    if now - base < lines:
+        if ROWS == 1:
+            _row(
+                begin, weight, exp_avg, exp_avg_sq, last, rows, grad, steps, leaps, base, now, size,
+                width, BETA1, BETA2, EPS, KEEP, LOG1, LOG2, ROOT2, MOST, LEAST, NAMED, GRAD,
+                DECOUPLED, L2, SUM, BLOCK,
+            )  # fmt: skip
+        elif _newest_step(
+            begin, weight, exp_avg, exp_avg_sq, last, rows, grad, steps, base, now, count, size,
+            width, BETA1, BETA2, EPS, NAMED, DECOUPLED, SUM, ROWS, BLOCK,
+        ):  # fmt: skip
+            for u in range(begin, tl.minimum(begin + ROWS, count)):
+                _row(
+                    u, weight, exp_avg, exp_avg_sq, last, rows, grad, steps, leaps, base, now, size,
+                    width, BETA1, BETA2, EPS, KEEP, LOG1, LOG2, ROOT2, MOST, LEAST, NAMED, GRAD,
+                    DECOUPLED, L2, SUM, BLOCK,
+                )  # fmt: skip
+
+
 def _constants(
-    weight: Tensor, beta1: float, beta2: float, eps: float, decoupled: bool, l2: bool
+    weight: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    decoupled: bool,
+    l2: bool,
+    grads: bool,
 ) -> dict[str, object]:
     wide = weight.dtype == torch.float64
+    shape = row_constants(weight, 256)  # of more, registers spill
     return {
+        # A processor runs 32 programs at once: of a short row each they would leave memory idle.
+        "ROWS": max(1, 256 // shape["BLOCK"]) if grads else 1,
         "BETA1": beta1,
         "BETA2": beta2,
         "EPS": eps,
@@ -496,7 +565,7 @@ def _constants(
         "LEAST": 1e-200 if wide else 1e-30,
         "DECOUPLED": decoupled,
         "L2": l2,
-        **row_constants(weight, 256),  # of more, registers spill
+        **shape,
     }
 
 
@@ -530,7 +599,8 @@ def adam_rows(
     if not count or not weight.shape[1]:
         return
     with torch.cuda.device_of(weight):
-        _adam_rows[(count,)](
+        constants = _constants(weight, beta1, beta2, eps, decoupled, l2, grad is not None)
+        _adam_rows[(triton.cdiv(count, constants["ROWS"]),)](
             weight,
             exp_avg,
             exp_avg_sq,
@@ -540,12 +610,13 @@ def adam_rows(
             steps,
             leaps,
             clock,
+            count=count,
             size=len(weight),
             width=weight.shape[1],
             lines=len(steps),
             NAMED=rows is not None,
             GRAD=grad is not None,
-            **_constants(weight, beta1, beta2, eps, decoupled, l2),
+            **constants,
         )
 
 

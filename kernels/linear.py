@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from stem_fast.kernels import bit_masks, mixture
+from stem_fast.kernels import mixture, pick
 from stem_fast.kernels.mixture import _weights
 from torch import Tensor
 
@@ -129,7 +129,6 @@ def _product(
 @triton.jit
 def _grouped_linear(
     x,  # [N, B, I]
-    reads,  # [n]
     weight,  # [E, O, I]
     bias,  # [E, O]
     y,  # [n, B, O]
@@ -138,6 +137,7 @@ def _grouped_linear(
     outputs,
     stride_n,
     stride_b,
+    READS: tl.constexpr,  # n
     RELU: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -150,7 +150,7 @@ def _grouped_linear(
     row, column = _tile_of_program(batch, outputs, ROWS, COLUMNS, BAND)
     rows, columns = (batch - row).to(tl.int32), outputs - column  # that are left
     value = _product(
-        x + tl.load(reads + e) * stride_n + row * stride_b,
+        x + pick(tl.program_id(1), READS).to(tl.int64) * stride_n + row * stride_b,
         weight + (e * outputs + column) * inputs,
         rows,
         columns,
@@ -223,21 +223,27 @@ def _grouped_linear_backward(
 @triton.jit
 def _shares(
     logits,  # [K, B, E]
-    see,  # [K]
     p,  # [E, K, B]
+    reads,  # [E]
     batch,
     experts,
     gates,
+    SEE: tl.constexpr,  # K masks
+    READS: tl.constexpr,  # E
     KP: tl.constexpr,
     EP: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Weights of the experts, laid out so that those of one expert and gate are read at once."""
+    """Weights of the experts, laid out so that those of one expert and gate are read at once; and
+    what each expert reads: as constants they would take registers from its products."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    value, _, inside = _weights(logits, see, rows, batch, experts, gates, KP, EP, tl.float32)
+    value, _, inside = _weights(logits, rows, batch, experts, gates, SEE, KP, EP, tl.float32)
     gate = tl.arange(0, KP)[:, None, None]
     expert = tl.arange(0, EP)[None, None, :].to(tl.int64)
     tl.store(p + (expert * gates + gate) * batch + rows[None, :, None], value, mask=inside)
+    if tl.program_id(0) == 0:
+        e = tl.arange(0, EP)
+        tl.store(reads + e, pick(e, READS), mask=e < experts)
 
 
 @triton.jit
@@ -278,7 +284,7 @@ def _expert_mixture_inference(
     sum3 = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
     for _ in range(experts):
         value = _product(
-            x + tl.load(reads) * stride_n,
+            x + tl.load(reads).to(tl.int64) * stride_n,
             weight,
             rows,
             columns,
@@ -401,7 +407,6 @@ def grouped_linear(
         with torch.cuda.device_of(x):
             _grouped_linear[(tiles, len(reads))](
                 x,
-                bit_masks(x.device, *reads),
                 weight.contiguous(),
                 bias.contiguous(),
                 y,
@@ -410,6 +415,7 @@ def grouped_linear(
                 outputs,
                 x.stride(0),
                 x.stride(1),
+                READS=tuple(reads),
                 RELU=relu,
                 BAND=8,
                 **tile,
@@ -487,16 +493,20 @@ def expert_mixture_inference(
     if not out.numel():
         return out
     p = x.new_empty(experts, gates, batch, dtype=torch.float32)
+    read = x.new_empty(experts, dtype=torch.int32)
     sizes = _share_sizes(logits)
     tile = _mixture_tile(x, outputs, gates)
     tiles = triton.cdiv(batch, tile["ROWS"]) * triton.cdiv(outputs, tile["COLUMNS"])
     with torch.cuda.device_of(x):
         _shares[(triton.cdiv(batch, sizes["ROWS"]),)](
-            logits.contiguous(), bit_masks(x.device, *see), p, batch, experts, gates, **sizes
+            *(logits.contiguous(), p, read, batch, experts, gates),
+            SEE=tuple(see),
+            READS=tuple(reads),
+            **sizes,
         )
         _expert_mixture_inference[(tiles,)](
             x,
-            bit_masks(x.device, *reads),
+            read,
             weight.contiguous(),
             bias.contiguous(),
             p,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from stem_fast.kernels import bit_masks, require, require_one_device
+from stem_fast.kernels import require, require_one_device
 from torch import Tensor
 
 TILE = 1024  # values of a tile of rows, 8 a thread: addresses take registers too
@@ -19,7 +19,13 @@ CHUNK = 16
 
 
 @triton.jit
-def _write(value, slot, real, x, z, sums, stride, SPACES, DIM, SP, DP, SUMS: tl.constexpr):
+def _names(MASK: tl.constexpr, space):
+    """Whether a mask names spaces."""
+    return (tl.full([], MASK, tl.int64) >> space) & 1 != 0
+
+
+@triton.jit
+def _write(value, slot, real, x, z, stride, SPACES, DIM, SP, DP, SUMS: tl.constexpr):
     """Writes slots [N] of x and z from rows [N, SP, DP]."""
     stride = tl.cast(stride, tl.int64)
     space, column = tl.arange(0, SP), tl.arange(0, DP)
@@ -29,8 +35,8 @@ def _write(value, slot, real, x, z, sums, stride, SPACES, DIM, SP, DP, SUMS: tl.
     tl.store(x + at, value.to(x.dtype.element_ty), mask=inside)
     value = tl.where(inside, value, 0.0)
     flat = real[:, None] & (column < DIM)[None, :]
-    for k in tl.static_range(SUMS):
-        named = (tl.load(sums + k) >> space) & 1 != 0
+    for k in tl.static_range(len(SUMS)):
+        named = _names(SUMS[k], space)
         added = tl.sum(tl.where(named[None, :, None], value, 0.0), axis=1)
         tl.store(z + k * stride + place, added.to(z.dtype.element_ty), mask=flat)
 
@@ -49,9 +55,8 @@ def _lookup(
     weight,  # [R, SPACES*DIM]
     ids,  # [B, F], flat
     offsets,  # [F]
-    sums,  # [SUMS]
     x,  # [SPACES, B, slots*DIM]
-    z,  # [SUMS, B, slots*DIM]
+    z,  # [len(SUMS), B, slots*DIM]
     pairs,  # B*F
     fields,
     slots,  # of a sample: F + S
@@ -73,7 +78,7 @@ def _lookup(
     row = tl.minimum(tl.maximum(row, 0), rows - 1)
     value = _read(weight, row, real, SPACES, DIM, SP, DP, SUM)
     slot = pair // fields * slots + pair % fields
-    _write(value, slot, real, x, z, sums, stride, SPACES, DIM, SP, DP, SUMS)
+    _write(value, slot, real, x, z, stride, SPACES, DIM, SP, DP, SUMS)
 
 
 @triton.jit
@@ -82,9 +87,8 @@ def _pool(
     bag_rows,  # [n]
     bounds,  # [S, B+1]
     weights,  # [n]
-    sums,  # [SUMS]
     x,  # [SPACES, B, slots*DIM]
-    z,  # [SUMS, B, slots*DIM]
+    z,  # [len(SUMS), B, slots*DIM]
     batch,
     fields,
     slots,
@@ -122,7 +126,7 @@ def _pool(
     if (tl.cast(mean, tl.int64) >> field) & 1 != 0:
         total /= tl.maximum(count, 1).to(SUM)
     slot = sample * slots + fields + field + tl.zeros([1], dtype=tl.int64)
-    _write(total[None, :, :], slot, slot >= 0, x, z, sums, stride, SPACES, DIM, SP, DP, SUMS)
+    _write(total[None, :, :], slot, slot >= 0, x, z, stride, SPACES, DIM, SP, DP, SUMS)
 
 
 @triton.jit
@@ -144,8 +148,7 @@ def _row_of(segments, place, unique, WIDE: tl.constexpr):
 @triton.jit(do_not_specialize=["unique"])  # Triton 3.6 cannot compile it for a single row
 def _chunk_sums(
     grad_x,  # [SPACES, B, slots*DIM]
-    grad_z,  # [SUMS, B, slots*DIM]
-    sums,  # [SUMS]
+    grad_z,  # [len(SUMS), B, slots*DIM]
     segments,  # [U+1]
     sources,  # [m]
     scales,  # [m]
@@ -176,8 +179,8 @@ def _chunk_sums(
     stride = tl.cast(stride, tl.int64)
     inside = (i < end)[:, None] & (column < DIM)[None, :]
     grad = tl.load(grad_x + space * stride + place, mask=inside, other=0.0).to(SUM)
-    for k in tl.static_range(SUMS):
-        named = tl.where((tl.load(sums + k) >> space) & 1 != 0, end, begin)
+    for k in tl.static_range(len(SUMS)):
+        named = tl.where(_names(SUMS[k], space), end, begin)
         inside = (i < named)[:, None] & (column < DIM)[None, :]
         grad += tl.load(grad_z + k * stride + place, mask=inside, other=0.0).to(SUM)
     if SCALED:
@@ -250,7 +253,7 @@ def _check_ids(
     tl.store(out + pair, tl.where(outside, size - 1, value).to(out.dtype.element_ty), mask=real)
 
 
-def _sizes(dtype: torch.dtype, spaces: int, dim: int, sums: int) -> dict[str, Any]:
+def _sizes(dtype: torch.dtype, spaces: int, dim: int, sums: Sequence[int]) -> dict[str, Any]:
     """Compile-time constants that the kernels share."""
     sp, dp = triton.next_power_of_2(spaces), triton.next_power_of_2(dim)
     return {
@@ -258,7 +261,7 @@ def _sizes(dtype: torch.dtype, spaces: int, dim: int, sums: int) -> dict[str, An
         "DIM": dim,
         "SP": sp,
         "DP": dp,
-        "SUMS": sums,
+        "SUMS": tuple(sums),
         "SUM": tl.float64 if dtype == torch.float64 else tl.float32,
     }
 
@@ -317,8 +320,8 @@ def lookup(
     require(len(weight) > 0 or not batch * (fields + sequences), "lookup: the arena has no rows")
     width = (fields + sequences) * dim
     x, z = weight.new_empty(spaces, batch, width), weight.new_empty(len(sums), batch, width)
-    weight, masks = weight.contiguous(), bit_masks(weight.device, *sums)
-    sizes = _sizes(weight.dtype, spaces, dim, len(sums))
+    weight = weight.contiguous()
+    sizes = _sizes(weight.dtype, spaces, dim, sums)
     shape = {
         "fields": fields,
         "slots": fields + sequences,
@@ -332,7 +335,6 @@ def lookup(
                 weight,
                 ids.contiguous(),
                 offsets.contiguous(),
-                masks,
                 x,
                 z,
                 pairs=batch * fields,
@@ -347,7 +349,6 @@ def lookup(
                 rows,
                 bounds,
                 weights[0] if weights else rows,
-                masks,
                 x,
                 z,
                 batch=batch,
@@ -385,7 +386,7 @@ def row_gradients(
         return out
     grad_x, grad_z = grad_x.contiguous(), grad_z.contiguous()
     segments, sources, scales = (each.contiguous() for each in (segments, sources, scales))
-    sizes = _sizes(grad_x.dtype, spaces, dim, len(sums))
+    sizes = _sizes(grad_x.dtype, spaces, dim, sums)
     tile = _chunk(sizes)
     chunks = triton.cdiv(m, CHUNK)
     dtype = torch.float64 if grad_x.dtype == torch.float64 else torch.float32
@@ -396,7 +397,6 @@ def row_gradients(
         _chunk_sums[(chunks, spaces, columns)](
             grad_x,
             grad_z,
-            bit_masks(grad_x.device, *sums),
             segments,
             sources,
             scales,

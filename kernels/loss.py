@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from stem_fast.kernels import bit_masks
+from stem_fast.kernels import pick
 from torch import Tensor
 
 WARPS, LABELS = 4, 256  # of a program; at a time, of a warp
@@ -38,10 +38,10 @@ def _sums(
     labels,  # [B, T]
     mask,  # [B, T]
     weights,  # [B]
-    kinds,  # [T], 1 for a regression
     totals,  # [programs, T]
     found,  # [programs, T]
     batch, tasks, logit_row, logit_task, label_row, label_task, mask_row, mask_task,
+    REGRESSION: tl.constexpr,  # T, 1 for a regression
     MASKED: tl.constexpr,
     WEIGHTED: tl.constexpr,
     SUM: tl.constexpr,
@@ -50,7 +50,7 @@ def _sums(
 ):  # fmt: skip
     """A program's part of the losses, and its count of labels."""
     program, task = tl.program_id(0), tl.arange(0, TASKS)
-    regression = (tl.load(kinds + task, mask=task < tasks, other=0) != 0)[None, :]
+    regression = (pick(task.to(tl.int64), REGRESSION) != 0)[None, :]
     total = tl.zeros([ROWS, TASKS], SUM)
     count = tl.zeros([ROWS, TASKS], tl.int32)
     for start in range(program * ROWS, batch, tl.num_programs(0) * ROWS):
@@ -105,11 +105,11 @@ def _task_losses_backward(
     mask,  # [B, T]
     weights,  # [B]
     grad,  # [T]
-    kinds,  # [T]
     divisors,  # [T]
     out,  # [B, T]
     batch, tasks, logit_row, logit_task, label_row, label_task, mask_row, mask_task, grad_task,
     out_row, out_task,
+    REGRESSION: tl.constexpr,  # T, 1 for a regression
     MASKED: tl.constexpr,
     WEIGHTED: tl.constexpr,
     SUM: tl.constexpr,
@@ -118,7 +118,7 @@ def _task_losses_backward(
 ):  # fmt: skip
     task = tl.arange(0, TASKS)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    regression = (tl.load(kinds + task, mask=task < tasks, other=0) != 0)[None, :]
+    regression = (pick(task.to(tl.int64), REGRESSION) != 0)[None, :]
     scale = tl.load(grad + task * grad_task, mask=task < tasks, other=0.0).to(SUM)
     scale /= tl.load(divisors + task, mask=task < tasks, other=1).to(SUM)
     x, y, present = _read(
@@ -181,8 +181,8 @@ def task_losses(
     totals = means.new_empty(programs, tasks)
     found = divisors.new_empty(programs, tasks)
     with torch.cuda.device_of(logits):
-        kinds = bit_masks(logits.device, *regression)
-        _sums[(programs,)](*tensors, kinds, totals, found, *sizes, **constants)
+        kinds = tuple(regression)
+        _sums[(programs,)](*tensors, totals, found, *sizes, REGRESSION=kinds, **constants)
         _means[(tasks,)](
             totals,
             found,
@@ -215,12 +215,12 @@ def task_losses_backward(
         _task_losses_backward[(triton.cdiv(len(logits), constants["ROWS"]),)](
             *tensors,
             grad,
-            bit_masks(logits.device, *regression),
             divisors,
             out,
             *sizes,
             grad.stride(0),
             *out.stride(),
+            REGRESSION=tuple(regression),
             **constants,
         )
     return out

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from stem_fast.kernels import bit_masks, require, require_one_device
+from stem_fast.kernels import pick, require, require_one_device
 from torch import Tensor
 
 # Values of a [KP, ROWS, COLUMNS] tile, 16 registers a thread of four warps: with 32 the backward
@@ -18,7 +18,7 @@ TILE = 2048
 
 @triton.jit
 def _weights(
-    logits, see, rows, batch, experts, gates, KP: tl.constexpr, EP: tl.constexpr, SUM: tl.constexpr
+    logits, rows, batch, experts, gates, SEE, KP: tl.constexpr, EP: tl.constexpr, SUM: tl.constexpr
 ):
     """Softmax over what each gate sees: (p, pointers' offsets, mask), all [KP, ROWS, EP]."""
     gate = tl.arange(0, KP)[:, None, None].to(tl.int64)
@@ -26,7 +26,7 @@ def _weights(
     row = rows[None, :, None]
     inside = (gate < gates) & (row < batch) & (expert < experts)
     place = (gate * batch + row) * experts + expert
-    seen = inside & ((tl.load(see + gate, mask=gate < gates, other=0) >> expert) & 1 != 0)
+    seen = inside & ((pick(gate, SEE) >> expert) & 1 != 0)
     logit = tl.load(logits + place, mask=seen, other=-float("inf")).to(SUM)
     top = tl.max(logit, axis=2)[:, :, None]
     p = tl.where(seen, tl.exp(logit - tl.where(seen, top, 0.0)), 0.0)
@@ -44,13 +44,13 @@ def _column(tile, e, EP: tl.constexpr):
 def _mixture(
     y,  # [E, B, H]
     logits,  # [K, B, E]
-    see,  # [K]
     out,  # [K, B, H]
     batch,
     width,
     stride,  # B*H
     experts,
     gates,
+    SEE: tl.constexpr,  # K masks
     KP: tl.constexpr,
     EP: tl.constexpr,
     ROWS: tl.constexpr,
@@ -59,7 +59,7 @@ def _mixture(
 ):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    p, _, _ = _weights(logits, see, rows, batch, experts, gates, KP, EP, SUM)
+    p, _, _ = _weights(logits, rows, batch, experts, gates, SEE, KP, EP, SUM)
     inside = (rows < batch)[:, None] & (columns < width)[None, :]
     place = rows[:, None] * width + columns[None, :]
     sums = tl.zeros([KP, ROWS, COLUMNS], dtype=SUM)
@@ -81,8 +81,6 @@ def _mixture_backward(
     grad,  # [K, B, H]
     y,  # [E, B, H]
     logits,  # [K, B, E]
-    see,  # [K]
-    learn,  # [K]
     dy,  # [E, B, H]
     dlogits,  # [K, B, E]
     batch,
@@ -90,6 +88,8 @@ def _mixture_backward(
     stride,  # B*H
     experts,
     gates,
+    SEE: tl.constexpr,  # K masks
+    LEARN: tl.constexpr,
     KP: tl.constexpr,
     EP: tl.constexpr,
     RELU: tl.constexpr,  # whether dy is zero where y <= 0
@@ -98,11 +98,10 @@ def _mixture_backward(
     SUM: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    p, place, real = _weights(logits, see, rows, batch, experts, gates, KP, EP, SUM)
+    p, place, real = _weights(logits, rows, batch, experts, gates, SEE, KP, EP, SUM)
     gate = tl.arange(0, KP)[:, None, None].to(tl.int64)
     expert = tl.arange(0, EP)[None, None, :]
-    masks = tl.load(learn + gate, mask=gate < gates, other=0)
-    taught = tl.where((masks >> expert) & 1 != 0, p, 0.0)
+    taught = tl.where((pick(gate, LEARN) >> expert) & 1 != 0, p, 0.0)
     dp = tl.zeros([KP, ROWS, EP], dtype=SUM)
     first = rows * width  # of each row in grad[0], and in y[e] and dy[e]
     start_e = first
@@ -166,9 +165,7 @@ def mixture(y: Tensor, logits: Tensor, see: Sequence[int], learn: Sequence[int])
     if out.numel():
         blocks = triton.cdiv(y.shape[1], sizes["ROWS"]), triton.cdiv(y.shape[2], sizes["COLUMNS"])
         with torch.cuda.device_of(y):
-            _mixture[blocks](
-                y.contiguous(), logits.contiguous(), bit_masks(y.device, *see), out, **sizes
-            )
+            _mixture[blocks](y.contiguous(), logits.contiguous(), out, SEE=tuple(see), **sizes)
     return out
 
 
@@ -193,10 +190,10 @@ def mixture_backward(
                 grad.contiguous(),
                 y,
                 logits,
-                bit_masks(y.device, *see),
-                bit_masks(y.device, *learn),
                 dy,
                 dlogits,
+                SEE=tuple(see),
+                LEARN=tuple(learn),
                 RELU=relu,
                 **sizes,
             )

@@ -73,7 +73,7 @@ class EmbeddingArena(nn.Module):
     bad: Tensor
     sparse = False
     optimizer: LateRows | None = None
-    planned = 0  # rows of the newest sparse gradient
+    planned: Tensor | None = None  # rows of the newest plan
     bounds: Literal["raise", "clamp", "off"] = "raise"
 
     def __init__(
@@ -153,7 +153,7 @@ class EmbeddingArena(nn.Module):
         plan = None
         if self.sparse and self.weight.requires_grad and torch.is_grad_enabled():
             plan = ops.row_plan(ids, self.offsets, bags, mean, len(self.weight))
-            self.planned = len(plan.rows)
+            self.planned = plan.rows
         if self.optimizer is not None:
             self.optimizer.catch_up(self.weight, None if plan is None else plan.rows)
         both = (
@@ -196,8 +196,9 @@ class EmbeddingArena(nn.Module):
         if not grad.is_sparse:
             return None, grad
         rows, values = grad._indices()[0], grad._values()
-        # A gradient of several batches, added up, has more rows than the newest of them.
-        if grad.is_coalesced() or len(rows) == self.planned:
+        # A gradient of several batches, added up, has other memory than the newest plan.
+        alone = self.planned is not None and rows.data_ptr() == self.planned.data_ptr()
+        if alone or grad.is_coalesced():
             return rows, values
         return ops.merge_rows(rows, values)
 
@@ -212,7 +213,8 @@ class EmbeddingArena(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """What copies are made from: the optimizer is the original's."""
         self.flush()
-        kept = {key: value for key, value in self.__dict__.items() if key != "optimizer"}
+        own = "optimizer", "planned"
+        kept = {key: value for key, value in self.__dict__.items() if key not in own}
         # It was the optimizer that asked for sparse gradients.
         return kept if self.optimizer is None else kept | {"sparse": False}
 

@@ -1,7 +1,8 @@
 """The custom ops on one page: schema, default, shape function, gradient and backend.
 
 Calling an op takes three hops: the function here, PyTorch's dispatcher, the kernel. The default of
-every op is :mod:`stem_fast.reference`; the C++ library overrides it on CPU, Triton on CUDA.
+every op is :mod:`stem_fast.reference`; C++ overrides it on CPU, on CUDA Triton or C++, whichever is
+faster.
 
 ``STEM_FAST_BACKEND``, read at import, chooses: ``auto`` (the fastest on each device), or
 ``reference``, ``cpp``, ``triton``, ``cuda`` (C++). A backend that is asked for and not there is an
@@ -12,6 +13,7 @@ slowly.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,12 +25,13 @@ from torch.autograd.function import once_differentiable
 from stem_fast import reference
 
 MAX_EXPERTS, MAX_GATES = 64, 16  # what every backend of the mixture takes
-# Triton's; CUDA C++ has none of its own.
-LINEAR = (
-    *("bias_relu", "relu_backward", "grouped_linear", "grouped_linear_backward"),
-    "expert_mixture_inference",
+# What the CUDA C++ library has, and of that what an H100 has shown to be faster than Triton's
+# (bench/results/gpu_nvidia_h100_80gb_hbm3_2026-11-27.json).
+CUDA = (
+    *("lookup", "row_gradients", "check_ids", "mixture", "mixture_backward"),
+    *("adam_rows", "sgd_rows", "adagrad_rows"),
 )
-LOSS = ("task_losses", "task_losses_backward")
+FASTER_IN_CUDA = ("lookup", "mixture", "mixture_backward")
 
 _library = torch.library.Library("stem_fast", "DEF")
 SCHEMAS = {
@@ -509,8 +512,9 @@ def _load_library(name: str, missing: str) -> str:
     return ""
 
 
-def _load_triton() -> str:
-    """Register the Triton kernels on CUDA (interpreted: on CPU). Returns their state."""
+def _load_triton(without: Sequence[str] = ()) -> str:
+    """Register the Triton kernels of all ops but some on CUDA (interpreted: on CPU). Returns their
+    state."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if not interpreted and not torch.cuda.is_available():
         return "no CUDA device"
@@ -521,19 +525,29 @@ def _load_triton() -> str:
             raise
         return "triton is not installed"
     device = "CPU" if interpreted else "CUDA"
-    for module, names in (
-        (lookup, ("lookup", "row_gradients", "check_ids")),
-        (row_plan, ("row_plan",)),
-        (mixture, ("mixture", "mixture_backward")),
-        (linear, LINEAR),
-        (loss, LOSS),
-        (adam, ("adam_rows", "adam_schedule", "adam_leap")),
-        (sgd, ("sgd_rows",)),
-        (adagrad, ("adagrad_rows",)),
-    ):
-        for name in names:
-            _library.impl(name, getattr(module, name), device)
-    _library.impl("lookup_backward", _lookup_backward, device)
+    with warnings.catch_warnings():
+        # Some ops are C++'s too, and this is the choice between the two.
+        warnings.filterwarnings("ignore", "Warning only once for all operators")
+        for module, names in (
+            (lookup, ("lookup", "row_gradients", "check_ids")),
+            (row_plan, ("row_plan",)),
+            (mixture, ("mixture", "mixture_backward")),
+            (
+                linear,
+                (
+                    *("bias_relu", "relu_backward", "grouped_linear", "grouped_linear_backward"),
+                    "expert_mixture_inference",
+                ),
+            ),
+            (loss, ("task_losses", "task_losses_backward")),
+            (adam, ("adam_rows", "adam_schedule", "adam_leap")),
+            (sgd, ("sgd_rows",)),
+            (adagrad, ("adagrad_rows",)),
+        ):
+            for name in names:
+                if name not in without:
+                    _library.impl(name, getattr(module, name), device)
+        _library.impl("lookup_backward", _lookup_backward, device)
     return f"in use on {device.lower()}"
 
 
@@ -545,40 +559,29 @@ def _load_cuda() -> str:
     if state:
         return state
     _library.impl("lookup_backward", _lookup_backward, "CUDA")
-    try:
-        from stem_fast.kernels import adam, linear, loss, row_plan
-    except ModuleNotFoundError as error:
-        if error.name != "triton":
-            raise
-        return "in use on cuda, with references for what only Triton has, which is not installed"
-    for module, names in (
-        (row_plan, ("row_plan",)),
-        (adam, ("adam_schedule", "adam_leap")),
-        (linear, LINEAR),
-        (loss, LOSS),
-    ):
-        for name in names:
-            _library.impl(name, getattr(module, name), "CUDA")
     return "in use on cuda"
 
 
 def _load(choice: str) -> dict[str, str]:
     """Load what ``choice`` asks for. Returns every backend's state."""
-    loaders = {"cpp": _load_cpp, "triton": _load_triton, "cuda": _load_cuda}
-    if choice not in ("auto", "reference", *loaders):
-        known = ", ".join(["auto", "reference", *loaders])
+    names = ("cpp", "cuda", "triton")
+    if choice not in ("auto", "reference", *names):
+        known = ", ".join(["auto", "reference", *names])
         raise ImportError(f"STEM_FAST_BACKEND={choice!r} is none of {known}")
-    # The interpreter is for tests, which name triton. Triton is CUDA's default until a GPU has
-    # shown which of the two is faster, op by op.
+    # The interpreter is for tests, which name triton.
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    fastest = {"cpp"} if interpreted else {"cpp", "triton"}
+    fastest = {"cpp"} if interpreted else set(names)
     wanted = fastest if choice == "auto" else {choice}
-    states = {
-        name: load()
-        if name in wanted
-        else f"off (STEM_FAST_BACKEND={choice}; set it to {name} to have it, or to know why not)"
-        for name, load in loaders.items()
-    }
+    off = f"off (STEM_FAST_BACKEND={choice}; set it to {{}} to have it, or to know why not)"
+    states = {name: off.format(name) for name in names}
+    if "cpp" in wanted:
+        states["cpp"] = _load_cpp()
+    if "cuda" in wanted:
+        states["cuda"] = _load_cuda()
+    if wanted & {"cuda", "triton"}:
+        # C++ has not every op: Triton has the others.
+        kept = FASTER_IN_CUDA if choice == "auto" else CUDA
+        states["triton"] = _load_triton(kept if states["cuda"] == "in use on cuda" else ())
     if choice in states and not states[choice].startswith("in use"):
         raise ImportError(f"STEM_FAST_BACKEND={choice}: {states[choice]}")
     return {"reference": "in use where no other is", **states}
@@ -594,4 +597,4 @@ def backends() -> dict[str, str]:
 
 def capturable() -> bool:
     """Whether a CUDA graph can hold the ops: references wait for the device, which it cannot."""
-    return "in use on cuda" in _states.values()
+    return _states["triton"] == "in use on cuda"

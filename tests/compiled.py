@@ -29,12 +29,12 @@ def sources() -> dict[str, tuple[ASTSource, int]]:
     found = {}
     for dtype, name in NAMES.items():
         tables = dict.fromkeys(("weight", "weights", "x", "z", "grad_x", "grad_z", "out"), name)
-        whole = dict.fromkeys(("offsets", "sums", "bounds", "sizes", "bad"), "*i64")
+        whole = dict.fromkeys(("offsets", "bounds", "sizes", "bad"), "*i64")
         plan = {"segments": "*i32", "sources": "*i32", "scales": "*fp64", "partials": "*fp32"}
         ids = "*i64" if dtype == torch.float32 else "*i32"
         pointers = tables | whole | plan | {"ids": ids, "bag_rows": ids, "first_rows": "*i32"}
         for spaces, dim, sums in ((3, 16, 2), (9, 64, 8), (1, 576, 1)):
-            sizes = lookup._sizes(dtype, spaces, dim, sums)
+            sizes = lookup._sizes(dtype, spaces, dim, range(1, sums + 1))
             block = lookup._block(sizes)
             chunk = sizes | lookup._chunk(sizes) | {"SCALED": True}
             for kernel, constants in (
@@ -73,6 +73,7 @@ def sources() -> dict[str, tuple[ASTSource, int]]:
             (48, False, True),
             (48, False, False),
             (48, True, False),
+            (48, True, True),
             (576, True, True),
         ):
             tensors = dict.fromkeys(("weight", "grad"), name)
@@ -80,7 +81,7 @@ def sources() -> dict[str, tuple[ASTSource, int]]:
             tensors |= {"last": "*i32", "rows": "*i64", "clock": "*i64"}
             tensors |= dict.fromkeys(("steps", "leaps"), "*fp64")
             table = torch.empty(9, width, dtype=dtype, device="meta")
-            constants = adam._constants(table, 0.9, 0.999, 1e-8, False, l2)
+            constants = adam._constants(table, 0.9, 0.999, 1e-8, False, l2, grads)
             warps = constants.pop("num_warps")
             constants |= {"NAMED": not l2, "GRAD": grads}
             title = f"_adam_rows {name} W={width} grads={grads} l2={l2}"
@@ -118,12 +119,13 @@ def sources() -> dict[str, tuple[ASTSource, int]]:
                 found[title] = code, warps
         for tasks, there in ((2, False), (15, True)):
             tensors = dict.fromkeys(("logits", "labels", "weights", "means", "grad", "out"), name)
-            tensors |= dict.fromkeys(("counts", "kinds", "divisors", "found"), "*i64")
+            tensors |= dict.fromkeys(("counts", "divisors", "found"), "*i64")
             tensors |= {"mask": "*i1", "totals": "*fp32"}
             rows = torch.empty(4096, tasks, dtype=dtype, device="meta")
             constants = loss._arguments(rows, rows, rows if there else None, None)[2]
             warps = constants.pop("num_warps")
             constants |= {"WEIGHTED": there, "COUNTED": there, "PROGRAMS": loss.PROGRAMS}
+            constants["REGRESSION"] = (0, 1) * (tasks // 2) + (0,) * (tasks % 2)
             for kernel in (loss._sums, loss._means, loss._task_losses_backward):
                 title = f"{kernel.fn.__name__} {name} T={tasks}"
                 found[title] = source(kernel, tensors, constants), warps
@@ -135,8 +137,8 @@ def sources() -> dict[str, tuple[ASTSource, int]]:
             logits, masks = torch.empty(gates, 4096, experts, device="meta"), [1] * gates
             sizes = mixture._sizes(y, logits, masks, masks)
             constants = {key: value for key, value in sizes.items() if key.isupper()}
+            constants |= dict.fromkeys(("SEE", "LEARN"), tuple(-1 - k for k in range(gates)))
             tensors = dict.fromkeys(("y", "logits", "out", "grad", "dy", "dlogits"), name)
-            tensors |= {"see": "*i64", "learn": "*i64"}
             for kernel, relu in (
                 (mixture._mixture, False),
                 (mixture._mixture_backward, False),
@@ -156,14 +158,15 @@ def sources() -> dict[str, tuple[ASTSource, int]]:
                 found[f"{kernel.fn.__name__} {name} O={width}"] = code, 4
         for inputs, outputs in ((512, 512), (77, 10)):
             x = torch.empty(10, 4096, inputs, dtype=dtype, device="meta")
-            constants = linear._product_tile(x, outputs) | {"RELU": True, "BAND": 8}
+            reads = {"READS": tuple(e % 3 for e in range(10))}
+            constants = linear._product_tile(x, outputs) | {"RELU": True, "BAND": 8} | reads
             warps = constants["num_warps"]
-            tensors = dict.fromkeys(("x", "weight", "bias", "y"), name) | {"reads": "*i64"}
+            tensors = dict.fromkeys(("x", "weight", "bias", "y"), name)
             code = source(linear._grouped_linear, tensors, constants, aligned=inputs % 16 == 0)
             found[f"_grouped_linear {name} I={inputs} O={outputs}"] = code, warps
             for gates in (2, linear.GATES):
                 constants = linear._mixture_tile(x, outputs, gates)
-                tensors |= {"out": name, "p": "*fp32"}
+                tensors |= {"out": name, "p": "*fp32", "reads": "*i32"}
                 code = source(
                     linear._expert_mixture_inference, tensors, constants, aligned=inputs % 16 == 0
                 )
@@ -171,7 +174,7 @@ def sources() -> dict[str, tuple[ASTSource, int]]:
                 found[title] = code, warps
         # Triton makes a constant of a size that is 1: one sample, a tower's output, one expert.
         ones = dict.fromkeys(("batch", "outputs", "experts"), 1)
-        constants |= ones | {"RELU": True, "BAND": 8}
+        constants |= ones | {"RELU": True, "BAND": 8} | reads
         for kernel in (linear._grouped_linear, linear._expert_mixture_inference):
             code = source(kernel, tensors, constants)
             found[f"{kernel.fn.__name__} {name} sizes 1"] = code, constants["num_warps"]
@@ -188,7 +191,8 @@ def sources() -> dict[str, tuple[ASTSource, int]]:
             found[f"_grouped_linear_backward {name} I={inputs} O={outputs}"] = code, warps
         for gates, experts in ((2, 10), (4, 64)):
             constants = linear._share_sizes(torch.empty(gates, 4096, experts, device="meta"))
-            tensors = {"logits": name, "see": "*i64", "p": "*fp32"}
+            constants |= {"SEE": tuple(range(1, gates + 1)), "READS": tuple(range(experts))}
+            tensors = {"logits": name, "p": "*fp32", "reads": "*i32"}
             found[f"_shares {name} K={gates} E={experts}"] = (
                 source(linear._shares, tensors, constants),
                 4,

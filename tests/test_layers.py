@@ -65,6 +65,22 @@ def test_dense_and_sparse_gradients_agree() -> None:
     torch.testing.assert_close(coo.to_dense(), dense)
 
 
+def test_gradients_added_up_are_not_taken_for_the_newest_batchs() -> None:
+    layer = arena(numeric=(), sequences={}, pooling={})
+    layer.sparse = True
+    # As CUDA adds up two batches; then come as many rows whose gradient nobody asks for.
+    twice = torch.tensor([[1, 2, 1, 2]])
+    values = torch.ones(4, 6)
+    layer.weight.grad = torch.sparse_coo_tensor(
+        twice, values, layer.weight.shape, check_invariants=True
+    )
+    layer(torch.tensor([[1, 1], [2, 2]]))
+    rows, sums = layer.row_gradients()
+    assert rows is not None
+    assert rows.tolist() == [1, 2]
+    assert sums.tolist() == [[2.0] * 6] * 2
+
+
 def test_bad_ids_on_a_device_are_named_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """What CUDA does, on tensors of the CPU: replaced by the unknown value, noted, raised once."""
     monkeypatch.setattr("stem_fast.layers.runs_ahead", lambda tensor: True)

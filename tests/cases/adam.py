@@ -25,6 +25,7 @@ class AdamCase(NamedTuple):
     rates: int = 7  # learning rates in turn
     scale: float = 1.0  # of the weights
     new: bool = False  # whether no row was ever trained
+    caught_up: int = 0  # rows, the first, that have missed no step before the newest
 
     def arguments(self, dtype: torch.dtype = torch.float64, grads: bool = False) -> list[Any]:
         """Of adam_rows: rows of every age, with m and v of many sizes, some of them zero."""
@@ -49,6 +50,7 @@ class AdamCase(NamedTuple):
         age = torch.randint(0, self.steps + 1, (self.rows,), generator=draw)
         if self.decay > 0 and not self.decoupled:
             age[never] = 0  # L2 would have moved them
+        age[: self.caught_up] = self.steps - 1
         last = (self.base + age).int()
         rows = torch.randperm(self.rows, generator=draw)[: max(self.rows // 2, 1)]
         if self.named:
@@ -82,6 +84,9 @@ ADAMS = {
     "decoupled": AdamCase(30, 33, 200, base=900, decay=0.1, decoupled=True),
     "no momentum": AdamCase(20, 4, 20, betas=(0.0, 0.9)),
     "wide": AdamCase(6, 600, 5, base=400),
+    "caught up": AdamCase(45, 48, 9, base=400, caught_up=45),
+    "some caught up": AdamCase(30, 33, 20, base=50, named=False, caught_up=18),
+    "caught up, l2": AdamCase(21, 17, 9, decay=1e-4, caught_up=21),
 }
 
 

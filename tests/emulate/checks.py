@@ -22,6 +22,7 @@ from cases.sgd import SGDS, SgdCase, check_sgd_rows
 from torch import Tensor
 
 from stem_fast import backends, reference
+from stem_fast.ops import CUDA
 
 EMULATED = os.environ.get("STEM_FAST_EMULATED")
 DEVICE = "cpu" if EMULATED else "cuda"
@@ -42,16 +43,6 @@ WIDE = {
 }
 mixtures = pytest.mark.parametrize("case", (MIXTURES | WIDE).values(), ids=(MIXTURES | WIDE).keys())
 ops = torch.ops.stem_fast
-CUDA_OPS = (
-    "adagrad_rows",
-    "adam_rows",
-    "check_ids",
-    "lookup",
-    "mixture",
-    "mixture_backward",
-    "row_gradients",
-    "sgd_rows",
-)
 
 
 @pytest.fixture(autouse=True)
@@ -108,7 +99,7 @@ def run(op: str, *arguments: Any, change: Callable[[Tensor], Tensor] = lambda t:
 
 def test_the_kernels_are_the_backend() -> None:
     if EMULATED:
-        for op in CUDA_OPS:
+        for op in CUDA:
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"stem_fast::{op}", "CPU")
     else:
         assert backends()["cuda"] == "in use on cuda"

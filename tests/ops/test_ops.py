@@ -213,8 +213,7 @@ def test_triton_can_be_chosen_with_the_interpreter() -> None:
     [
         ({"cpp": "in use on cpu", "triton": "no CUDA device"}, False),
         ({"triton": "in use on cuda", "cuda": "off"}, True),
-        ({"triton": "off", "cuda": "in use on cuda"}, True),
-        ({"cuda": "in use on cuda, with references for what only Triton has"}, False),
+        ({"triton": "triton is not installed", "cuda": "in use on cuda"}, False),
     ],
 )
 def test_graphs_need_a_backend_that_does_not_wait(
@@ -223,6 +222,39 @@ def test_graphs_need_a_backend_that_does_not_wait(
     assert not ops.capturable() or torch.cuda.is_available()
     monkeypatch.setattr(ops, "_states", states)
     assert ops.capturable() == expected
+
+
+@pytest.mark.parametrize(
+    ("choice", "built", "left"),
+    [
+        ("auto", True, set(ops.FASTER_IN_CUDA)),
+        ("auto", False, set()),
+        ("cuda", True, set(ops.CUDA)),
+        ("triton", True, set()),
+    ],
+)
+def test_triton_has_on_cuda_what_is_not_left_to_cpp(
+    choice: str, built: bool, left: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    registered: set[str] = set()
+
+    class Library:
+        @staticmethod
+        def impl(name: str, function: Any, device: str) -> None:
+            assert device == "CUDA"
+            registered.add(name)
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(ops, "_library", Library)
+    state = "" if built else "not built"
+    monkeypatch.setattr(ops, "_load_library", lambda name, missing: state)
+    states = ops._load(choice)
+    assert states["triton"] == "in use on cuda"
+    assert (states["cuda"] == "in use on cuda") == (built and choice != "triton")
+    assert set(ops.CUDA) - registered == left
+    assert "row_plan" in registered
 
 
 def test_an_unknown_backend_is_refused() -> None:
