@@ -100,16 +100,16 @@ about() {
   git log -1 --format=%H
 }
 
-# sanitize TOOL BACKEND
+# sanitize TOOL BACKEND TESTS
 sanitize() {
   # Without torch's caching allocator every tensor has bounds of its own.
-  beside "$1, $2" 45 env STEM_FAST_BACKEND="$2" PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+  beside "$1, $2" 60 env STEM_FAST_BACKEND="$2" PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
     compute-sanitizer --tool "$1" --error-exitcode 9 --target-processes all \
-    "$python" -m pytest tests/ops -x -W default -m gpu -k "odd and (float32 or bfloat16 or opcheck)"
+    "$python" -m pytest tests/ops -x -W default -m gpu -k "$3"
 }
 
 check() {
-  local stages=10 backend tool workers=() # numbers of two digits: their names are in order
+  local stages=10 backend workers=() # numbers of two digits: their names are in order
   mkdir "$scratch/stages"
   about
   # For this device alone: other architectures only take time here.
@@ -120,18 +120,20 @@ check() {
   if "$python" -c 'import xdist' 2>/dev/null; then workers=(-n 6 -p no:benchmark); fi
   stage build 150 "$python" -m pip install --no-index --no-build-isolation --no-deps -v -e .
   for backend in triton cuda; do
-    beside "tests, $backend" 150 env STEM_FAST_BACKEND="$backend" \
+    beside "tests, $backend" 190 env STEM_FAST_BACKEND="$backend" \
       "$python" -m pytest tests -W default -m gpu --durations=5 "${workers[@]}"
   done
   together
-  for tool in memcheck racecheck; do
-    for backend in triton cuda; do sanitize "$tool" "$backend"; done
-    together
+  for backend in triton cuda; do
+    sanitize memcheck "$backend" "odd and (float32 or bfloat16 or opcheck)"
   done
+  together
+  for backend in triton cuda; do sanitize racecheck "$backend" "odd and float32"; done  # slow
+  together
   stage steps 100 "$python" -m bench.run --device cuda --seconds 0.2 --threads "$(nproc)" \
     --settings tall --ops embedding_step embedding_step_l2 adam_rows catch_up_l2 --blocks 1 \
     --json "$scratch/steps.json"
-  stage benchmarks 240 "$python" -m bench.run --device cuda --seconds 0.2 --threads "$(nproc)" \
+  stage benchmarks 240 "$python" -m bench.run --device cuda --seconds 0.1 --threads "$(nproc)" \
     --json "$scratch/bench.json"
   awk -F '\t' '$2 != 0 { failed = 1 } END { exit failed }' "$scratch"/stages/*
 }
