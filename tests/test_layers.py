@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import devices
 from torch import nn
 
 from stem_fast.layers import ACTIVATIONS, EmbeddingArena, GroupedBatchNorm, GroupedMLP, activation
@@ -63,6 +64,20 @@ def test_dense_and_sparse_gradients_agree() -> None:
     assert coo.is_coalesced()
     assert coo.indices()[0].tolist() == [1, 4, 7, 8, 10, 11]
     torch.testing.assert_close(coo.to_dense(), dense)
+
+
+@devices
+def test_a_gradient_is_known_as_the_newest_batchs(device: str) -> None:
+    """By its memory, which autograd does not copy: else each step on CUDA would plan twice."""
+    layer = arena(numeric=(), sequences={}, pooling={}).to(device)
+    layer.sparse = True
+    for _ in range(2):
+        layer.weight.grad = None
+        layer(IDS.to(device))[0].sum().backward()
+        assert layer.planned is not None
+        assert layer.weight.grad._indices().data_ptr() == layer.planned.data_ptr()
+        layer(IDS.flip(0).to(device))[0].sum().backward()
+        assert layer.weight.grad._indices().data_ptr() != layer.planned.data_ptr()
 
 
 def test_gradients_added_up_are_not_taken_for_the_newest_batchs() -> None:
