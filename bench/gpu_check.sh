@@ -3,10 +3,10 @@
 #
 #     bash bench/gpu_check.sh
 #
-# builds the CUDA library, runs the tests marked gpu (gradients among them) with each backend, checks
-# both with compute-sanitizer on small shapes, and runs the benchmarks. The backends' tests and
-# checks run side by side; the benchmarks run alone. A stage that fails is noted and the others still
-# run. Leaves gpu_<device>_<date>.json, written anew after every stage, and the log beside it, in
+# builds the CUDA library, runs the tests marked gpu (gradients among them) with each backend and
+# some with the default, checks both with compute-sanitizer on small shapes, and runs the
+# benchmarks. The backends' tests and checks run side by side; the benchmarks run alone. A stage that
+# fails is noted and the others still run. Leaves gpu_<device>_<date>.json, written anew after every stage, and the log beside it, in
 # $OUT (default bench/results). Exits with 1 if a stage failed.
 #
 # Needs python3 (or $PYTHON) with a CUDA build of torch, setuptools, pytest, pytest-benchmark,
@@ -123,18 +123,23 @@ check() {
     beside "tests, $backend" 190 env STEM_FAST_BACKEND="$backend" \
       "$python" -m pytest tests -W default -m gpu --durations=5 "${workers[@]}"
   done
+  # What users get is some of either.
+  beside "tests, default" 190 env -u STEM_FAST_BACKEND \
+    "$python" -m pytest tests/test_step.py tests/test_inference.py tests/test_model.py \
+    -W default -m gpu
   together
   for backend in triton cuda; do
     sanitize memcheck "$backend" "odd and (float32 or bfloat16 or opcheck)"
   done
   together
-  for backend in triton cuda; do sanitize racecheck "$backend" "odd and float32"; done  # slow
-  together
   stage steps 100 "$python" -m bench.run --device cuda --seconds 0.2 --threads "$(nproc)" \
-    --settings tall --ops embedding_step embedding_step_l2 adam_rows catch_up_l2 --blocks 1 \
-    --json "$scratch/steps.json"
+    --runs default cuda --settings tall --blocks 1 \
+    --ops embedding_step embedding_step_l2 adam_rows catch_up_l2 --json "$scratch/steps.json"
   stage benchmarks 240 "$python" -m bench.run --device cuda --seconds 0.1 --threads "$(nproc)" \
-    --json "$scratch/bench.json"
+    --runs triton cuda --json "$scratch/bench.json"
+  # Slow, and so with what time is left.
+  for backend in triton cuda; do sanitize racecheck "$backend" "odd and float32"; done
+  together
   awk -F '\t' '$2 != 0 { failed = 1 } END { exit failed }' "$scratch"/stages/*
 }
 

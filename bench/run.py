@@ -56,6 +56,7 @@ WARM = {
 RUNS: dict[str, dict[str, dict[str, str]]] = {
     "cpu": {"default allocator": {}, "warm allocator": WARM},
     "cuda": {
+        "default": {},
         "triton": {"STEM_FAST_BACKEND": "triton"},
         "cuda": {"STEM_FAST_BACKEND": "cuda"},
     },

@@ -15,8 +15,8 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 @triton.jit
 def pick(index, VALUES: tl.constexpr):
-    """VALUES[index] of a tile of int64, 0 past their end: masks and the like are constants of a
-    kernel, for a tensor of them would be copied to the device, which makes a step wait."""
+    """VALUES[index] of an index or a tile of them, in its type, 0 past their end. Masks and the
+    like are constants of a kernel: a step would wait for a tensor's copy to the device."""
     found = tl.zeros_like(index)
     for i in tl.static_range(len(VALUES)):
         if VALUES[i] != 0:

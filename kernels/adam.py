@@ -553,7 +553,7 @@ def _constants(
     shape = row_constants(weight, 256)  # of more, registers spill
     return {
         # A processor runs 32 programs at once: of a short row each they would leave memory idle.
-        "ROWS": max(1, 256 // shape["BLOCK"]) if grads else 1,
+        "ROWS": max(1, min(16, 256 // shape["BLOCK"])) if grads else 1,
         "BETA1": beta1,
         "BETA2": beta2,
         "EPS": eps,

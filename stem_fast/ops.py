@@ -25,8 +25,8 @@ from torch.autograd.function import once_differentiable
 from stem_fast import reference
 
 MAX_EXPERTS, MAX_GATES = 64, 16  # what every backend of the mixture takes
-# What the CUDA C++ library has, and of that what an H100 has shown to be faster than Triton's
-# (bench/results/gpu_nvidia_h100_80gb_hbm3_2026-11-27.json).
+# What the CUDA C++ library has, and of that what an H100 has shown to be faster than Triton's, the
+# forward mixture as fast (bench/results/gpu_nvidia_h100_80gb_hbm3_2026-11-27.json).
 CUDA = (
     *("lookup", "row_gradients", "check_ids", "mixture", "mixture_backward"),
     *("adam_rows", "sgd_rows", "adagrad_rows"),
@@ -555,11 +555,7 @@ def _load_cuda() -> str:
     """Load the CUDA C++ library, which overrides the defaults on CUDA. Returns its state."""
     if not torch.cuda.is_available():
         return "no CUDA device"
-    state = _load_library("_cuda", "no nvcc was found at installation")
-    if state:
-        return state
-    _library.impl("lookup_backward", _lookup_backward, "CUDA")
-    return "in use on cuda"
+    return _load_library("_cuda", "no nvcc was found at installation") or "in use on cuda"
 
 
 def _load(choice: str) -> dict[str, str]:
@@ -578,10 +574,13 @@ def _load(choice: str) -> dict[str, str]:
         states["cpp"] = _load_cpp()
     if "cuda" in wanted:
         states["cuda"] = _load_cuda()
-    if wanted & {"cuda", "triton"}:
+    cuda = states["cuda"] == "in use on cuda"
+    if "triton" in wanted or (cuda and not interpreted):
         # C++ has not every op: Triton has the others.
         kept = FASTER_IN_CUDA if choice == "auto" else CUDA
-        states["triton"] = _load_triton(kept if states["cuda"] == "in use on cuda" else ())
+        states["triton"] = _load_triton(kept if cuda else ())
+    if cuda and states["triton"] != "in use on cuda":
+        _library.impl("lookup_backward", _lookup_backward, "CUDA")
     if choice in states and not states[choice].startswith("in use"):
         raise ImportError(f"STEM_FAST_BACKEND={choice}: {states[choice]}")
     return {"reference": "in use where no other is", **states}

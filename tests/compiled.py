@@ -74,6 +74,7 @@ def sources() -> dict[str, tuple[ASTSource, int]]:
             (48, False, False),
             (48, True, False),
             (48, True, True),
+            (4, True, False),
             (576, True, True),
         ):
             tensors = dict.fromkeys(("weight", "grad"), name)

@@ -239,12 +239,13 @@ def test_gpu_check_goes_on_after_a_failure(tmp_path: Path) -> None:
         ("build", 0),
         ("tests, triton", 0),
         ("tests, cuda", 1),
+        ("tests, default", 1),
         ("memcheck, triton", 0),
         ("memcheck, cuda", 0),
-        ("racecheck, triton", 1),
-        ("racecheck, cuda", 1),
         ("steps", 0),
         ("benchmarks", 0),
+        ("racecheck, triton", 1),
+        ("racecheck, cuda", 1),
     ]
 
 

@@ -25,7 +25,7 @@ class AdamCase(NamedTuple):
     rates: int = 7  # learning rates in turn
     scale: float = 1.0  # of the weights
     new: bool = False  # whether no row was ever trained
-    caught_up: int = 0  # rows, the first, that have missed no step before the newest
+    caught_up: int = 0  # rows, the first, that have missed no step before the newest, some not that
 
     def arguments(self, dtype: torch.dtype = torch.float64, grads: bool = False) -> list[Any]:
         """Of adam_rows: rows of every age, with m and v of many sizes, some of them zero."""
@@ -51,6 +51,7 @@ class AdamCase(NamedTuple):
         if self.decay > 0 and not self.decoupled:
             age[never] = 0  # L2 would have moved them
         age[: self.caught_up] = self.steps - 1
+        age[: self.caught_up : 3] = self.steps
         last = (self.base + age).int()
         rows = torch.randperm(self.rows, generator=draw)[: max(self.rows // 2, 1)]
         if self.named:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -243,6 +244,7 @@ def test_triton_has_on_cuda_what_is_not_left_to_cpp(
         @staticmethod
         def impl(name: str, function: Any, device: str) -> None:
             assert device == "CUDA"
+            assert name not in registered, "torch 2.11 refuses it"
             registered.add(name)
 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -254,7 +256,24 @@ def test_triton_has_on_cuda_what_is_not_left_to_cpp(
     assert states["triton"] == "in use on cuda"
     assert (states["cuda"] == "in use on cuda") == (built and choice != "triton")
     assert set(ops.CUDA) - registered == left
-    assert "row_plan" in registered
+    assert {"row_plan", "lookup_backward"} <= registered
+
+
+@pytest.mark.parametrize("choice", ["auto", "cuda"])
+def test_the_cuda_library_works_without_triton(
+    choice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registered = []
+    library = SimpleNamespace(impl=lambda *arguments: registered.append(arguments))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(ops, "_library", library)
+    monkeypatch.setattr(ops, "_load_library", lambda name, missing: "")
+    monkeypatch.setattr(ops, "_load_triton", lambda kept: "triton is not installed")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    states = ops._load(choice)
+    assert states["cuda"] == "in use on cuda"
+    assert states["triton"] == "triton is not installed"
+    assert registered == [("lookup_backward", ops._lookup_backward, "CUDA")]
 
 
 def test_an_unknown_backend_is_refused() -> None:
