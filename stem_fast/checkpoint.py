@@ -119,6 +119,25 @@ def replacing(path: str | Path) -> Iterator[Path]:
         raise
 
 
+def check_output(option: str, path: Path) -> None:
+    """Make the parent of the file PATH, and find out by trying whether a file can be written there.
+
+    Raises DataError if not, and where PATH is a folder or a run's own file; ``option`` names it.
+    """
+    real = path.resolve()
+    if real.is_dir():
+        raise DataError(f"{option} is {path}, a folder: name a file.")
+    if real.name in _FILES and (real.parent / CONFIG).exists():
+        raise DataError(f"{option} is {path}, a file of the run in that folder: name another file.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise DataError(
+            f"{option} is {path}, where no file can be written ({error.strerror}): name another."
+        ) from error
+
+
 def prepare(path: str | Path, *, overwrite: bool) -> None:
     """Make PATH's parent, and find out by trying whether a run can be written there.
 
@@ -131,6 +150,8 @@ def prepare(path: str | Path, *, overwrite: bool) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         _work_folder(path).rmdir()
         _restore(path)
+        if path.is_dir() and not os.access(path, os.W_OK):
+            raise PermissionError(f"{path.name} is not to be written to")
     except OSError as error:
         raise DataError(
             f"{path}: a run cannot be written there ({error}): choose another --out."

@@ -256,7 +256,9 @@ def fit(
 def _fit(settings: FitSettings) -> None:
     config, schema = settings.training, settings.schema
     # All that can be refused without reading data is refused first.
-    training.check(config, schema.labels)
+    monitor = training.check(config, schema.labels)
+    if monitor.metric == "gauc" and schema.group is None:
+        raise DataError(f"--monitor is {monitor.name!r}, which needs the --group that it is by.")
     device = _device(settings.device)
     check_precision(config.precision, device)
     checkpoint.prepare(settings.out, overwrite=settings.overwrite)
@@ -270,6 +272,13 @@ def _fit(settings: FitSettings) -> None:
             data.load(path, encoding, cache=settings.cache, joins=settings.joins, weight=weight)
             for path, weight in ((settings.train, True), (settings.valid, False))
         )
+    for column, values in encoding.vocabularies.items():
+        if not values:
+            warnings.warn(
+                f"no value of column {column!r} is there {schema.min_count} times, so all of them "
+                "are unknown: lower --min-count, or leave the column out",
+                stacklevel=1,
+            )
     size = sum(parameter.numel() for parameter in model.parameters())
     console.print(
         f"{settings.model}: {size:,} parameters on {device}; "
@@ -365,12 +374,12 @@ def evaluate(
     precision: _Precision = None,
 ) -> None:
     """Score a run on labelled data."""
-    _refuse_folder(json)
-    _refuse_source("--json", json, table, join)
+    joins = _joins(join)
+    _check_output("--json", json, table, *(Path(each.path) for each in joins))
     model, encoding, config = checkpoint.load_run(run, _device(device))
     check_precision(precision or config.precision, _device(device))
     with report.console().status(f"evaluating {table}"):
-        rows = data.load(table, encoding, cache=cache, joins=_joins(join), weight=False)
+        rows = data.load(table, encoding, cache=cache, joins=joins, weight=False)
         result = training.evaluate(
             model,
             rows,
@@ -378,9 +387,9 @@ def evaluate(
             device=_device(device),
             precision=precision or config.precision,
         )
+    _print_metrics(result, f"{run} on {table}", encoding.schema.group)
     if json is not None:
         checkpoint.save_json(json, result)
-    _print_metrics(result, f"{run} on {table}", encoding.schema.group)
 
 
 @app.command()
@@ -398,11 +407,12 @@ def predict(
     writers = {".parquet": pyarrow.parquet.write_table, ".csv": pyarrow.csv.write_csv}
     if out.suffix.lower() not in writers:
         raise DataError(f"--out is {out}: name a .parquet or .csv file.")
-    _refuse_source("--out", out, table, join)
+    joins = _joins(join)
+    _check_output("--out", out, table, *(Path(each.path) for each in joins))
     model, encoding, config = checkpoint.load_run(run, _device(device))
     check_precision(precision or config.precision, _device(device))
     with report.console().status(f"predicting {table}"):
-        rows = data.load(table, encoding, cache=cache, joins=_joins(join), labels=False)
+        rows = data.load(table, encoding, cache=cache, joins=joins, labels=False)
         predictions = training.predict(
             model,
             rows,
@@ -428,18 +438,13 @@ def _print_metrics(result: dict[str, Any], title: str, group: str | None) -> Non
         report.console().print(f"no gauc for {', '.join(tasks)}: {why}")
 
 
-def _refuse_folder(json: Path | None) -> None:
-    if json is not None and json.is_dir():
-        raise DataError(f"--json is {json}, a folder: name a file.")
-
-
-def _refuse_source(option: str, out: Path | None, table: Path, join: list[str] | None) -> None:
-    """An output that would replace what it is made from."""
-    sources = [table, *(Path(each.path) for each in _joins(join))]
-    if out is not None and any(
-        each.resolve() in (out.resolve(), *out.resolve().parents) for each in sources
-    ):
+def _check_output(option: str, out: Path | None, *sources: Path) -> None:
+    """Refuses an output that cannot be written, or would replace what it is made from."""
+    if out is None:
+        return
+    if any(each.resolve() in (out.resolve(), *out.resolve().parents) for each in sources):
         raise DataError(f"{option} is {out}, which is or lies in what is read: name another file.")
+    checkpoint.check_output(option, out)
 
 
 def _joins(texts: list[str] | None) -> tuple[data.Join, ...]:
@@ -452,7 +457,7 @@ def compare(
     json: Annotated[Path | None, typer.Option(help="write them, and the machine, here too")] = None,
 ) -> None:
     """Show the validation metrics of several runs side by side."""
-    _refuse_folder(json)
+    _check_output("--json", json)
     names = [run.name for run in runs]
     rows = {}
     for run in runs:

@@ -456,7 +456,7 @@ def _labels(block: Block, schema: Schema) -> np.ndarray:
         values = block.numbers(name)
         if kind == "binary":
             wrong = ~(np.isnan(values) | (values == 0) | (values == 1))
-            advice = f"correct it, leave it empty, or name the label {name}:regression."
+            advice = f"correct it, leave it empty, or fit it as {name}:regression."
             block.refuse(name, wrong, f"is not 0 or 1: {advice}")
         with np.errstate(over="ignore"):
             labels[:, task] = values

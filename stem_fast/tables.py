@@ -339,8 +339,8 @@ def read_blocks(table: Table, columns: Iterable[str], joins: Sequence[Join]) -> 
     advice = " A side table's columns need its --join FILE:KEY in every command."
     if available.isdisjoint(wanted) and table.kind != ".parquet" and table.header is None:
         advice = (
-            f" Its first line, read as names, is {table.between.join(own)[:200]!r}: give "
-            f"--delimiter if something else than {table.between!r} is between them, --header if "
+            f" Its first line, read as names, is {table.between.join(own)[:200]!r}: fit takes a "
+            f"--delimiter if something else than {table.between!r} is between them, a --header if "
             "it holds values."
         )
     require(where, wanted, available, advice)

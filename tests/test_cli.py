@@ -173,6 +173,34 @@ def test_evaluate_gives_what_fit_wrote() -> None:
     assert "no gauc for long_view: no row has the label\n" in result.stdout
 
 
+def test_a_runs_own_files_are_not_written() -> None:
+    fit()
+    before = {path.name: path.read_bytes() for path in Path("run").iterdir()}
+    Path("link").symlink_to("run")
+    for name in before:
+        for out in (f"run/{name}", f"link/{name}"):
+            for command in (("evaluate", "run", "--data", "valid.parquet"), ("compare", "run")):
+                message = f"--json is {out}, a file of the run in that folder: name another file."
+                refused(stem_fast(*command, "--json", out), message)
+    assert {path.name: path.read_bytes() for path in Path("run").iterdir()} == before
+
+
+def test_a_place_for_output_is_tried_before_the_work() -> None:
+    fit()
+    Path("file").write_text("")
+    for command, option, out in (
+        (("evaluate", "run"), "--json", "file/m.json"),
+        (("predict", "run"), "--out", "file/p.csv"),
+    ):
+        result = stem_fast(*command, "--data", "missing.csv", option, out)
+        refused(result, f"{option} is {out}, where no file can be written (", "name another")
+    result = stem_fast("predict", "run", "--data", "missing.csv", "--out", "run.csv")
+    refused(result, "missing.csv")
+    Path("p.csv").mkdir()
+    result = stem_fast("predict", "run", "--data", "missing.csv", "--out", "p.csv")
+    refused(result, "--out is p.csv, a folder: name a file.")
+
+
 def test_what_is_read_is_not_written() -> None:
     fit()
     Path("side").mkdir()
@@ -199,6 +227,13 @@ def test_a_warning_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     result = fit(device="cpu")
     assert "warning: the training data is large\n" in result.stderr
     assert ".py:" not in result.stderr
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_column_without_a_known_value_is_warned_of() -> None:
+    assert "are unknown" not in fit(device="cpu").stderr
+    result = fit(device="cpu", min_count=10**6, overwrite=True)
+    assert "there 1000000 times, so all of them are unknown: lower --min-count" in result.stderr
 
 
 def test_a_run_keeps_its_precision() -> None:
@@ -488,7 +523,7 @@ def test_bad_files(text: str, message: str) -> None:
         ({"labels": "is_click,seconds"}, ["seconds", "row 0"]),
         ({"labels": "is_click:bin"}, ["unknown kind 'bin'"]),
         ({"monitor": "acu"}, ["monitor is 'acu'", "Did you mean 'auc'?"]),
-        ({"monitor": "gauc", "group": None}, ["monitor 'gauc' is undefined", "--monitor"]),
+        ({"monitor": "gauc", "group": None}, ["--monitor is 'gauc', which needs the --group"]),
         ({"task_weights": "1"}, ["task_weights is [1.0]", "is_click, long_view"]),
         ({"model": "stm"}, ["model is 'stm'", "Did you mean 'stem'?"]),
         (

@@ -310,7 +310,7 @@ def test_binary_labels_of_every_type(tmp_path: Path, values: list[Any]) -> None:
 @pytest.mark.parametrize(
     ("column", "values", "message"),
     [
-        ("y", [0, 2], "column 'y', row 1: 2 is not 0 or 1: correct it, leave it empty, or name"),
+        ("y", [0, 2], "column 'y', row 1: 2 is not 0 or 1: correct it, leave it empty, or fit"),
         ("y", ["1", "0.5"], "column 'y', row 1: '0.5' is not 0 or 1"),
         ("y", ["1", "yes"], "column 'y', row 1: 'yes' is not a number"),
         ("y", [None, None], "label 'y' is missing on every row: leave it out."),

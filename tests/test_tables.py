@@ -103,7 +103,7 @@ def test_a_table_that_is_read_the_wrong_way(tmp_path: Path) -> None:
     path = text(tmp_path / "a.csv", "user;item;click\n1;2;0\n")
     with refused(
         "a.csv: no column 'user', 'item', 'click'. Its first line, read as names, is "
-        "'user;item;click': give --delimiter if something else than ',' is between them, --header"
+        "'user;item;click': fit takes a --delimiter if something else than ',' is between them, a "
     ):
         blocks(path, "user item click")
     with refused("no column 'user'. A side table's columns need"):
