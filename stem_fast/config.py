@@ -264,12 +264,14 @@ def fit_settings(flags: Mapping[str, Any], file: Path | None = None) -> FitSetti
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping that a YAML file holds. Raises DataError if it is absent, damaged or no mapping,
-    or names a key twice."""
+    """The mapping that a YAML file holds. Raises DataError if it cannot be read, is damaged or no
+    mapping, or names a key twice."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise DataError(f"no configuration file {path}.") from None
+    except OSError as error:
+        raise DataError(f"configuration file {path} cannot be read: {error.strerror}.") from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, no such date
         raise DataError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):

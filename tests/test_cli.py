@@ -519,6 +519,7 @@ def test_bad_files(text: str, message: str) -> None:
         ({"train": None, "labels": None}, ["missing: --train, --labels (or the same key"]),
         ({"train": "nope.parquet"}, ["nope.parquet"]),
         ({"config": "nope.yaml"}, ["no configuration file nope.yaml"]),
+        ({"config": "."}, ["configuration file . cannot be read: Is a directory."]),
         ({"categorical": "user_id,vide_id"}, ["vide_id", "video_id"]),
         ({"labels": "is_click,seconds"}, ["seconds", "row 0"]),
         ({"labels": "is_click:bin"}, ["unknown kind 'bin'"]),

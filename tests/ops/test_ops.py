@@ -284,12 +284,12 @@ def test_an_unknown_backend_is_refused() -> None:
 def test_a_backend_that_is_not_there_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(ops, "__file__", str(tmp_path / "ops.py"))
     with pytest.raises(ImportError, match=r"STEM_FAST_BACKEND=cpp: not built \(no C\+\+ compiler"):
         ops._load("cpp")
     assert ops._load("auto")["cpp"].startswith("not built")
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ImportError, match="STEM_FAST_BACKEND=triton: no CUDA device"):
         ops._load("triton")
 
