@@ -5,9 +5,10 @@
 #
 # builds the CUDA library, runs the tests marked gpu (gradients among them) with each backend and
 # some with the default, checks both with compute-sanitizer on small shapes, and runs the
-# benchmarks. The backends' tests and checks run side by side; the benchmarks run alone. A stage that
-# fails is noted and the others still run. Leaves gpu_<device>_<date>.json, written anew after every stage, and the log beside it, in
-# $OUT (default bench/results). Exits with 1 if a stage failed.
+# benchmarks. The backends' tests and checks run side by side; the benchmarks run alone. A stage
+# that fails is noted and the others still run. Leaves gpu_<device>_<date>.json, written anew after
+# every stage, and the log beside it, in $OUT (default bench/results). Exits with 1 if a stage
+# failed.
 #
 # Needs python3 (or $PYTHON) with a CUDA build of torch, setuptools, pytest, pytest-benchmark,
 # hypothesis, the package's own dependencies, nvcc, and compute-sanitizer. With pytest-xdist the

@@ -420,6 +420,7 @@ def _row(
     row = tl.load(rows + u) if NAMED else u
     # Row 0 is padding where rows are named: a plan repeats it. No row leaves the table.
     if (row < size) & ((row > 0) | (not NAMED)):
+        # What the row holds is asked for before it is known what it owes: memory is far away.
         made = tl.maximum(tl.load(last + row).to(tl.int64), base)
         due = now - 1 if GRAD else now
         for start in range(0, width, BLOCK):
@@ -466,7 +467,6 @@ def _newest_step(
     known = (u < count) & (row < size) & ((row > 0) | (not NAMED))
     inside = known & (column < width)
     at = row * width + column
-    # What rows hold is asked for before it is known what they owe: memory is far away.
     made = tl.load(last + row, mask=known, other=0).to(tl.int64)
     w = tl.load(weight + at, mask=inside, other=0.0).to(SUM)
     m = tl.load(exp_avg + at, mask=inside, other=0.0).to(SUM)
@@ -522,7 +522,7 @@ def _adam_rows(
     base, now = tl.load(clock), tl.load(clock + 1)
     begin = tl.program_id(0).to(tl.int64) * ROWS
     if now - base < lines:
-        if ROWS == 1:
+        if ROWS == 1:  # not as a loop of one, in which registers of wide rows spill
             _row(
                 begin, weight, exp_avg, exp_avg_sq, last, rows, grad, steps, leaps, base, now, size,
                 width, BETA1, BETA2, EPS, KEEP, LOG1, LOG2, ROOT2, MOST, LEAST, NAMED, GRAD,

@@ -50,7 +50,7 @@ def _sums(
 ):  # fmt: skip
     """A program's part of the losses, and its count of labels."""
     program, task = tl.program_id(0), tl.arange(0, TASKS)
-    regression = (pick(task.to(tl.int64), REGRESSION) != 0)[None, :]
+    regression = (pick(task, REGRESSION) != 0)[None, :]
     total = tl.zeros([ROWS, TASKS], SUM)
     count = tl.zeros([ROWS, TASKS], tl.int32)
     for start in range(program * ROWS, batch, tl.num_programs(0) * ROWS):
@@ -118,7 +118,7 @@ def _task_losses_backward(
 ):  # fmt: skip
     task = tl.arange(0, TASKS)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    regression = (pick(task.to(tl.int64), REGRESSION) != 0)[None, :]
+    regression = (pick(task, REGRESSION) != 0)[None, :]
     scale = tl.load(grad + task * grad_task, mask=task < tasks, other=0.0).to(SUM)
     scale /= tl.load(divisors + task, mask=task < tasks, other=1).to(SUM)
     x, y, present = _read(

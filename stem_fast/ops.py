@@ -532,13 +532,8 @@ def _load_triton(without: Sequence[str] = ()) -> str:
             (lookup, ("lookup", "row_gradients", "check_ids")),
             (row_plan, ("row_plan",)),
             (mixture, ("mixture", "mixture_backward")),
-            (
-                linear,
-                (
-                    *("bias_relu", "relu_backward", "grouped_linear", "grouped_linear_backward"),
-                    "expert_mixture_inference",
-                ),
-            ),
+            (linear, ("bias_relu", "relu_backward", "expert_mixture_inference")),
+            (linear, ("grouped_linear", "grouped_linear_backward")),
             (loss, ("task_losses", "task_losses_backward")),
             (adam, ("adam_rows", "adam_schedule", "adam_leap")),
             (sgd, ("sgd_rows",)),
@@ -547,7 +542,6 @@ def _load_triton(without: Sequence[str] = ()) -> str:
             for name in names:
                 if name not in without:
                     _library.impl(name, getattr(module, name), device)
-        _library.impl("lookup_backward", _lookup_backward, device)
     return f"in use on {device.lower()}"
 
 
@@ -579,8 +573,9 @@ def _load(choice: str) -> dict[str, str]:
         # C++ has not every op: Triton has the others.
         kept = FASTER_IN_CUDA if choice == "auto" else CUDA
         states["triton"] = _load_triton(kept if cuda else ())
-    if cuda and states["triton"] != "in use on cuda":
-        _library.impl("lookup_backward", _lookup_backward, "CUDA")
+    if cuda or states["triton"].startswith("in use"):
+        device = "CPU" if states["triton"] == "in use on cpu" else "CUDA"
+        _library.impl("lookup_backward", _lookup_backward, device)
     if choice in states and not states[choice].startswith("in use"):
         raise ImportError(f"STEM_FAST_BACKEND={choice}: {states[choice]}")
     return {"reference": "in use where no other is", **states}
