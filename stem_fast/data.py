@@ -27,7 +27,8 @@ from stem_fast.schema import DataError, Encoding, Schema, SequenceField, table_o
 from stem_fast.tables import TEXT, Block, Join, Table, read_blocks
 
 CACHE_VERSION = 2  # a part of every cache key: raise it when the encoded form changes
-MERGE_ROWS = 1 << 20  # counts kept unmerged beyond what merging would leave
+# Counts, and bytes of their texts, kept unmerged beyond what merging would leave; of all columns.
+MERGE_ROWS, MERGE_BYTES = 1 << 20, 1 << 28
 
 
 class Batch(NamedTuple):
@@ -225,7 +226,7 @@ def fit_encoding(path: str | Path, schema: Schema, *, joins: Sequence[Join] = ()
     """
     owners = table_owners(schema)
     delimiters = {sequence.name: sequence.delimiter for sequence in schema.sequences}
-    counts = {owner: _Counts() for owner in owners}
+    counts = {owner: _Counts(len(owners)) for owner in owners}
     moments = {name: _Moments() for name in schema.numeric}
     labelled = np.zeros(len(schema.tasks), bool)
     source = Table(path, schema.header, schema.delimiter)
@@ -336,19 +337,25 @@ def _blocks(
 
 
 class _Counts:
-    """How often each text occurs, over blocks and over the columns that share a table."""
+    """How often each text occurs, over blocks and over the columns that share a table.
 
-    def __init__(self) -> None:
+    ``tables`` of them share the room for what is not merged yet.
+    """
+
+    def __init__(self, tables: int = 1) -> None:
+        self.room = MERGE_ROWS // tables, MERGE_BYTES // tables
         self.texts = [pa.array([], TEXT)]
         self.counts = [np.zeros(0, np.int64)]
-        self.merged = 0
+        self.size = self.merged = 0, 0  # texts and their bytes: all, and those merged
 
     def add(self, texts: pa.Array, codes: pa.Array) -> None:
         counts = np.bincount(codes.drop_null().to_numpy(), minlength=len(texts))
         self.texts.append(texts.drop_null())
         self.counts.append(counts[texts.is_valid().to_numpy(zero_copy_only=False)])
+        self.size = self.size[0] + len(self.texts[-1]), self.size[1] + self.texts[-1].nbytes
         # Merging only when the parts have doubled keeps the total work linear.
-        if sum(map(len, self.texts)) > 2 * self.merged + MERGE_ROWS:
+        limits = zip(self.size, self.merged, self.room, strict=True)
+        if any(size > 2 * merged + room for size, merged, room in limits):
             self._merge()
 
     def _merge(self) -> None:
@@ -357,7 +364,7 @@ class _Counts:
         counts = np.bincount(distinct.indices.to_numpy(), weights=np.concatenate(self.counts))
         self.texts = [distinct.dictionary]
         self.counts = [counts.astype(np.int64)]
-        self.merged = len(counts)
+        self.size = self.merged = len(counts), distinct.dictionary.nbytes
 
     def vocabulary(self, min_count: int) -> list[str]:
         """Texts in id order. Arrow sorts text by UTF-8 bytes, which is by code points."""

@@ -13,9 +13,12 @@ import codecs
 import contextlib
 import hashlib
 import re
+import stat
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +28,10 @@ import pyarrow.parquet
 
 from stem_fast.schema import DataError, nearest
 
-BLOCK_ROWS = 1 << 19  # rows handled at once; bounds the memory of a pass
+# Rows handled at once, and bytes of them: whichever is reached first bounds the memory of a pass.
+BLOCK_ROWS = 1 << 19
+BLOCK_BYTES = 1 << 27
+PARQUET_ROWS = 1 << 13  # decoded at once: Arrow cannot decode 2 GB of a list's text together
 CSV_BYTES = 1 << 22  # bytes parsed at once; no line may be longer
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".txt": "\t"}
 SUFFIXES = (*DELIMITERS, *(f"{suffix}.gz" for suffix in DELIMITERS), ".parquet")
@@ -35,6 +41,8 @@ MISSING = pa.array(["", "NULL", "\\N", "NaN", "nan"], TEXT)
 END = rb"\r\n|\r|\n"  # of a line
 INVALID_UTF8 = re.compile(r"column #(\d+): Row #(\d+): .*invalid UTF8")  # pyarrow's words
 TYPO = 0.85  # likeness of a name of seven letters to itself with one of them wrong
+NO_VALUE = "__HIVE_DEFAULT_PARTITION__"  # in the name of a folder: the column is missing
+HINTS = 10  # absent columns that are named and looked for among the others
 NUMBERS = (
     pa.types.is_integer,
     pa.types.is_floating,
@@ -54,6 +62,9 @@ class Join(NamedTuple):
 class Table:
     """The files of one table: a file, or a folder of files of one kind, read in name order.
 
+    A folder inside it that is named ``column=value`` (Hive's form, ``%xx`` decoded) gives its files
+    that column, as text. Files without a row (of 0 bytes, or of a header alone) are left out.
+
     header     column names of CSV files without a header line
     delimiter  of CSV cells; None: by suffix
     Raises DataError for no such file, an unknown suffix or a mixed folder.
@@ -64,7 +75,8 @@ class Table:
     ) -> None:
         self.path = Path(path)
         self.header = header
-        self.files = _files(self.path)
+        self.partitions = _files(self.path)
+        self.files = list(self.partitions)
         self.kind = _kind(self.files[0])
         self.delimiter = delimiter
 
@@ -76,7 +88,8 @@ class Table:
     def content(self) -> list[str]:
         """How the files are read and the hash of each file's bytes."""
         digests = [self.kind, self.delimiter or "", *(self.header or ())]
-        for file in self.files:
+        for file, partition in self.partitions.items():
+            digests += [f"{column}={value}" for column, value in partition.items()]
             digest = hashlib.blake2b(digest_size=20)
             with file.open("rb") as stream:
                 while chunk := stream.read(1 << 20):
@@ -85,33 +98,87 @@ class Table:
         return digests
 
     def names(self, file: Path | None = None) -> list[str]:
-        """The column names of one file, by default the first."""
-        file = file or self.files[0]
-        with _reading(file):
-            if self.kind == ".parquet":
-                return pa.parquet.read_schema(file).names
-            if self.header is not None:
-                return list(self.header)
-            # Not by a stream of rows, whose thread would go on reading.
-            _, line = self._header(file)
-            return pa.csv.read_csv(pa.BufferReader(line), *self._options(None)).column_names
+        """The column names of one file, by default the first that holds a row; [] where it holds
+        none. Raises DataError where no file does."""
+        if file is not None:
+            own = self._names(file)
+            return own and [*own, *(key for key in self.partitions[file] if key not in own)]
+        names = next(filter(None, map(self.names, self.files)), None)
+        if names is None:
+            raise DataError(f"{self.path}: no rows.")
+        return names
 
-    def blocks(self, columns: Sequence[str]) -> Iterator[tuple[Path, int, pa.Table]]:
-        """(file, its first row in the file, rows) of about BLOCK_ROWS rows at a time."""
+    def _names(self, file: Path) -> list[str]:
+        """The columns that stand in a file, [] if no row does."""
+        with _reading(file):
+            if not file.stat().st_size:
+                return []
+            if self.kind == ".parquet":
+                metadata = pa.parquet.read_metadata(file)
+                return metadata.schema.to_arrow_schema().names if metadata.num_rows else []
+            names = list(self.header or ())
+            start = self._start(file)
+            _, line, rest = self._header(start)
+            if not names and line:
+                # Not by a stream of rows, whose thread would go on reading.
+                names = pa.csv.read_csv(
+                    pa.BufferReader(line + b"\n"), *self._options(None)
+                ).column_names
+            if self.header is not None:
+                rest = start
+            # An empty line is a value where there is one column.
+            return names if (rest if len(names) == 1 else rest.strip(b"\r\n")) else []
+
+    def blocks(
+        self, columns: Sequence[str], row_bytes: int = 0
+    ) -> Iterator[tuple[Path, int, pa.Table]]:
+        """(file, its first row in the file, rows) of about BLOCK_ROWS rows or BLOCK_BYTES bytes.
+
+        Text, lists and dictionaries have types with 64-bit offsets there. ``row_bytes`` are what
+        the caller adds to each row.
+        """
         for file in self.files:
             names = self.names(file)
+            if not names:
+                continue
             require(file, columns, names)
+            counts = Counter(names)
             for column in columns:
-                if names.count(column) > 1:
+                if counts[column] > 1:
                     raise DataError(f"{file}: column '{column}' stands there twice: rename one.")
             start = 0
-            for table in _regroup(self._batches(file, names, columns)):
+            for table in _regroup(self._batches(file, names, columns), row_bytes):
                 yield file, start, table
                 start += len(table)
 
     def _batches(
         self, file: Path, names: Sequence[str], columns: Sequence[str]
     ) -> Iterator[pa.RecordBatch]:
+        """The rows of a file, with the columns that its folders are named by."""
+        partition = {
+            column: value for column, value in self.partitions[file].items() if column in columns
+        }
+        own = self._names(file) if partition else names
+        stored = [column for column in columns if column not in partition or column in own]
+        start = 0
+        for batch in self._stored(file, own, stored or own[:1]):
+            batch = pa.record_batch([_wide(each) for each in batch.columns], batch.schema.names)
+            for column, value in partition.items():
+                if column in stored:
+                    _refuse_other(file, start, column, batch[column], value)
+            arrays = [
+                batch[column]
+                if column in stored
+                else pa.repeat(pa.scalar(partition[column], TEXT), len(batch))
+                for column in columns
+            ]
+            start += len(batch)
+            yield pa.record_batch(arrays, list(columns))
+
+    def _stored(
+        self, file: Path, names: Sequence[str], columns: Sequence[str]
+    ) -> Iterator[pa.RecordBatch]:
+        """Columns as they are stored."""
         ragged: list[pa.csv.InvalidRow] = []
 
         def refuse(row: pa.csv.InvalidRow) -> str:
@@ -122,12 +189,15 @@ class Table:
             try:
                 if self.kind == ".parquet":
                     with pa.parquet.ParquetFile(file) as parquet:
-                        for batch in parquet.iter_batches(BLOCK_ROWS, columns=list(columns)):
-                            yield batch.select(columns)
+                        # Each row group has dictionaries of its own, which Arrow does not join
+                        # where they are in lists.
+                        for group in range(parquet.num_row_groups):
+                            yield from parquet.iter_batches(PARQUET_ROWS, [group], list(columns))
                 else:
                     options = self._options(columns, refuse)
                     if len(names) == 1:  # an empty line is a value, but before the name
-                        options[0].skip_rows = 0 if self.header else self._header(file)[0]
+                        before, _, _ = self._header(self._start(file))
+                        options[0].skip_rows = 0 if self.header else before
                         options[1].ignore_empty_lines = False
                     with pa.csv.open_csv(file, *options) as reader:
                         yield from reader
@@ -159,11 +229,14 @@ class Table:
         alone would swallow lines."""
         return self.between != "\t"
 
-    def _header(self, file: Path) -> tuple[int, bytes]:
-        """(empty lines before it, the first line) of a CSV file; names in quotes may be of several
-        lines."""
+    def _start(self, file: Path) -> bytes:
+        """The first CSV_BYTES of a CSV file."""
         with pa.input_stream(str(file), compression="detect") as stream:
-            start = stream.read(CSV_BYTES).removeprefix(codecs.BOM_UTF8)
+            return stream.read(CSV_BYTES).removeprefix(codecs.BOM_UTF8)
+
+    def _header(self, start: bytes) -> tuple[int, bytes, bytes]:
+        """(empty lines before it, the first line, what follows) of a CSV file's start; names in
+        quotes may be of several lines."""
         between = re.escape(self.between.encode())
         cell = b"[^" + between + b"\r\n]*"
         if self.quotes:
@@ -171,7 +244,7 @@ class Table:
         line = cell + b"(?:" + between + cell + b")*"
         found = re.match(b"((?:" + END + b")*)(" + line + b"(?:" + END + b")?)", start)
         assert found is not None  # all of it may be empty
-        return len(re.findall(END, found[1])), found[2]
+        return len(re.findall(END, found[1])), found[2], start[found.end() :]
 
     def _options(
         self,
@@ -203,6 +276,7 @@ class Block:
         self.file = file
         self.start = start
         self.table = table
+        self.own = frozenset(table.column_names)
         self.sides: list[tuple[_Side, pa.Array]] = []
         for side in sides:
             texts, codes = self.distinct(side.key, self.column(side.key))
@@ -214,8 +288,8 @@ class Block:
 
     def column(self, name: str) -> pa.Array:
         """A column of the block; rows that a side table doesn't know are null."""
-        if name in self.table.column_names:
-            return _array(self.table[name])
+        if name in self.own:
+            return self.table[name].combine_chunks()
         # Rows of a side table are gathered only now, one column at a time, to spare memory.
         side, rows = next((side, rows) for side, rows in self.sides if name in side.columns)
         return side.columns[name].take(rows)
@@ -235,12 +309,15 @@ class Block:
         """
         try:
             encoded = pc.dictionary_encode(values)
+            self._refuse_bytes(
+                name, encoded.dictionary, lambda place: pc.index(encoded.indices, place).as_py()
+            )
             return _texts(encoded.dictionary), encoded.indices
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             lists = "; a column of lists belongs under sequences"
             hint = lists if pa.types.is_nested(values.type) else ""
             raise DataError(
-                f"{self.file}: column '{name}' holds {values.type}, which has no text form{hint} "
+                f"{self.file}: column '{name}' holds {_said(values)}, which has no text form{hint} "
                 f"({error})."
             ) from error
 
@@ -255,20 +332,25 @@ class Block:
             values = pc.split_pattern(texts.take(codes), delimiter)
         try:
             lengths = pc.list_value_length(values).fill_null(0).to_numpy().astype(np.int64)
-            return _plain(pc.list_flatten(values)), lengths
+            elements = pc.list_flatten(values)
         except pa.ArrowNotImplementedError as error:
             raise DataError(
-                f"{self.file}: column '{name}' holds {values.type}, not lists of values."
+                f"{self.file}: column '{name}' holds {_said(values)}, not lists of values."
             ) from error
+        self._refuse_bytes(
+            name, elements, lambda place: int(np.cumsum(lengths).searchsorted(place, "right"))
+        )
+        return elements, lengths
 
     def numbers(self, name: str) -> np.ndarray:
         """A column as float64, missing = NaN. Raises DataError for text and infinite numbers."""
         values = self.column(name)
         kind = values.type
-        if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        if is_text(kind):
+            self._refuse_bytes(name, values, lambda row: row)
             values = _missing_to_null(pc.utf8_trim_whitespace(values.cast(TEXT)))
         elif not any(is_kind(kind) for is_kind in NUMBERS):
-            raise DataError(f"{self.file}: column '{name}' holds {kind}, not numbers.")
+            raise DataError(f"{self.file}: column '{name}' holds {_said(values)}, not numbers.")
         advice = "correct it or leave it empty."
         try:
             numbers = _as_numbers(values)
@@ -282,6 +364,24 @@ class Block:
         self.refuse(name, np.isinf(numbers), f"is not finite: {advice}")
         return numbers
 
+    def _refuse_bytes(self, name: str, texts: pa.Array, row_of: Callable[[int], int]) -> None:
+        """Raise DataError for text that is not UTF-8: Parquet's readers don't look at it.
+        ``row_of`` gives the row of a text's place."""
+        if not is_text(texts.type):
+            return
+        try:
+            texts.validate(full=True)
+        except pa.ArrowInvalid as error:
+            for place, value in enumerate(texts.cast(pa.large_binary()).to_pylist()):
+                try:
+                    value is None or value.decode()
+                except UnicodeDecodeError:
+                    raise DataError(
+                        f"{self.file}: column '{name}', row {self.start + row_of(place)}: "
+                        f"{value[:60]!r} is not valid UTF-8: write the file's text as UTF-8."
+                    ) from error
+            raise
+
 
 class _Side:
     """A side table in memory: ``keys`` (unique texts) and the columns wanted from it."""
@@ -292,7 +392,8 @@ class _Side:
             raise DataError(f"{table.path}: no rows.")
         names = (key, *columns)
         with _reading(table.path):
-            whole = {name: _joined([_array(part[name]) for part in parts]) for name in names}
+            columns_of = {n: [part[n].combine_chunks() for part in parts] for n in names}
+            whole = {name: _joined(found) for name, found in columns_of.items()}
             block = Block(table.path, 0, pa.table(whole), ())
         self.key = key
         texts, codes = block.distinct(key, block.column(key))
@@ -319,6 +420,7 @@ def read_blocks(table: Table, columns: Iterable[str], joins: Sequence[Join]) -> 
     wanted = list(dict.fromkeys((*columns, *(join.key for join in joins))))
     own = table.names()
     available = set(own)
+    own_names = frozenset(own)
     plan: list[tuple[Table, str, list[str]]] = []
     where = str(table.path)
     for join in joins:
@@ -327,7 +429,8 @@ def read_blocks(table: Table, columns: Iterable[str], joins: Sequence[Join]) -> 
         names = other.names()
         require(other.files[0], [join.key], names)
         require(where, [join.key], available)
-        taken = [name for name in wanted if name in names and name != join.key]
+        known = frozenset(names)
+        taken = [name for name in wanted if name in known and name != join.key]
         both = [name for name in taken if name in available]
         if both:
             raise DataError(
@@ -345,8 +448,11 @@ def read_blocks(table: Table, columns: Iterable[str], joins: Sequence[Join]) -> 
         )
     require(where, wanted, available, advice)
     sides = [_Side(*parts) for parts in plan]
+    # Of the side tables one column at a time is gathered.
+    joined = [column.nbytes // len(column) for side in sides for column in side.columns.values()]
     rows = 0
-    for file, start, part in table.blocks([name for name in wanted if name in own]):
+    stored = [name for name in wanted if name in own_names]
+    for file, start, part in table.blocks(stored, max(joined, default=0)):
         rows += len(part)
         yield Block(file, start, part, sides)
     if not rows:
@@ -358,16 +464,17 @@ def require(
 ) -> None:
     """Raise DataError that names every absent column and the names most like them, and ends with
     ``advice`` if one is like none."""
-    known, columns = list(names), list(columns)
+    known, columns = dict.fromkeys(names), dict.fromkeys(columns)
     absent = [name for name in columns if name not in known]
     if absent:
-        quoted = ", ".join(f"'{name}'" for name in absent)
+        quoted = ", ".join(f"'{name}'" for name in absent[:HINTS])
+        quoted += f" and {len(absent) - HINTS} more" if len(absent) > HINTS else ""
         unused = [name for name in known if name not in columns]
         # A name in use is not what is meant, unless a letter or so makes the difference.
-        hints = [nearest(name, known, TYPO) or nearest(name, unused) for name in absent]
+        hints = [nearest(name, known, TYPO) or nearest(name, unused) for name in absent[:HINTS]]
         advice = "" if all(hints) else advice
         if len(absent) > 1:
-            pairs = zip(hints, absent, strict=True)
+            pairs = zip(hints, absent, strict=False)
             hints = [hint and f"{hint[:-1]} for '{name}'?" for hint, name in pairs]
         raise DataError(f"{where}: no column {quoted}.{''.join(hints)}{advice}")
 
@@ -385,22 +492,55 @@ def _reading(file: Path) -> Iterator[None]:
         raise DataError(f"{file}: cannot be read: {str(error).rstrip('.')}.") from error
 
 
-def _files(path: Path) -> list[Path]:
-    if not path.exists():
-        raise DataError(f"{path}: no such file or folder.")
-    if not path.is_dir():
-        files = [path]
-    else:  # names such as _SUCCESS and .part.crc are markers of the programs that wrote the folder
-        files = sorted(file for file in path.iterdir() if file.name[0] not in "._")
+def _files(path: Path) -> dict[Path, dict[str, str | None]]:
+    """The files of a table in order, each with the columns that its folders are named by."""
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(f"{path}: no such file or folder.") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        why = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"{str(path)[:200]!r} cannot be read: {why}.") from error
+    if not stat.S_ISDIR(mode):
+        files: dict[Path, dict[str, str | None]] = {path: {}}
+    else:
+        with _reading(path):
+            files = dict(_walk(path, {}))
         if not files:
             raise DataError(f"{path}: an empty folder.")
+    first = next(iter(files))
     for file in files:
         if _suffix(file) not in SUFFIXES or file.is_dir():
-            raise DataError(f"{file}: unknown kind of file, supported: {', '.join(SUFFIXES)}.")
-        if _kind(file) != _kind(files[0]):
-            mixed = f"{files[0].name} and {file.name}"
-            raise DataError(f"{path}: holds {mixed}: use files of one kind.")
+            advice = ""
+            if file.is_dir():
+                advice = " A folder inside it is read if it is named as in date=2024-01-01."
+            raise DataError(
+                f"{file}: unknown kind of file, supported: {', '.join(SUFFIXES)}.{advice}"
+            )
+        if not file.is_file():  # reading a FIFO would wait for ever
+            raise DataError(f"{file}: is no regular file: copy what it gives to one.")
+        if _kind(file) != _kind(first):
+            raise DataError(f"{path}: holds {first.name} and {file.name}: use files of one kind.")
     return files
+
+
+def _walk(
+    folder: Path, partition: dict[str, str | None]
+) -> Iterator[tuple[Path, dict[str, str | None]]]:
+    """All that is in a folder in name order, but what programs leave there as marks, such as
+    _SUCCESS and .part.crc."""
+    for path in sorted(folder.iterdir()):
+        column, equals, value = map(unquote, path.name.partition("="))
+        if path.name[0] == "." or (path.name[0] == "_" and not equals):
+            continue
+        if not (equals and column and path.is_dir()):
+            yield path, partition
+            continue
+        if column in partition:
+            raise DataError(
+                f"{path}: column '{column}' is named by two of its folders: rename one."
+            )
+        yield from _walk(path, {**partition, column: None if value == NO_VALUE else value})
 
 
 def _suffix(file: Path) -> str:
@@ -411,17 +551,25 @@ def _kind(file: Path) -> str:
     return _suffix(file).removesuffix(".gz")
 
 
-def _regroup(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
-    """Rows in groups of at least BLOCK_ROWS (the last one smaller): files may hold tiny ones."""
+def _regroup(batches: Iterable[pa.RecordBatch], row_bytes: int = 0) -> Iterator[pa.Table]:
+    """Rows in groups of BLOCK_BYTES bytes, or of at least BLOCK_ROWS rows (the last one smaller):
+    files may hold tiny ones."""
     waiting: list[pa.RecordBatch] = []
-    rows = 0
+    rows = size = 0
     for batch in batches:
-        for start in range(0, len(batch), BLOCK_ROWS):
-            waiting.append(batch.slice(start, BLOCK_ROWS))
-            rows += len(waiting[-1])
+        whole = batch.nbytes + row_bytes * len(batch)
+        step = max(1, min(BLOCK_ROWS, len(batch) * BLOCK_BYTES // max(1, whole)))
+        for start in range(0, len(batch), step):
+            part = batch.slice(start, step)
+            more = part.nbytes + row_bytes * len(part)
+            if waiting and size + more > BLOCK_BYTES:
+                yield pa.Table.from_batches(waiting)
+                waiting, rows, size = [], 0, 0
+            waiting.append(part)
+            rows, size = rows + len(part), size + more
             if rows >= BLOCK_ROWS:
                 yield pa.Table.from_batches(waiting)
-                waiting, rows = [], 0
+                waiting, rows, size = [], 0, 0
     if waiting:
         yield pa.Table.from_batches(waiting)
 
@@ -435,12 +583,49 @@ def _joined(parts: Sequence[pa.Array]) -> pa.ChunkedArray:
     return pa.chunked_array([_texts(p) for p in parts] if len(types) > 1 else parts)
 
 
-def _array(column: pa.ChunkedArray) -> pa.Array:
-    return _plain(column.combine_chunks())
+def is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
-def _plain(array: pa.Array) -> pa.Array:
-    return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
+def _wide(array: pa.Array) -> pa.Array:
+    """The same values with 64-bit offsets and without dictionaries: a block's 2 GB of text, or what
+    its dictionary stands for, would be too much for Arrow's smaller types."""
+    kind = _wide_type(array.type)
+    return array if kind == array.type else array.cast(kind)
+
+
+def _wide_type(kind: pa.DataType) -> pa.DataType:
+    types = pa.types
+    if types.is_dictionary(kind):
+        return _wide_type(kind.value_type)
+    if types.is_string(kind) or types.is_string_view(kind):
+        return TEXT
+    if types.is_binary(kind) or types.is_binary_view(kind):
+        return pa.large_binary()
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return pa.large_list(kind.value_field.with_type(_wide_type(kind.value_type)))
+    return kind
+
+
+def _said(values: pa.Array) -> str:
+    """A type as its file has it, as far as that matters to who reads a message."""
+    return str(values.type).replace("large_", "")
+
+
+def _refuse_other(
+    file: Path, start: int, column: str, values: pa.Array, wanted: str | None
+) -> None:
+    """Raise DataError where a column of a file is not what the file's folder says."""
+    texts = Block(file, start, pa.table({column: values}), ())
+    found, codes = texts.distinct(column, values)
+    (expected,) = _missing_to_null(pa.array([wanted], TEXT))
+    same = pc.is_null(found) if not expected.is_valid else pc.equal(found, expected)
+    kept = same.fill_null(False).take(codes).fill_null(not expected.is_valid)
+    texts.refuse(
+        column,
+        ~kept.to_numpy(zero_copy_only=False),
+        f"is not {wanted!r}, which the file's folder is named by: rename or drop one of them.",
+    )
 
 
 def _texts(values: pa.Array) -> pa.Array:

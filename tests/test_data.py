@@ -264,9 +264,12 @@ def test_counts_take_in_what_max_len_cuts(tmp_path: Path) -> None:
     assert offsets.tolist() == [0, 1, 2]
 
 
-def test_many_distinct_values_are_merged_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    counts = data._Counts()
-    monkeypatch.setattr(data, "MERGE_ROWS", 4)
+@pytest.mark.parametrize(("limit", "tables"), [("MERGE_ROWS", 1), ("MERGE_BYTES", 10)])
+def test_many_distinct_values_are_merged_on_the_way(
+    monkeypatch: pytest.MonkeyPatch, limit: str, tables: int
+) -> None:
+    monkeypatch.setattr(data, limit, 4 * tables)
+    counts = data._Counts(tables)
     for start in range(0, 20, 2):
         texts = pa.array([f"{start + i:02}" for i in range(4)], data.TEXT)
         counts.add(texts, pa.array([0, 1, 1, 2, 3, None], pa.int32()))

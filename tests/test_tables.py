@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import gzip
+import os
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 from encoded import parquet, refused
 
 from stem_fast import tables
+from stem_fast.schema import DataError
 from stem_fast.tables import Block, Join, Table, read_blocks
 
 
@@ -309,6 +311,68 @@ def test_blocks_number_the_rows_of_each_file(
         assert starts == [("a", 0, 4), ("b", 0, 2)]
 
 
+WIDE = {
+    "text": pa.array([f"{row:0400}" for row in range(40)]),
+    "few": pa.array([f"{row % 2:0400}" for row in range(40)]).dictionary_encode(),
+    "list": pa.array([[f"{row:0200}"] * (row % 4) for row in range(40)]),
+    "categories": pa.array(
+        [[f"{row % 7:0200}"] * (row % 4) for row in range(40)],
+        pa.list_(pa.dictionary(pa.int32(), pa.string())),
+    ),
+    "fixed": pa.array([[f"{row:0200}"] * 2 for row in range(40)], pa.list_(pa.string(), 2)),
+}
+
+
+@pytest.mark.parametrize("row_group", [40, 7])
+@pytest.mark.parametrize("column", list(WIDE))
+def test_blocks_are_bounded_by_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, column: str, row_group: int
+) -> None:
+    """Also where the file, of dictionaries, is small; and no type stays that 2 GB are too much for,
+    which lie in the lists of one block sooner than in BLOCK_ROWS of theirs."""
+    monkeypatch.setattr(tables, "BLOCK_BYTES", 4000)
+    path = tmp_path / "a.parquet"
+    pa.parquet.write_table(pa.table({column: WIDE[column]}), path, row_group_size=row_group)
+    found = blocks(path, column)
+    assert 4 <= len(found) <= 12
+    assert all(block.table.nbytes <= 4000 for block in found)
+    wide = "large_string" if column in ("text", "few") else "large_list<element: large_string>"
+    assert {str(block.table[column].type) for block in found} == {wide}
+    read = values if column in ("text", "few") else lists
+    assert read(path, column) == WIDE[column].to_pylist()
+    csv = text(tmp_path / "a.csv", "x,y\n" + "".join(f"{row:0400},1\n" for row in range(40)))
+    monkeypatch.setattr(tables, "CSV_BYTES", 2000)
+    assert 4 <= len(blocks(csv, "x")) <= 12
+
+
+def test_wide_columns_of_a_side_table_bound_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "BLOCK_BYTES", 4000)
+    side = parquet(
+        tmp_path / "side.parquet", k=pa.array([1, 2]), v=pa.array(["a" * 400, "b" * 400])
+    )
+    log = parquet(tmp_path / "log.parquet", k=pa.array([1, 2, 2, 3] * 25))
+    found = blocks(log, "v", Join(side, "k"))
+    assert 9 <= len(found) <= 12
+    assert values(log, "v", Join(side, "k")) == ["a" * 400, "b" * 400, "b" * 400, None] * 25
+
+
+def test_lists_of_categories_over_row_groups(tmp_path: Path) -> None:
+    """Each row group has a dictionary of its own, and a long one goes over to plain text."""
+    cells = pa.array(
+        [[f"{row * k % 501}" for k in range(row % 5)] for row in range(3000)],
+        pa.list_(pa.dictionary(pa.int32(), pa.string())),
+    )
+    for name, options in {
+        "a": {"row_group_size": 500},
+        "b": {"dictionary_pagesize_limit": 100, "data_page_size": 200},
+    }.items():
+        path = tmp_path / f"{name}.parquet"
+        pa.parquet.write_table(pa.table({"x": cells}), path, **options)
+        assert lists(path, "x") == cells.to_pylist()
+
+
 def test_a_file_longer_than_what_is_parsed_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -388,6 +452,23 @@ def test_invalid_utf8_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert values(path, "x") == ["1"] * 51
 
 
+def test_invalid_utf8_of_parquet_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "PARQUET_ROWS", 2)
+    cells = pa.array([b"1", b"2", None, b"2", b"caf\xe9", b"\xff"]).view(pa.string())
+    offsets = pa.array([0, 3, 3, 5, 6], pa.int32())
+    path = parquet(tmp_path / "a.parquet", x=cells, y=cells.dictionary_encode())
+    for column, read in (("x", values), ("y", values), ("x", numbers), ("x", lists)):
+        with refused(f"a.parquet: column '{column}', row 4: b'caf\\xe9' is not valid UTF-8: write"):
+            read(path, column)
+    path = parquet(tmp_path / "b.parquet", x=pa.ListArray.from_arrays(offsets, cells))
+    with refused("b.parquet: column 'x', row 2: b'caf\\xe9' is not valid UTF-8: write the file's"):
+        lists(path, "x")
+    side = parquet(tmp_path / "c.parquet", k=pa.array(range(6)), v=cells)
+    log = parquet(tmp_path / "log.parquet", k=pa.array([0, 5]))
+    with refused("log.parquet: column 'v', row 1: b'\\xff' is not valid UTF-8"):
+        values(log, "v", Join(side, "k"))
+
+
 def test_folders_that_cannot_be_read(tmp_path: Path) -> None:
     folder = tmp_path / "parts"
     folder.mkdir()
@@ -411,16 +492,192 @@ def test_tables_without_rows(tmp_path: Path) -> None:
         blocks(header, "x")
     with refused("a.parquet: no rows."):
         blocks(parquet(tmp_path / "a.parquet", x=pa.array([], pa.int64())), "x")
-    with refused("b.csv: cannot be read: Empty CSV file."):
-        blocks(text(tmp_path / "b.csv", ""), "x")
     log = text(tmp_path / "log.csv", "x,z\n1,2\n")
     with refused("a.csv: no rows."):
         blocks(log, "z y", Join(header, "x"))
+
+
+EMPTY = {
+    ".csv": [
+        b"",
+        b"x,y",
+        b"x,y\n",
+        b"\n\r\n",
+        b"\xef\xbb\xbf",
+        b"\xef\xbb\xbfx,y\n\n",
+        b'"x","y"\r\n',
+    ],
+    ".csv.gz": [b"", *(gzip.compress(part) for part in (b"", b"x,y", b"x,y\n"))],
+    ".parquet": [b""],
+}
+
+
+def empty_parts(folder: Path, suffix: str) -> None:
+    folder.mkdir()
+    for number, content in enumerate(EMPTY[suffix]):
+        (folder / f"{number}a{suffix}").write_bytes(content)
+    if suffix == ".parquet":
+        parquet(folder / f"1{suffix}", x=pa.array([], pa.int64()))
+        parquet(folder / f"2{suffix}")  # as pandas writes a frame without columns
+
+
+@pytest.mark.parametrize("suffix", list(EMPTY))
+def test_parts_without_rows_are_left_out(tmp_path: Path, suffix: str) -> None:
+    folder = tmp_path / "parts"
+    empty_parts(folder, suffix)
+    with refused("parts: no rows."):
+        blocks(folder, "x")
+    for part in folder.iterdir():
+        with refused(f"{part.name}: no rows."):
+            blocks(part, "x")
+    for name, cells in {"0": [1, 2], "3": [3]}.items():
+        table = pa.table({"x": cells, "y": cells})
+        if suffix == ".parquet":
+            pa.parquet.write_table(table, folder / f"{name}z{suffix}")
+        else:
+            pa.csv.write_csv(table, folder / f"{name}z.csv")
+    assert values(folder, "x") == ["1", "2", "3"]
+    with refused("no column 'z'."):
+        blocks(folder, "z")
+
+
+def test_empty_lines_and_parts_without_rows(tmp_path: Path) -> None:
     folder = tmp_path / "parts"
     folder.mkdir()
-    text(folder / "0.csv", "x,y\n")
-    text(folder / "1.csv", "x,y\n1,2\n")
-    assert values(folder, "x") == ["1"]
+    for name, content in {"a": "x", "b": "", "c": "x\n", "d": "x\n\n", "e": "x\nv\n"}.items():
+        text(folder / f"{name}.csv", content)
+    assert values(folder, "x") == [None, "v"]  # one column: the empty line of d is a value
+    for path in folder.iterdir():
+        path.unlink()
+    for name, content in {"a": "", "b": "\n", "c": "1,2\n"}.items():
+        text(folder / f"{name}.csv", content)
+    assert values(folder, "x", header=("x", "y")) == ["1"]
+
+
+# ---- folders named by a column -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".csv.gz", ".parquet"])
+def test_folders_are_columns(tmp_path: Path, suffix: str) -> None:
+    log = tmp_path / "log"
+    parts = {
+        "dt=2024-01-02/hour=07": "3",
+        "dt=2024-01-01/hour=9": "2",
+        "dt=2024-01-01/hour=03": "1",
+        "dt=__HIVE_DEFAULT_PARTITION__/hour=a%2Fb%3D": "45",
+        "_temporary/dt=2024-01-09/hour=1": "9",
+        ".staging/dt=2024-01-09/hour=1": "9",
+    }
+    for folder, cells in parts.items():
+        (log / folder).mkdir(parents=True)
+        part = log / folder / f"part{suffix}"
+        if suffix == ".parquet":
+            parquet(part, x=list(map(int, cells)), y=["a"] * len(cells))
+        else:
+            text(part, "x,y\n" + "".join(f"{cell},a\n" for cell in cells))
+    for mark in ("_SUCCESS", "dt=2024-01-01/_SUCCESS", "dt=2024-01-01/hour=03/.part.crc"):
+        (log / mark).touch()
+    (log / "dt=2024-01-03").mkdir()  # a day without files
+    assert values(log, "x") == ["1", "2", "3", "4", "5"]
+    assert values(log, "dt") == ["2024-01-01"] * 2 + ["2024-01-02", None, None]
+    assert values(log, "hour") == ["03", "9", "07", "a/b=", "a/b="]
+    (found, *_) = blocks(log, "dt y hour")
+    assert found.table.to_pylist() == [{"dt": "2024-01-01", "y": "a", "hour": "03"}]
+    assert Table(log).names() == ["x", "y", "dt", "hour"]
+    with refused("part" + suffix + ": column 'hour', row 0: 'a/b=' is not a number"):
+        numbers(log, "hour")
+    days = parquet(tmp_path / "days.parquet", dt=["2024-01-02", "2024-01-01"], kind=["w", "h"])
+    assert values(log, "kind", Join(days, "dt")) == ["h", "h", "w", None, None]
+    joined = text(tmp_path / "x.csv", "x,y\n5,1\n3,2\n")
+    assert values(joined, "dt", Join(log, "x")) == [None, "2024-01-02"]
+
+
+def test_a_file_beside_folders_lacks_their_column(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    (log / "dt=1").mkdir(parents=True)
+    parquet(log / "dt=1" / "a.parquet", x=[1])
+    parquet(log / "b.parquet", x=[2])
+    assert values(log, "x") == ["2", "1"]
+    with refused("log: no column 'dt'."):
+        values(log, "dt")
+    parquet(log / "b.parquet", x=[2], dt=["0"])  # which has it itself
+    assert values(log, "dt") == ["0", "1"]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_a_column_of_the_file_and_of_its_folder(
+    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "PARQUET_ROWS", 2)
+    log = tmp_path / "log"
+    (log / "dt=7").mkdir(parents=True)
+
+    def write(days: list[int | None]) -> None:
+        table = pa.table({"x": list(range(len(days))), "dt": days})
+        if suffix == ".csv":
+            pa.csv.write_csv(table, log / "dt=7" / "a.csv")
+        else:
+            pa.parquet.write_table(table, log / "dt=7" / "a.parquet")
+
+    write([7, 7, 7])
+    assert values(log, "dt") == ["7", "7", "7"]
+    assert Table(log).names() == ["x", "dt"]
+    for days in ([7, 7, 7, 8, 9], [7, 7, 7, None]):
+        write(days)
+        with refused(f"a{suffix}: column 'dt', row 3: "):
+            values(log, "dt")
+        assert values(log, "x")[:3] == ["0", "1", "2"]
+    (log / "dt=7" / f"a{suffix}").rename(log / f"a{suffix}")
+    (log / "dt=7").rename(log / f"dt={tables.NO_VALUE}")
+    (log / f"a{suffix}").rename(log / f"dt={tables.NO_VALUE}" / f"a{suffix}")
+    with refused(f"a{suffix}: column 'dt', row 0: "):
+        values(log, "dt")
+
+
+def test_folders_that_are_no_columns(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    (log / "dt=1" / "dt=2").mkdir(parents=True)
+    with refused("dt=2: column 'dt' is named by two of its folders: rename one."):
+        blocks(log, "x")
+    (log / "dt=1" / "dt=2").rename(log / "dt=1" / "more")
+    with refused("more: unknown kind of file, supported: .csv"):
+        blocks(log, "x")
+    (log / "dt=1" / "more").rmdir()
+    with refused("log: an empty folder."):
+        blocks(log, "x")
+    (log / "dt=1" / "again").symlink_to(log)
+    with refused("again: unknown kind of file"):
+        blocks(log, "x")
+    (log / "dt=1" / "again").rename(log / "dt=1" / "h=1")
+    with refused("named by two of its folders"):  # and no walk without an end
+        blocks(log, "x")
+
+
+def test_what_is_no_regular_file(tmp_path: Path) -> None:
+    """Reading a FIFO would wait for a writer for ever."""
+    os.mkfifo(tmp_path / "a.csv")
+    with refused("a.csv: is no regular file: copy what it gives to one."):
+        blocks(tmp_path / "a.csv", "x")
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    text(folder / "a.csv", "x\n1\n")
+    (folder / "b.csv").symlink_to(tmp_path / "a.csv")
+    with refused("b.csv: is no regular file"):
+        blocks(folder, "x")
+    (folder / "b.csv").unlink()
+    (folder / "b.csv").symlink_to(tmp_path / "nowhere")
+    with refused("b.csv: is no regular file"):
+        blocks(folder, "x")
+    (folder / "b.csv").unlink()
+    (folder / "b.csv").symlink_to("a.csv")
+    assert values(folder, "x") == ["1", "1"]
+    for name, why in (("a\0.csv", "null byte"), ("a" * 5000 + ".csv", "File name too long")):
+        with pytest.raises(DataError, match=f"cannot be read: .*{why}") as error:
+            blocks(tmp_path / name, "x")
+        assert len(str(error.value)) < 300
+    (tmp_path / "loop.csv").symlink_to("loop.csv")
+    with refused("cannot be read: Too many levels of symbolic links."):
+        blocks(tmp_path / "loop.csv", "x")
 
 
 @pytest.fixture
