@@ -33,6 +33,7 @@ from torch import Tensor
 
 from bench import official as adapter
 from stem_fast import data, train
+from stem_fast.checkpoint import replacing
 from stem_fast.config import TrainingConfig
 from stem_fast.data import Dataset
 from stem_fast.fuxictr import from_official
@@ -261,10 +262,8 @@ def processor() -> str:
 
 def write(path: Path, report: Mapping[str, Any]) -> None:
     """Never half a file: a new one takes the old one's place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 def read(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from bench import memory, run
 from bench.contenders import OURS, REQUESTS
+from stem_fast.checkpoint import replacing
 
 WHAT = ("step", "inference", "memory", "epoch")
 # On CUDA there is a column for each precision, where on the CPU there is one for each allocator.
@@ -194,7 +195,10 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
         of = "" if set(columns) <= set(PRECISIONS) else " in fp32"
         shades = f"From light to dark: {', '.join(columns)}. Dashed: STEM's roofline{of}."
         figure.suptitle(f"{run.title(report, report['others_cores'])}\n{shades}", fontsize=7)
-        figure.savefig(path, dpi=130, metadata={"Date": None} if path.suffix == ".svg" else None)
+        kind = path.suffix[1:]
+        with replacing(path) as partial:
+            metadata = {"Date": None} if kind == "svg" else None
+            figure.savefig(partial, dpi=130, format=kind, metadata=metadata)
         pyplot.close(figure)
 
 

@@ -12,14 +12,17 @@ Every change is one rename, so a process killed at any moment leaves no RUN or o
 from __future__ import annotations
 
 import dataclasses
+import errno
 import glob
 import json
 import os
+import re
+import secrets
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,9 @@ VERSION = 2
 WEIGHTS, SCHEMA, CONFIG = "model.safetensors", "schema.json", "config.json"
 HISTORY, METRICS = "history.json", "metrics.json"
 _FILES = (WEIGHTS, SCHEMA, CONFIG, HISTORY, METRICS)
+_LEFT = re.compile(
+    rf"\.({'|'.join(map(re.escape, _FILES))})\.\w{{8}}\.partial"
+)  # by a killed process
 
 
 def create_run(
@@ -48,9 +54,10 @@ def create_run(
 ) -> None:
     """Write a complete run folder in one step, with an empty history and no metrics yet.
 
-    With ``overwrite`` an earlier run is replaced as a whole. Raises DataError as ``prepare`` does.
+    With ``overwrite`` an earlier run is replaced as a whole. Where PATH is a link, the run is what
+    it names. Raises DataError as ``prepare`` does.
     """
-    path = Path(path).absolute()
+    path = _real(path)
     prepare(path, overwrite=overwrite)
     _refuse_mismatch(path, model, encoding)
     names = [name for name, kind in MODELS.items() if kind is type(model)]
@@ -100,38 +107,63 @@ def save_json(path: str | Path, value: Any) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+def _real(path: str | Path) -> Path:
+    """What a path names in the end: links are written through, not replaced."""
+    return Path(os.path.realpath(path))
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary name beside PATH to write to; it becomes PATH when the block ends well."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    """A temporary file beside PATH to write to, of a name that nobody else has; it becomes PATH
+    when the block ends well, else it is removed. Where PATH is a link, what it names is replaced.
+
+    Raises DataError where it cannot be written, a full disk included.
+    """
+    path = _real(path)
     try:
-        partial.touch()
-        mode = partial.stat().st_mode
-        yield partial
-        os.chmod(partial, mode)  # safetensors makes files that only their owner may read
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())  # else a power cut may leave the new name on an empty file
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path)
+        partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+        partial.open("xb").close()  # new, so that it is no link of somebody else's to another file
+        try:
+            mode = partial.stat().st_mode
+            yield partial
+            os.chmod(partial, mode)  # safetensors makes files that only their owner may read
+            with open(partial, "rb+") as file:
+                os.fsync(file.fileno())  # else a power cut may leave the new name on an empty file
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise DataError(
+            f"{path}: cannot be written ({why}): free some space, or name another place."
+        ) from error
 
 
 def check_output(option: str, path: Path) -> None:
     """Make the parent of the file PATH, and find out by trying whether a file can be written there.
 
-    Raises DataError if not, and where PATH is a folder or a run's own file; ``option`` names it.
+    Raises DataError if not, and where PATH is a folder, a device or FIFO, or a run's own file;
+    ``option`` names it. A link is what it names.
     """
-    real = path.resolve()
+    real = _real(path)
     if real.is_dir():
         raise DataError(f"{option} is {path}, a folder: name a file.")
+    if real.exists() and not real.is_file():
+        raise DataError(f"{option} is {path}, which is no regular file: name one.")
     if real.name in _FILES and (real.parent / CONFIG).exists():
         raise DataError(f"{option} is {path}, a file of the run in that folder: name another file.")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
+        real.parent.mkdir(parents=True, exist_ok=True)
+        if real.is_symlink():
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        # As long a name as ``replacing`` will give.
+        with tempfile.NamedTemporaryFile(
+            prefix=f".{real.name}.", suffix=".partial", dir=real.parent
+        ):
+            pass
     except OSError as error:
         raise DataError(
             f"{option} is {path}, where no file can be written ({error.strerror}): name another."
@@ -145,8 +177,10 @@ def prepare(path: str | Path, *, overwrite: bool) -> None:
     Raises DataError if the place cannot be written to, if PATH holds files and ``overwrite`` is
     off, or if it holds anything that is not a run's.
     """
-    path = Path(path).absolute()
+    path = _real(path)
     try:
+        if path.is_symlink():
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
         path.parent.mkdir(parents=True, exist_ok=True)
         _work_folder(path).rmdir()
         _restore(path)
@@ -166,13 +200,28 @@ def _work_folder(path: Path) -> Path:
 
 
 def _restore(path: Path) -> None:
-    # Eight characters are mkdtemp's: ".run.*" would match the folders of a run "run.b" too.
-    for work in path.parent.glob(f".{glob.escape(path.name)}.????????.partial"):
+    for work in _left(path):
         if (work / "old").exists() and not path.exists():
             os.rename(work / "old", path)
             shutil.rmtree(work, ignore_errors=True)
-        elif time.time() - work.stat().st_mtime > DAY:  # surely no living process's
-            shutil.rmtree(work, ignore_errors=True)
+    _sweep(path)
+
+
+def _sweep(path: Path) -> None:
+    """Remove what killed processes left beside PATH a day ago: surely no living one's."""
+    for left in _left(path):
+        with suppress(FileNotFoundError):  # another process sweeps too
+            if time.time() - left.lstat().st_mtime <= DAY:
+                continue
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink()
+
+
+def _left(path: Path) -> list[Path]:
+    # Eight characters are random: ".run.*" would match what belongs to "run.b" too.
+    return list(path.parent.glob(f".{glob.escape(path.name)}.????????.partial"))
 
 
 def refuse_existing(path: str | Path, *, overwrite: bool) -> None:
@@ -181,8 +230,7 @@ def refuse_existing(path: str | Path, *, overwrite: bool) -> None:
     if path.exists() and not path.is_dir():
         raise DataError(f"{path} is a file: --out names the folder of the new run.")
     held = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
-    ours = {*_FILES, *(f".{name}.partial" for name in _FILES)}
-    foreign = [name for name in held if name not in ours]
+    foreign = [name for name in held if name not in _FILES and not _LEFT.fullmatch(name)]
     if foreign:
         raise DataError(f"{path} holds {foreign[0]}, which no run has: choose another folder.")
     if held and not overwrite:

@@ -442,7 +442,8 @@ def _check_output(option: str, out: Path | None, *sources: Path) -> None:
     """Refuses an output that cannot be written, or would replace what it is made from."""
     if out is None:
         return
-    if any(each.resolve() in (out.resolve(), *out.resolve().parents) for each in sources):
+    real = Path(os.path.realpath(out))
+    if any(Path(os.path.realpath(each)) in (real, *real.parents) for each in sources):
         raise DataError(f"{option} is {out}, which is or lies in what is read: name another file.")
     checkpoint.check_output(option, out)
 

@@ -31,6 +31,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -109,7 +110,7 @@ def generate(
             raise DataError(f"{name} is {size}: it must be at least 1.")
     if seed < 0:
         raise DataError(f"seed is {seed}: it must be at least 0.")
-    folder = Path(out).resolve()
+    folder = Path(os.path.realpath(out))
     _refuse_occupied(folder, overwrite)
 
     random = np.random.default_rng(seed)
@@ -132,9 +133,11 @@ def generate(
     )
     description = {"seed": seed, **sizes, "base_rates": BASE_RATES, "valid_truth": ceiling}
 
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+    temporary = work / "new"
     try:
+        temporary.mkdir()
         pq.write_table(table.slice(0, rows), temporary / "train.parquet")
         pq.write_table(table.slice(rows), temporary / "valid.parquet")
         valid_truth = pa.table(dict(zip(BASE_RATES, probabilities[rows:].T, strict=True)))
@@ -145,7 +148,7 @@ def generate(
         (temporary / "truth.json").write_text(text + "\n", encoding="utf-8")
         _publish(temporary, folder)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def _draw_world(random: np.random.Generator, users: int, items: int) -> _World:
@@ -268,11 +271,10 @@ def _publish(temporary: Path, folder: Path) -> None:
     if not folder.exists():
         temporary.rename(folder)
         return
-    old = temporary.with_suffix(".old")
+    old = temporary.with_name("old")
     folder.rename(old)
     try:
         temporary.rename(folder)
     except BaseException:
         old.rename(folder)
         raise
-    shutil.rmtree(old)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -109,13 +110,14 @@ def test_parents_are_made_and_an_empty_folder_is_taken(tmp_path: Path) -> None:
 
 def test_overwrite_replaces_the_whole_run(run: Path) -> None:
     checkpoint.save_json(run / "metrics.json", {"rows": 1})
-    (run / ".metrics.json.partial").write_text("{")  # of a killed fit
+    left = run / ".metrics.json.0a1b2c3d.partial"  # of a killed fit
+    left.write_text("{")
     with pytest.raises(DataError, match="already holds a run: choose another folder or add --over"):
         checkpoint.create_run(run, marked_model(6), ENCODING, TRAINING)
     checkpoint.create_run(run, marked_model(6), ENCODING, TRAINING, overwrite=True)
     assert (checkpoint.load_run(run)[0].embedding.weight[1:] == 6).all()
     assert not (run / "metrics.json").exists()
-    assert not (run / ".metrics.json.partial").exists()
+    assert not left.exists()
     assert [p.name for p in run.parent.iterdir()] == ["run"]
 
 
@@ -198,7 +200,7 @@ def test_an_error_leaves_what_was_there(
         raise OSError("no space left")
 
     monkeypatch.setattr(checkpoint, operation, full)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises((OSError, DataError), match="no space left"):
         checkpoint.create_run(run, marked_model(6), ENCODING, TRAINING, overwrite=True)
     assert [p.name for p in tmp_path.iterdir()] == ["run"] * old
     if old:
@@ -234,6 +236,105 @@ def test_replacing_keeps_the_old_file_on_error(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         fail()
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("file", "old")]
+
+
+def test_two_writers_of_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with checkpoint.replacing(path) as first:
+        first.write_text("first")
+        with checkpoint.replacing(path) as second:
+            second.write_text("second")
+        assert path.read_text() == "second"
+    assert path.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_link_at_a_temporary_name_is_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "input").write_text("years of work")
+    monkeypatch.setattr(checkpoint.secrets, "token_hex", lambda size: "0" * 2 * size)
+    for name in (".file.partial", ".file.00000000.partial"):
+        (tmp_path / name).symlink_to("input")
+    with pytest.raises(DataError, match=r"file: cannot be written \(File exists\)"):
+        checkpoint.save_json(tmp_path / "file", 1)
+    assert (tmp_path / "input").read_text() == "years of work"
+
+
+def test_what_a_killed_writer_left_is_removed_a_day_later(tmp_path: Path) -> None:
+    old, new, other = (
+        tmp_path / f".{name}.partial" for name in ("f.0a1b2c3d", "f.1", "g.0a1b2c3d")
+    )
+    for left in (old, new, other):
+        left.touch()
+        os.utime(left, (then := time.time() - 2 * 86400, then))
+    new = new.rename(tmp_path / ".f.1a1b2c3d.partial")
+    os.utime(new)
+    checkpoint.save_json(tmp_path / "f", 1)
+    assert set(tmp_path.iterdir()) == {tmp_path / "f", new, other}
+
+
+@pytest.mark.parametrize("target", ["there", "new/there"])
+def test_a_link_is_written_through(tmp_path: Path, target: str) -> None:
+    """A dangling one too."""
+    link = tmp_path / "link"
+    link.symlink_to(target)
+    if target == "there":
+        (tmp_path / target).write_text("old")
+    checkpoint.check_output("--json", link)
+    checkpoint.save_json(link, 1)
+    assert link.is_symlink()
+    assert (tmp_path / target).read_text() == "1\n"
+    assert {path.name for path in tmp_path.iterdir()} == {"link", target.partition("/")[0]}
+
+
+@pytest.mark.parametrize("dangling", [False, True])
+def test_a_run_at_a_link_is_what_it_names(tmp_path: Path, run: Path, dangling: bool) -> None:
+    link = tmp_path / "latest"
+    link.symlink_to("new/run" if dangling else run)
+    checkpoint.prepare(link, overwrite=not dangling)
+    checkpoint.create_run(link, marked_model(6), ENCODING, TRAINING, overwrite=not dangling)
+    checkpoint.save_json(link / "history.json", [1])
+    assert link.is_symlink()
+    assert (checkpoint.load_run(link)[0].embedding.weight[1:] == 6).all()
+    assert (checkpoint.load_run(run)[0].embedding.weight[1:] == (5 if dangling else 6)).all()
+
+
+def test_places_that_are_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "loop").symlink_to("loop")
+    for name, message in (
+        ("fifo", "which is no regular file: name one"),
+        ("loop", "where no file can be written .Too many levels of symbolic links."),
+        ("x" * 240, "where no file can be written .File name too long."),
+    ):
+        with pytest.raises(DataError, match=message):
+            checkpoint.check_output("--json", tmp_path / name)
+    with pytest.raises(DataError, match="which is no regular file: name one"):
+        checkpoint.check_output("--json", Path("/dev/null"))
+    with pytest.raises(DataError, match=r"loop: a run cannot be written there \(.*symbolic links"):
+        checkpoint.prepare(tmp_path / "loop", overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"fifo", "loop"}
+
+
+@pytest.mark.parametrize("write", [checkpoint.save_weights, checkpoint.create_run])
+def test_a_full_disk_is_named(run: Path, write: Callable[..., None]) -> None:
+    """A limit on the size of files stands for it; safetensors has an error of its own for it."""
+    more = (ENCODING, TRAINING) if write is checkpoint.create_run else ()
+    options = {"overwrite": True} if more else {}
+    model = marked_model(6)
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(
+            DataError, match=r"model.safetensors: cannot be written \(.*: free some"
+        ):
+            write(run, model, *more, **options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+    assert list(run.parent.iterdir()) == [run]
 
 
 def test_json_refuses_nan(tmp_path: Path) -> None:

@@ -249,7 +249,7 @@ def test_a_failure_leaves_the_old_data_set(
     else:
         rename = Path.rename
         monkeypatch.setattr(
-            Path, "rename", lambda path, to: fail() if path.suffix == ".tmp" else rename(path, to)
+            Path, "rename", lambda path, to: fail() if path.name == "new" else rename(path, to)
         )
     with pytest.raises(OSError, match="disk full"):
         generate(tmp_path / "data", seed=2, overwrite=True, **SMALL)
