@@ -32,15 +32,18 @@ def read_entry(entry: Path) -> dict[str, np.ndarray] | None:
     """Map the arrays of an entry; None when there is none or it is damaged."""
     arrays: dict[str, np.ndarray] = {}
     try:
-        for name, size in json.loads((entry / META).read_text()).items():
+        sizes = json.loads((entry / META).read_text())
+        if {f"{name}.npy" for name in sizes} != {file.name for file in entry.glob("*.npy")}:
+            return None
+        for name, size in sizes.items():
             file = entry / f"{name}.npy"
             if file.stat().st_size != size:
                 return None
             # Mode "c" gives private pages: torch warns about memory that it may not write.
             arrays[name] = np.load(file, mmap_mode="c", allow_pickle=False)
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, TypeError, EOFError, RecursionError):
         return None
-    return arrays
+    return arrays or None
 
 
 @contextlib.contextmanager

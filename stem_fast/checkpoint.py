@@ -15,6 +15,7 @@ import dataclasses
 import errno
 import glob
 import json
+import math
 import os
 import re
 import secrets
@@ -33,7 +34,7 @@ from safetensors.torch import save_file
 from stem_fast.cache import DAY
 from stem_fast.config import TrainingConfig
 from stem_fast.model import MODELS, STEMNet
-from stem_fast.schema import DataError, Encoding, nearest
+from stem_fast.schema import DataError, Encoding, nearest, shown
 
 VERSION = 2
 WEIGHTS, SCHEMA, CONFIG = "model.safetensors", "schema.json", "config.json"
@@ -252,13 +253,19 @@ def load_run(
         raise DataError(f"{path} is not a complete run: it lacks {', '.join(missing)}.")
     config = read_config(path)
     try:
-        model = MODELS[config["model"]](**config["config"])
+        # Without memory, which sizes of a damaged file could be too large for.
+        with torch.device("meta"):
+            model = MODELS[config["model"]](**config["config"])
         training = TrainingConfig(**config["training"])
     except (TypeError, ValueError) as error:
-        raise DataError(f"{path / CONFIG} describes no {config['model']!r} run: {error}") from error
+        raise DataError(
+            f"{path / CONFIG} describes no {config['model']!r} run: {str(error)[:500]}"
+        ) from error
     encoding = Encoding.from_dict(read_json(path / SCHEMA))
     _refuse_mismatch(path, model, encoding)
-    model.load_state_dict(_read_weights(path / WEIGHTS, model))
+    weights = _read_weights(path / WEIGHTS, model)
+    model = MODELS[config["model"]](**config["config"])
+    model.load_state_dict(weights)
     return model.to(device).eval(), encoding, training
 
 
@@ -277,12 +284,14 @@ def read_config(path: Path) -> dict[str, Any]:
             raise DataError(f"{path / CONFIG} has no {key!r}: it is not a run's configuration.")
     if config["version"] != VERSION:
         raise DataError(
-            f"{path / CONFIG} has version {config['version']!r}, this stem_fast reads version "
+            f"{path / CONFIG} has version {shown(config['version'])}, this stem_fast reads version "
             f"{VERSION}: use the release that made the run, or fit again."
         )
     name = config["model"]
     if not isinstance(name, str) or name not in MODELS:
-        raise DataError(f"{path / CONFIG}: unknown model {name!r}.{nearest(str(name), MODELS)}")
+        raise DataError(
+            f"{path / CONFIG}: unknown model {shown(name)}.{nearest(shown(name), MODELS)}"
+        )
     return config
 
 
@@ -295,7 +304,7 @@ def read_metrics(path: Path) -> dict[str, Any]:
         or type(result.get("rows")) is not int
         or not all(isinstance(values, dict) for values in tasks.values())
         or not all(
-            value is None or type(value) in (int, float)
+            value is None or (type(value) in (int, float) and abs(value) < math.inf)
             for values in tasks.values()
             for value in values.values()
         )
@@ -306,8 +315,12 @@ def read_metrics(path: Path) -> dict[str, Any]:
 
 def read_json(path: Path) -> Any:
     """The content of one of a run's JSON files; DataError if it is absent or damaged."""
+    if path.exists() and not path.is_file():  # reading a FIFO would wait for ever
+        raise DataError(f"{path} is no regular file: name the folder of a run.")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise DataError(f"{path} is not a run's: it is nested too deeply.") from error
     except FileNotFoundError:
         raise DataError(
             f"{path.parent} has no {path.name}: name the folder of a run whose fit has ended."
@@ -355,4 +368,6 @@ def _refuse_mismatch(path: Path, model: STEMNet, encoding: Encoding) -> None:
     }
     for key, (ours, theirs) in pairs.items():
         if ours != theirs:
-            raise DataError(f"{path}: the model's {key} {ours} are not the schema's {theirs}.")
+            raise DataError(
+                f"{path}: the model's {key} {shown(ours)} are not the schema's {shown(theirs)}."
+            )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import math
 import os
 import platform
+import re
 import sys
 import warnings
 from datetime import datetime, timezone
@@ -30,7 +32,12 @@ from stem_fast.config import (
 )
 from stem_fast.model import MODELS, STEMNet
 from stem_fast.precision import check as check_precision
-from stem_fast.schema import DataError, Encoding
+from stem_fast.schema import LARGEST, DataError, Encoding
+
+_SMALLER = (
+    "fit a smaller network with a lower --embedding-dim, --expert-hidden-units or "
+    "--num-shared-experts, or a higher --min-count"
+)
 
 
 class _Commands(TyperGroup):
@@ -47,14 +54,13 @@ class _Commands(TyperGroup):
             code = 2
         except (typer.Abort, KeyboardInterrupt):
             code = 130
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
             reason, _, _ = str(error).partition("\n")
             report.error(
-                "out of memory: lower --batch-size, give fit a --micro-batch-size, or fit a "
-                "smaller network with a lower --embedding-dim, --expert-hidden-units or "
-                f"--num-shared-experts, or a higher --min-count ({reason})."
+                "out of memory: lower --batch-size, give fit a --micro-batch-size, or "
+                f"{_SMALLER} ({reason})."
             )
             code = 2
         except Exception as error:
@@ -74,10 +80,11 @@ def _value(error: Exception) -> str:
     return f": {found[0]['input']!r}" if found else ""
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
+def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
     """torch has a class for the memory of GPUs only; its CPU allocator is known by its words."""
     words = ("DefaultCPUAllocator", "not enough memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+    classes = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, classes) or any(word in str(error) for word in words)
 
 
 app = typer.Typer(
@@ -135,7 +142,9 @@ _Run = Annotated[Path, typer.Argument(metavar="RUN", help="run folder, made by f
 _Precision = Annotated[
     str | None, typer.Option(help="fp32, tf32, bf16, fp64 (default: as in training)")
 ]
-_BatchSize = Annotated[int | None, typer.Option(min=1, help="rows (default: as in training)")]
+_BatchSize = Annotated[
+    int | None, typer.Option(min=1, max=LARGEST, help="rows (default: as in training)")
+]
 
 
 @app.command()
@@ -325,8 +334,8 @@ def _fit(settings: FitSettings) -> None:
 
 
 def _build(settings: FitSettings, encoding: Encoding) -> STEMNet:
-    try:
-        model = MODELS[settings.model](
+    def build() -> STEMNet:
+        return MODELS[settings.model](
             encoding.vocab_sizes,
             encoding.schema.tasks,
             numeric=encoding.schema.numeric,
@@ -335,11 +344,31 @@ def _build(settings: FitSettings, encoding: Encoding) -> STEMNet:
             kinds=encoding.schema.labels,
             **settings.network,
         )
+
+    try:
+        with torch.device("meta"):  # which has no memory to run out of
+            size = sum(parameter.nbytes for parameter in build().parameters())
+        if size > (memory := _memory()):
+            raise DataError(
+                f"a {settings.model} model of these options takes {size / 1e9:,.1f} GB, and this "
+                f"machine has {memory / 1e9:,.1f}: {_SMALLER}."
+            )
+        model = build()
+    except DataError:
+        raise
     except ValueError as error:
         raise DataError(f"no {settings.model} model of these options: {error}.") from error
     if "gate_hidden_units" in settings.network and not model.wiring.gates:
         raise DataError(f"gate_hidden_units is given, but {settings.model} has no gates: drop it.")
     return model
+
+
+def _memory() -> float:
+    """Bytes of the machine's memory, where the system tells."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return math.inf
 
 
 def _device(name: str) -> torch.device:
@@ -350,7 +379,7 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+    if kind not in ("cpu", "cuda") or (index and not re.fullmatch("[0-9]{1,9}", index)):
         raise DataError(f"device is {name!r}: give auto, cpu, cuda or cuda:N.")
     if kind == "cpu" and name != "cpu":
         raise DataError(f"device is {name!r}: cpu takes no index, give cpu.")

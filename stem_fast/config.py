@@ -16,30 +16,32 @@ from typing import Any
 import yaml
 
 from stem_fast.data import Join
-from stem_fast.model import MODELS
+from stem_fast.model import MAX_DIM, MAX_LAYERS, MAX_UNITS, MODELS
+from stem_fast.ops import MAX_EXPERTS
 from stem_fast.precision import PRECISIONS
-from stem_fast.schema import DataError, Schema, nearest, parse_sequences
+from stem_fast.schema import LARGEST, DataError, Schema, nearest, parse_sequences, shown
 
 EMBEDDING_OPTIMIZERS = ("adam", "dense_adam", "lazy_adam", "sgd", "adagrad", "rowwise_adagrad")
+
+MAX_TEXT = 1 << 22  # characters and values of a file, its aliases written out
 
 Check = Callable[[str, Any], Any]  # (key, value) -> typed value, or DataError
 
 
 def _refuse(key: str, value: Any, rule: str) -> DataError:
-    return DataError(f"{key} is {value!r}: give {rule}.")
+    return DataError(f"{key} is {shown(value)}: give {rule}.")
 
 
-def _integer(low: int, high: float = math.inf) -> Check:
-    limits = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
-
+def _integer(low: int, high: int = LARGEST) -> Check:
     def check(key: str, value: Any) -> int:
         try:
             number: Any = int(value) if isinstance(value, str) else value
         except ValueError:
             number = None
-        whole = isinstance(number, int) and not isinstance(number, bool)
-        if not whole or not low <= number <= high:
-            raise _refuse(key, value, f"a whole number {limits}")
+        if not isinstance(number, int) or isinstance(number, bool) or number < low:
+            raise _refuse(key, value, f"a whole number of at least {low}")
+        if number > high:
+            raise _refuse(key, value, f"at most {high}")
         return number
 
     return check
@@ -50,7 +52,7 @@ def _number(rule: str, valid: Callable[[float], bool]) -> Check:
         try:
             # YAML 1.1 reads 1e-3 as text, so text is tried too.
             number = float(value) if isinstance(value, (int, float, str)) else math.nan
-        except ValueError:
+        except (ValueError, OverflowError):
             number = math.nan
         if isinstance(value, bool) or not math.isfinite(number) or not valid(number):
             raise _refuse(key, value, rule)
@@ -79,7 +81,7 @@ def _text(key: str, value: Any) -> str:
 
 
 def _path(key: str, value: Any) -> Path:
-    if not isinstance(value, (str, Path)) or not str(value):
+    if not isinstance(value, (str, Path)) or not str(value) or "\0" in str(value):
         raise _refuse(key, value, "a path")
     return Path(value)
 
@@ -94,7 +96,7 @@ def _one_of(known: Collection[str]) -> Check:
     def check(key: str, value: Any) -> str:
         if not isinstance(value, str) or value not in known:
             hint = nearest(str(value), known)
-            raise DataError(f"{key} is {value!r}: give one of {', '.join(known)}.{hint}")
+            raise DataError(f"{key} is {shown(value)}: give one of {', '.join(known)}.{hint}")
         return value
 
     return check
@@ -109,7 +111,7 @@ def _pooling(key: str, value: Any) -> str:
 def parse_join(key: str, value: Any) -> Join:
     """Reads FILE:KEY: "users.parquet:user_id" is Join("users.parquet", "user_id")."""
     path, _, column = value.rpartition(":") if isinstance(value, str) else ("", "", "")
-    if not path or not column:
+    if not path or not column or "\0" in path:
         raise _refuse(key, value, "FILE:KEY, a side table and the column it is joined on")
     return Join(Path(path), column)
 
@@ -117,7 +119,7 @@ def parse_join(key: str, value: Any) -> Join:
 _POSITIVE = _number("a number above 0", lambda x: x > 0)
 _NOT_NEGATIVE = _number("a number of at least 0", lambda x: x >= 0)
 _COUNT = _integer(1)
-_WIDTHS = _list_of(_COUNT)
+_WIDTHS = _list_of(_integer(1, MAX_UNITS))
 
 _FILES: dict[str, Check] = {
     "train": _path,
@@ -129,10 +131,10 @@ _FILES: dict[str, Check] = {
     "device": _text,
 }
 _NETWORK: dict[str, Check] = {
-    "embedding_dim": _COUNT,
-    "num_layers": _COUNT,
-    "num_shared_experts": _integer(0),
-    "num_specific_experts": _integer(0),
+    "embedding_dim": _integer(1, MAX_DIM),
+    "num_layers": _integer(1, MAX_LAYERS),
+    "num_shared_experts": _integer(0, MAX_EXPERTS),
+    "num_specific_experts": _integer(0, MAX_EXPERTS),
     "expert_hidden_units": _WIDTHS,
     "gate_hidden_units": _WIDTHS,
     "tower_hidden_units": _WIDTHS,
@@ -231,7 +233,8 @@ def fit_settings(flags: Mapping[str, Any], file: Path | None = None) -> FitSetti
     given = {} if file is None else read_yaml(file)
     for key in given:
         if key not in KEYS:
-            raise DataError(f"{file}: unknown key '{key}'.{nearest(str(key), KEYS)}")
+            found = str(key)[:100]
+            raise DataError(f"{file}: unknown key '{found}'.{nearest(found, KEYS)}")
     given = {key: value for key, value in {**given, **flags}.items() if value is not None}
     absent = [key for key in ("train", "valid", "labels", "out") if key not in given]
     if absent:
@@ -267,11 +270,19 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping that a YAML file holds. Raises DataError if it cannot be read, is damaged or no
     mapping, or names a key twice."""
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MAX_TEXT + 1)
+        if len(text) > MAX_TEXT:
+            raise DataError(f"{path}: is longer than a configuration file's {MAX_TEXT} characters.")
+        content = yaml.load(text, _Loader)
     except FileNotFoundError:
         raise DataError(f"no configuration file {path}.") from None
     except OSError as error:
         raise DataError(f"configuration file {path} cannot be read: {error.strerror}.") from error
+    except RecursionError as error:
+        raise DataError(f"{path} is not valid YAML: it is nested too deeply.") from error
+    except DataError:
+        raise
     except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, no such date
         raise DataError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
@@ -282,7 +293,31 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, which also refuses a key that stands twice (YAML would drop the first)."""
+    """The safe loader, which also refuses a key that stands twice (YAML would drop the first), and
+    aliases of aliases that a few lines make a content of gigabytes with."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None:
+            self._measure(node, {})
+        return node
+
+    def _measure(self, node: yaml.Node, sizes: dict[int, int]) -> int:
+        """Values and characters of a node with its aliases written out."""
+        if id(node) not in sizes:
+            sizes[id(node)] = MAX_TEXT + 1  # for an alias of what it is itself in
+            if isinstance(node, yaml.ScalarNode):
+                size = len(node.value)
+            elif isinstance(node, yaml.MappingNode):
+                size = sum(self._measure(each, sizes) for pair in node.value for each in pair)
+            else:
+                size = sum(self._measure(each, sizes) for each in node.value)
+            if size > MAX_TEXT:
+                raise yaml.constructor.ConstructorError(
+                    None, None, "with its aliases written out it is too long", node.start_mark
+                )
+            sizes[id(node)] = 1 + size
+        return sizes[id(node)]
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()

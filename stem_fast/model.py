@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ from stem_fast.inference import Inference
 from stem_fast.layers import EmbeddingArena, GroupedMLP, has_batch_norm
 
 Sequences = Mapping[str, Tensor | tuple[Tensor, Tensor]]
+# Far beyond any use, and small enough for sizes of tensors to stay within 64 bits.
+MAX_DIM, MAX_LAYERS, MAX_UNITS, MAX_ROWS = 1 << 16, 1 << 10, 1 << 20, 2**31 - 1
 RECOMPUTED = 1024  # rows whose outputs are made again together
 
 
@@ -132,11 +136,17 @@ class STEMNet(nn.Module):
             ("tower_hidden_units", tower_hidden_units),
         ):
             if isinstance(given, str) or not isinstance(given, Iterable):
-                raise ValueError(f"{name} is {given!r}: give a list")
+                raise ValueError(f"{name} is {reprlib.repr(given)}: give a list")
         for name, mapping in (("vocab_sizes", vocab_sizes), ("kinds", kinds or {})):
             if not isinstance(mapping, Mapping):
-                raise ValueError(f"{name} is {mapping!r}: give a mapping from names")
+                raise ValueError(f"{name} is {reprlib.repr(mapping)}: give a mapping from names")
+        if not isinstance(sequences or {}, Mapping):
+            raise ValueError(f"sequences is {reprlib.repr(sequences)}: give a mapping from names")
         sequences = dict(sequences or {})
+        if not isinstance(pooling, (str, Mapping)):
+            raise ValueError(
+                f"pooling is {reprlib.repr(pooling)}: give mean, sum, or a mapping to them"
+            )
         if isinstance(pooling, str):
             pooling = dict.fromkeys(sequences, pooling)
         kinds = {task: (kinds or {}).get(task, "binary") for task in tasks} | dict(kinds or {})
@@ -216,20 +226,37 @@ class STEMNet(nn.Module):
 
     def _check_config(self, default_order: Sequence[str]) -> None:
         config = self.config
-        for name in ("embedding_dim", "num_layers"):
-            if config[name] < 1:
-                raise ValueError(f"{name} is {config[name]}, must be at least 1")
-        for name in ("num_shared_experts", "num_specific_experts"):
-            if config[name] < 0:
-                raise ValueError(f"{name} is {config[name]}, must not be negative")
+        for name, low, high in (
+            ("embedding_dim", 1, MAX_DIM),
+            ("num_layers", 1, MAX_LAYERS),
+            ("num_shared_experts", 0, ops.MAX_EXPERTS),
+            ("num_specific_experts", 0, ops.MAX_EXPERTS),
+        ):
+            _check_size(name, config[name], low, high)
         for name in ("expert_hidden_units", "gate_hidden_units", "tower_hidden_units"):
-            units = config[name]
-            if not all(isinstance(u, int) and u >= 1 for u in units):
-                raise ValueError(f"{name} is {units}, must be positive integers")
+            _check_size(f"the length of {name}", len(config[name]), 0, MAX_LAYERS)
+            for units in config[name]:
+                _check_size(name, units, 1, MAX_UNITS)
         if not config["expert_hidden_units"]:
             raise ValueError("expert_hidden_units is empty; an expert has at least one layer")
-        if not 0 <= config["net_dropout"] < 1:
-            raise ValueError(f"net_dropout is {config['net_dropout']}, must be in [0, 1)")
+        dropout = config["net_dropout"]
+        if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+            raise ValueError(f"net_dropout is {reprlib.repr(dropout)}, must be in [0, 1)")
+        if not isinstance(config["batch_norm"], bool):
+            raise ValueError(
+                f"batch_norm is {reprlib.repr(config['batch_norm'])}, must be True or False"
+            )
+        if not isinstance(config["hidden_activations"], str):
+            found = reprlib.repr(config["hidden_activations"])
+            raise ValueError(f"hidden_activations is {found}, must be the name of one")
+        for where in ("tasks", "vocab_sizes", "numeric", "sequences", "fields"):
+            for name in config[where]:
+                if not isinstance(name, str):
+                    raise ValueError(f"{where} names {reprlib.repr(name)}, a name must be text")
+        for where in ("vocab_sizes", "sequences"):
+            for name, size in config[where].items():
+                if where == "vocab_sizes" or not isinstance(size, str):
+                    _check_size(f"the vocabulary of {name!r}", size, 1, MAX_ROWS)
         tasks = config["tasks"]
         if not tasks or len(set(tasks)) != len(tasks):
             raise ValueError(f"tasks {tasks} must be one or more different names")
@@ -489,6 +516,17 @@ class STEMNet(nn.Module):
     def _require_stem(cls) -> None:
         if cls.wire is not STEMNet.wire:
             raise TypeError(f"{cls.__name__} has no official STEM checkpoint; only STEMNet has")
+
+
+def _check_size(name: str, value: Any, low: int, high: int) -> None:
+    rule = f"be at least {low}" if low else "not be negative"
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        rule = "be a whole number"
+    elif int(value) > high:
+        rule = f"be at most {high}"
+    elif int(value) >= low:
+        return
+    raise ValueError(f"{name} is {reprlib.repr(value)}, must {rule}")
 
 
 def expert_inputs(tasks: int, specific: int, shared: int) -> tuple[int, ...]:

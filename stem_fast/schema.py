@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,15 +13,28 @@ from typing import Any
 KINDS = ("binary", "regression")
 POOLINGS = ("mean", "sum")
 ENCODING_VERSION = 1
+LARGEST = 2**31 - 1  # of sizes and counts, which 32 bits must hold
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 10
 
 
 class DataError(ValueError):
     """Bad configuration or bad data; the message is complete for the user."""
 
 
+def shown(value: Any) -> str:
+    """A value in a message: its ``repr``, cut short whatever a file holds."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # Python makes no text of more than 4,300 digits
+        return "a number of thousands of digits"
+
+
 def nearest(name: str, known: Iterable[str], likeness: float = 0.6) -> str:
     """``" Did you mean 'x'?"`` for the known name most like ``name``, or ``""``."""
-    found = difflib.get_close_matches(str(name), list(known), n=1, cutoff=likeness)
+    found = difflib.get_close_matches(str(name)[:100], list(known), n=1, cutoff=likeness)
     return f" Did you mean '{found[0]}'?" if found else ""
 
 
@@ -48,12 +62,12 @@ class SequenceField:
             _check_name(f"{where}: shares", self.shares)
         if self.pooling not in POOLINGS:
             raise DataError(
-                f"{where}: unknown pooling {self.pooling!r}, known: {', '.join(POOLINGS)}."
-                + nearest(self.pooling, POOLINGS)
+                f"{where}: unknown pooling {shown(self.pooling)}, known: {', '.join(POOLINGS)}."
+                + nearest(shown(self.pooling), POOLINGS)
             )
         _check_positive(f"{where}: max_len", self.max_len)
         if not isinstance(self.delimiter, str) or not self.delimiter:
-            raise DataError(f"{where}: delimiter must be text, not {self.delimiter!r}.")
+            raise DataError(f"{where}: delimiter must be text, not {shown(self.delimiter)}.")
 
 
 @dataclass(frozen=True)
@@ -100,8 +114,8 @@ class Schema:
             _check_name("labels", name)
             if kind not in KINDS:
                 raise DataError(
-                    f"label '{name}': unknown kind {kind!r}, known: {', '.join(KINDS)}."
-                    + nearest(kind, KINDS)
+                    f"label '{name}': unknown kind {shown(kind)}, known: {', '.join(KINDS)}."
+                    + nearest(shown(kind), KINDS)
                 )
         self._check_columns()
         _check_positive("min_count", self.min_count)
@@ -114,7 +128,7 @@ class Schema:
         ):
             raise DataError(
                 "delimiter must be one ASCII character, no line end and no quote, "
-                f"not {self.delimiter!r}."
+                f"not {shown(self.delimiter)}."
             )
 
     def _check_columns(self) -> None:
@@ -222,7 +236,7 @@ class Encoding:
         if not isinstance(mapping, Mapping) or mapping.get("version") != ENCODING_VERSION:
             found = mapping.get("version") if isinstance(mapping, Mapping) else None
             raise DataError(
-                f"encoding version {found!r} is not supported, only {ENCODING_VERSION}: "
+                f"encoding version {shown(found)} is not supported, only {ENCODING_VERSION}: "
                 "it was written by another release of stem_fast, fit again."
             )
         try:
@@ -235,7 +249,7 @@ class Encoding:
             )
         except DataError:
             raise
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise DataError(f"damaged encoding: {type(error).__name__}: {error}.") from error
         if set(encoding.vocabularies) != set(table_owners(schema)):
             raise DataError("damaged encoding: its vocabularies are not those of its schema.")
@@ -244,7 +258,7 @@ class Encoding:
         if not all(map(math.isfinite, encoding.numeric_mean + encoding.numeric_std)):
             raise DataError("damaged encoding: a mean or std is not finite.")
         for name, values in encoding.vocabularies.items():
-            if not all(isinstance(value, str) for value in values):
+            if not all(isinstance(value, str) and is_unicode(value) for value in values):
                 raise DataError(f"damaged encoding: a value of '{name}' is not text.")
         return encoding
 
@@ -280,7 +294,7 @@ def _labels(key: str, value: Any) -> dict[str, str]:
     if isinstance(value, Mapping):
         return dict(value)
     if not isinstance(value, Sequence):
-        raise DataError(f"{key} must be a list of column names, not {value!r}.")
+        raise DataError(f"{key} must be a list of column names, not {shown(value)}.")
     labels: dict[str, str] = {}
     for item in value:
         if isinstance(item, Mapping):
@@ -304,7 +318,7 @@ def _sequences(key: str, value: Any) -> tuple[SequenceField, ...]:
             for name, options in value.items()
         ]
     if not isinstance(value, Sequence):
-        raise DataError(f"{key} must be a list or a mapping, not {value!r}.")
+        raise DataError(f"{key} must be a list or a mapping, not {shown(value)}.")
     return tuple(field for item in value for field in _sequence(item))
 
 
@@ -315,7 +329,7 @@ def _sequence(item: Any) -> tuple[SequenceField, ...]:
         return parse_sequences(item)
     options = _check_keys(SequenceField, "sequence", item)
     if "name" not in options:
-        raise DataError(f"a sequence has no name: {dict(options)!r}.")
+        raise DataError(f"a sequence has no name: {shown(dict(options))}.")
     return (SequenceField(**options),)
 
 
@@ -323,7 +337,7 @@ def _names(key: str, value: Any) -> tuple[str, ...]:
     if isinstance(value, str):
         return tuple(_split(value))
     if not isinstance(value, Sequence):
-        raise DataError(f"{key} must be a list of column names, not {value!r}.")
+        raise DataError(f"{key} must be a list of column names, not {shown(value)}.")
     for name in value:
         _check_name(key, name)
     return tuple(value)
@@ -333,19 +347,29 @@ def _check_keys(cls: type, what: str, mapping: Any) -> Mapping[str, Any]:
     known = [field.name for field in dataclasses.fields(cls)]
     if not isinstance(mapping, Mapping):
         raise DataError(
-            f"{what} must be a mapping with keys of {', '.join(known)}, not {mapping!r}."
+            f"{what} must be a mapping with keys of {', '.join(known)}, not {shown(mapping)}."
         )
     for key in mapping:
         if key not in known:
             raise DataError(
-                f"{what}: unknown key '{key}', known: {', '.join(known)}.{nearest(key, known)}"
+                f"{what}: unknown key '{str(key)[:100]}', known: {', '.join(known)}."
+                f"{nearest(key, known)}"
             )
     return mapping
 
 
 def _check_name(what: str, name: Any) -> None:
-    if not isinstance(name, str) or not name:
-        raise DataError(f"{what}: {name!r} is not a column name: write it as quoted text.")
+    if not isinstance(name, str) or not name or not is_unicode(name):
+        raise DataError(f"{what}: {shown(name)} is not a column name: write it as quoted text.")
+
+
+def is_unicode(text: str) -> bool:
+    """False for halves of surrogate pairs, which JSON, YAML and arguments may hold and no table."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_distinct(names: Iterable[str], message: str) -> None:
@@ -358,4 +382,6 @@ def _check_distinct(names: Iterable[str], message: str) -> None:
 
 def _check_positive(what: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise DataError(f"{what} must be a whole number of at least 1, not {value!r}.")
+        raise DataError(f"{what} must be a whole number of at least 1, not {shown(value)}.")
+    if value > LARGEST:
+        raise DataError(f"{what} must be at most {LARGEST}, not {shown(value)}.")

@@ -40,7 +40,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stem_fast import metrics
-from stem_fast.schema import DataError
+from stem_fast.schema import LARGEST, DataError
 
 BASE_RATES = {"click": 0.4, "like": 0.2, "follow": 0.1}
 COMPONENTS = ("appeal", "bait", "click", "like", "follow")
@@ -108,6 +108,8 @@ def generate(
     for name, size in sizes.items():
         if size < 1:
             raise DataError(f"{name} is {size}: it must be at least 1.")
+        if size > LARGEST:
+            raise DataError(f"{name} is {size}: it must be at most {LARGEST}.")
     if seed < 0:
         raise DataError(f"seed is {seed}: it must be at least 0.")
     folder = Path(os.path.realpath(out))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -88,9 +89,19 @@ def test_damage_is_noticed_and_mended(
     assert [path.name for path in entry.parent.iterdir()] == ["entry"]
 
 
-@pytest.mark.parametrize("content", ["[]", "3", '{"a": "x"}', '{"gone": 10}'])
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "3", "{}", "null", '{"a": "x"}', '{"a": 160}', '{"gone": 10}', '{"a": ' + "[" * 200_000],
+)
 def test_meta_data_of_another_form_is_damage(entry: Path, content: str) -> None:
     (entry / META).write_text(content)
+    assert read_entry(entry) is None
+
+
+def test_an_empty_array_file_is_damage(entry: Path) -> None:
+    (entry / "a.npy").write_bytes(b"")
+    sizes = json.loads((entry / META).read_text())
+    (entry / META).write_text(json.dumps({**sizes, "a": 0}))
     assert read_entry(entry) is None
 
 

@@ -8,7 +8,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -411,6 +411,22 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
         edit(lambda c: c["config"].update(embedding_dim=0)),
         "describes no 'stem' run: embedding_dim is 0",
     ),
+    "types": (
+        edit(lambda c: c["config"].update(hidden_activations=5)),
+        "describes no 'stem' run: hidden_activations is 5, must be the name of one",
+    ),
+    "layers": (
+        edit(lambda c: c["config"].update(num_layers=2_000_000_000)),
+        "describes no 'stem' run: num_layers is 2000000000, must be at most 1024",
+    ),
+    "a model beyond memory": (
+        edit(lambda c: c["config"].update(embedding_dim=2**16, expert_hidden_units=[2**20] * 2)),
+        "does not fit its config.json: it lacks",
+    ),
+    "deep json": (
+        lambda run: (run / "schema.json").write_text("[" * 200_000),
+        "schema.json is not a run's: it is nested too deeply",
+    ),
     "training option": (edit(lambda c: c["training"].update(speed=3)), "describes no .*speed"),
     "training value": (
         edit(lambda c: c["training"].update(epochs=0)),
@@ -445,6 +461,38 @@ def test_refused(run: Path, case: str) -> None:
         checkpoint.load_run(run)
 
 
+WRONG = [None, True, -1, 2.5, 1e999, 10**30, "", "x", "\ud800", [], [[]], {}, {"a": 1}, [None]]
+WRONG += [["user", "user"], [10**30], {"user": 10**30}, {"click": []}, "x" * 10**5, [1] * 10**4]
+
+
+def keys(mapping: dict, above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for key, value in mapping.items():
+        yield (*above, key)
+        if isinstance(value, dict):
+            yield from keys(value, (*above, key))
+
+
+@pytest.mark.parametrize("file", ["config.json", "schema.json"])
+def test_every_value_of_a_wrong_type(run: Path, file: str) -> None:
+    """A value may be one that another run has; else it is refused in one short line."""
+    text = (run / file).read_text()
+    refused = 0
+    for path in keys(json.loads(text)):
+        for value in WRONG:
+            changed = json.loads(text)
+            place = changed
+            for key in path[:-1]:
+                place = place[key]
+            place[path[-1]] = value
+            (run / file).write_text(json.dumps(changed))
+            try:
+                checkpoint.load_run(run)
+            except DataError as error:
+                refused += 1
+                assert len(str(error)) < 1500, path
+    assert refused > 200
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -454,6 +502,8 @@ def test_refused(run: Path, case: str) -> None:
         '{"rows": "1", "tasks": {}}',
         '{"rows": 1, "tasks": {"click": 1}}',
         '{"rows": 1, "tasks": {"click": {"auc": "high"}}}',
+        '{"rows": 1, "tasks": {"click": {"rmse": 1e999}}}',
+        '{"rows": 1, "tasks": {"click": {"rmse": NaN}}}',
     ],
 )
 def test_metrics_of_another_form(run: Path, content: str) -> None:

@@ -448,6 +448,15 @@ def test_values_have_their_types() -> None:
         ("join", "users.parquet", "FILE:KEY"),
         ("join", [3], "FILE:KEY"),
         ("train", 3, "a path"),
+        ("train", "a\0b.csv", "a path"),
+        ("join", "a\0b.csv:user_id", "FILE:KEY"),
+        ("embedding_dim", 10**30, "at most 65536"),
+        ("num_layers", 2_000_000_000, "at most 1024"),
+        ("num_shared_experts", 10**30, "at most 64"),
+        ("tower_hidden_units", [10**30], "at most 1048576"),
+        ("epochs", int("9" * 400), "at most 2147483647"),
+        ("learning_rate", int("9" * 400), "a number above 0"),
+        ("monitor", ["x" * 1000] * 1000, "a text"),
         ("device", 0, "a text"),
         ("epochs", 0, "a whole number of at least 1"),
         ("learning_rate", -1, "a number above 0"),
@@ -462,6 +471,7 @@ def test_bad_values_name_key_and_value(key: str, value: Any, rule: str) -> None:
         with pytest.raises(DataError) as error:
             config.fit_settings(flags, file)
         assert str(error.value).startswith(f"{name} is ")
+        assert len(str(error.value)) < 1100
         assert rule in str(error.value)
 
 
@@ -486,6 +496,10 @@ def test_pooling_that_would_be_ignored_is_refused() -> None:
             settings(sequences=sequences, pooling="sum")
 
 
+# 10**9 values in ten lines.
+BOMB = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{f'*a{i - 1},' * 10}]\n" for i in range(1, 10))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -501,13 +515,30 @@ def test_pooling_that_would_be_ignored_is_refused() -> None:
         ("epochs: [", "c.yaml is not valid YAML"),
         ("- epochs", "c.yaml must hold `key: value` lines"),
         ("", "c.yaml must hold `key: value` lines"),
+        ("labels: " + "[" * 3000, "c.yaml is not valid YAML"),
+        ("labels: " + "[" * 3000 + "]" * 3000, "c.yaml is not valid YAML: it is nested too deeply"),
+        ("\n".join(" " * i + "a:" for i in range(3000)), "it is nested too deeply"),
+        (BOMB, "c.yaml is not valid YAML: with its aliases written out it is too long"),
+        ("labels: &a [*a]", "with its aliases written out it is too long"),
+        ("header: x" + "x" * config.MAX_TEXT, "c.yaml: is longer than a configuration file's"),
+        ("epochs: " + "9" * 5000, "c.yaml is not valid YAML: Exceeds the limit"),
+        ("epochs: 0x" + "f" * 5000, "epochs is a number of thousands of digits: give at most"),
+        ('categorical: ["\\ud800"]', "categorical: '\\ud800' is not a column name"),
         ("x: !!python/object:os.system {}", "c.yaml is not valid YAML"),
         ("sequences: [{name: seen, share: video_id}]", "unknown key 'share'"),
     ],
 )
 def test_bad_files(text: str, message: str) -> None:
     Path("c.yaml").write_text(text)
-    refused(fit(config="c.yaml", ok=False), message)
+    refused(fit(config="c.yaml", ok=False, epochs=None, categorical=None), message)
+
+
+def test_aliases_are_read() -> None:
+    text = "categorical: &columns [user_id, video_id]\nlabels: {a: binary}\nnumeric: *columns\n"
+    Path("c.yaml").write_text(text)
+    columns = ["user_id", "video_id"]
+    found = config.read_yaml(Path("c.yaml"))
+    assert found == {"categorical": columns, "labels": {"a": "binary"}, "numeric": columns}
 
 
 # ---- refusals ------------------------------------------------------------------------------
@@ -533,6 +564,8 @@ def test_bad_files(text: str, message: str) -> None:
         ),
         ({"hidden_activations": "rellu"}, ["no stem model of these options: ", "rellu"]),
         ({"device": "tpu"}, ["device is 'tpu': give auto, cpu, cuda or cuda:N"]),
+        ({"device": "cuda:²"}, ["device is 'cuda:²': give auto, cpu, cuda or cuda:N"]),
+        ({"device": "cuda:" + "9" * 5000}, ["give auto, cpu, cuda or cuda:N"]),
         ({"device": "cuda:99"}, ["device is 'cuda:99'", "stem-fast doctor"]),
         ({"device": "cpu:7"}, ["device is 'cpu:7': cpu takes no index, give cpu."]),
         ({"header": "a,b"}, ["header is ('a', 'b'), but train.parquet is Parquet"]),
@@ -576,6 +609,10 @@ def test_other_commands_refuse() -> None:
     refused(stem_fast("evaluate", "run"), "--data")
     refused(stem_fast("evaluate", "run", *data, "--batch-size", 0), "--batch-size")
     refused(stem_fast("evaluate", "run", *data, "--batch-size", "ten"), "--batch-size", "'ten'")
+    refused(stem_fast("evaluate", "run", *data, "--batch-size", 10**30), "--batch-size")
+    refused(
+        stem_fast("synth", "--out", "log", "--rows", 10**30), "rows is 1000", "at most 2147483647"
+    )
     refused(stem_fast("predict", "run", *data, "--out", "p.txt"), "name a .parquet or .csv file")
     refused(stem_fast("predict", "run", *data, "--out", "p.csv", "--join", "x"), "--join is 'x'")
     pq.write_table(table(5, 0).drop_columns(["is_click"]), "unlabelled.parquet")
@@ -583,6 +620,12 @@ def test_other_commands_refuse() -> None:
     refused(stem_fast("evaluate", "run", *data, "--json", "."), "--json is ., a folder: name a")
     refused(stem_fast("compare", "run", "nope"), "no run folder nope: name the folder that")
     refused(stem_fast("compare", "run", "--json", "."), "--json is ., a folder: name a file.")
+    Path("run/metrics.json").write_text("[" * 200_000)
+    refused(stem_fast("compare", "run"), "metrics.json is not a run's: it is nested too deeply")
+    Path("run/metrics.json").unlink()
+    os.mkfifo("run/metrics.json")
+    refused(stem_fast("compare", "run"), "metrics.json is no regular file")
+    Path("run/metrics.json").unlink()
     Path("run/metrics.json").write_text("[]")
     refused(stem_fast("compare", "run"), "metrics.json does not hold the metrics of a run")
     Path("run/metrics.json").unlink()
@@ -600,11 +643,25 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_network_too_large_is_no_bug(monkeypatch: pytest.MonkeyPatch) -> None:
     said = ("out of memory: lower --batch-size, give fit a --micro-batch-size", "--min-count")
-    refused(fit(ok=False, embedding_dim=10**12), *said, "DefaultCPUAllocator")
+    wide = {"embedding_dim": 2**16, "expert_hidden_units": [2**20, 2**20]}
+    refused(
+        fit(ok=False, **wide),
+        "a stem model of these options takes ",
+        "fit a smaller",
+        "--min-count",
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr("stem_fast.cli._memory", lambda: float("inf"))
+        refused(fit(ok=False, **wide), *said, "DefaultCPUAllocator")
+
+    def no_memory(*_: object, **__: object) -> None:
+        raise MemoryError("Unable to allocate 7 TiB")
 
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.\nMore words.")
 
+    monkeypatch.setattr(train, "fit", no_memory)
+    refused(fit(ok=False), *said, "(Unable to allocate 7 TiB).")
     monkeypatch.setattr(train, "fit", full)
     refused(fit(ok=False), *said, "(CUDA out of memory.).")
 
