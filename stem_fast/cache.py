@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,21 +30,29 @@ def cache_root(cache: str | Path | None = None) -> Path:
 
 
 def read_entry(entry: Path) -> dict[str, np.ndarray] | None:
-    """Map the arrays of an entry; None when there is none or it is damaged."""
+    """Map the arrays of an entry; None when there is none or it is damaged.
+
+    Every byte is held against a checksum: an id that a disk has changed would be outside its
+    vocabulary, or another one.
+    """
     arrays: dict[str, np.ndarray] = {}
     try:
-        sizes = json.loads((entry / META).read_text())
-        if {f"{name}.npy" for name in sizes} != {file.name for file in entry.glob("*.npy")}:
+        checksums = json.loads((entry / META).read_text())
+        if {f"{name}.npy" for name in checksums} != {file.name for file in entry.glob("*.npy")}:
             return None
-        for name, size in sizes.items():
+        for name, checksum in checksums.items():
             file = entry / f"{name}.npy"
-            if file.stat().st_size != size:
+            if _checksum(file) != checksum:
                 return None
             # Mode "c" gives private pages: torch warns about memory that it may not write.
             arrays[name] = np.load(file, mmap_mode="c", allow_pickle=False)
     except (OSError, ValueError, AttributeError, TypeError, EOFError, RecursionError):
         return None
     return arrays or None
+
+
+def _checksum(file: Path) -> int:
+    return zlib.crc32(np.memmap(file, np.uint8, "r").data)
 
 
 @contextlib.contextmanager
@@ -65,8 +74,8 @@ def write_entry(entry: Path) -> Iterator[Writer]:
         try:
             with Writer(temporary) as writer:
                 yield writer
-            sizes = {file.stem: file.stat().st_size for file in temporary.glob("*.npy")}
-            (temporary / META).write_text(json.dumps(sizes))
+            checksums = {file.stem: _checksum(file) for file in temporary.glob("*.npy")}
+            (temporary / META).write_text(json.dumps(checksums))
             if read_entry(entry) is None:
                 shutil.rmtree(entry, ignore_errors=True)
                 os.rename(temporary, entry)

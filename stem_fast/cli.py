@@ -32,7 +32,8 @@ from stem_fast.config import (
 )
 from stem_fast.model import MODELS, STEMNet
 from stem_fast.precision import check as check_precision
-from stem_fast.schema import LARGEST, DataError, Encoding
+from stem_fast.schema import LARGEST, DataError, Encoding, table_owners
+from stem_fast.tables import refuse_changed, signatures
 
 _SMALLER = (
     "fit a smaller network with a lower --embedding-dim, --expert-hidden-units or "
@@ -273,6 +274,7 @@ def _fit(settings: FitSettings) -> None:
     checkpoint.prepare(settings.out, overwrite=settings.overwrite)
 
     console = report.console()
+    before = signatures(settings.train, settings.valid, *(join.path for join in settings.joins))
     with console.status("reading and encoding the tables"):
         encoding = data.fit_encoding(settings.train, schema, joins=settings.joins)
         torch.manual_seed(config.seed)
@@ -281,8 +283,11 @@ def _fit(settings: FitSettings) -> None:
             data.load(path, encoding, cache=settings.cache, joins=settings.joins, weight=weight)
             for path, weight in ((settings.train, True), (settings.valid, False))
         )
+        # A vocabulary of what was there before does not suit what is encoded by it.
+        refuse_changed(before)
+    owners = table_owners(schema)
     for column, values in encoding.vocabularies.items():
-        if not values:
+        if not values and any(train.known[name].values for name in owners[column]):
             warnings.warn(
                 f"no value of column {column!r} is there {schema.min_count} times, so all of them "
                 "are unknown: lower --min-count, or leave the column out",
@@ -417,6 +422,7 @@ def evaluate(
             precision=precision or config.precision,
         )
     _print_metrics(result, f"{run} on {table}", encoding.schema.group)
+    _print_unknown(rows)
     if json is not None:
         checkpoint.save_json(json, result)
 
@@ -453,6 +459,16 @@ def predict(
     with checkpoint.replacing(out) as partial:
         writers[out.suffix.lower()](pa.table(columns), partial)
     report.console().print(f"{len(rows):,} rows of {', '.join(columns)} written to {out}")
+    _print_unknown(rows)
+
+
+def _print_unknown(rows: data.Dataset) -> None:
+    """A line of the columns with the most values that the model has not learned."""
+    shares = {name: known.unknown_share for name, known in rows.known.items()}
+    most = sorted((name for name in shares if shares[name]), key=lambda name: -shares[name])
+    parts = [f"{name} {100 * shares[name]:.1f} %" for name in most[:5]]
+    parts += [f"less in {len(most) - 5} more"] * (len(most) > 5)
+    report.console().print(f"unknown values: {', '.join(parts) or 'none'}")
 
 
 def _print_metrics(result: dict[str, Any], title: str, group: str | None) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -24,11 +25,23 @@ from torch.nn import functional as F
 
 from stem_fast.cache import Writer, cache_root, read_entry, write_entry
 from stem_fast.schema import DataError, Encoding, Schema, SequenceField, table_owners
-from stem_fast.tables import TEXT, Block, Join, Table, read_blocks
+from stem_fast.tables import (
+    TEXT,
+    Block,
+    Join,
+    Table,
+    Values,
+    canonical,
+    read_blocks,
+    refuse_changed,
+    signatures,
+)
 
-CACHE_VERSION = 2  # a part of every cache key: raise it when the encoded form changes
+CACHE_VERSION = 3  # a part of every cache key: raise it when the encoded form changes
 # Counts, and bytes of their texts, kept unmerged beyond what merging would leave; of all columns.
 MERGE_ROWS, MERGE_BYTES = 1 << 20, 1 << 28
+NEARLY_ALL = 0.95  # a share that is no chance: something is wrong with the data or its spelling
+FEW_VALUES = 20  # too few to warn of: they may all be unknown by chance
 
 
 class Batch(NamedTuple):
@@ -55,6 +68,24 @@ class Batch(NamedTuple):
         )
 
 
+class Known(NamedTuple):
+    """How many values of a column (or keys of a join) are known, with an example of each side.
+
+    Missing values count for neither; of sequences every element counts. Numbers are all known.
+    """
+
+    rows: int
+    values: int
+    known: int
+    unknown_value: str | None  # None: there is none
+    known_value: str | None
+
+    @property
+    def unknown_share(self) -> float:
+        """0 where there is no value."""
+        return (self.values - self.known) / self.values if self.values else 0.0
+
+
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """Encoded rows: tensors as in ``Batch``, for all rows; ``load`` memory-maps them."""
@@ -65,6 +96,7 @@ class Dataset:
     labels: Tensor | None = None
     weight: Tensor | None = None
     group: np.ndarray | None = None  # int32 [rows], codes by first appearance, -1 = missing
+    known: dict[str, Known] = field(default_factory=dict)  # feature -> how much of it is known
 
     @property
     def rows(self) -> int:
@@ -90,6 +122,7 @@ class Dataset:
             moved(self.labels),
             moved(self.weight),
             self.group,
+            self.known,
         )
 
     def __len__(self) -> int:
@@ -221,9 +254,11 @@ def fit_encoding(path: str | Path, schema: Schema, *, joins: Sequence[Join] = ()
 
     Ids as in FuxiCTR's tokenizer: values sorted by (-count, text), those with at least
     ``schema.min_count`` occurrences kept; columns that share a table add their counts.
-    Raises DataError for absent columns, bad numbers or labels, no rows, a label without values, or
-    a header or delimiter where every table it could apply to is Parquet.
+    Raises DataError for absent columns, bad numbers or labels, no rows, a label without values,
+    sequences whose texts are lists in another form, a file that changes meanwhile, or a header or
+    delimiter where every table it could apply to is Parquet.
     """
+    before = signatures(path, *(join.path for join in joins))
     owners = table_owners(schema)
     delimiters = {sequence.name: sequence.delimiter for sequence in schema.sequences}
     counts = {owner: _Counts(len(owners)) for owner in owners}
@@ -235,15 +270,17 @@ def fit_encoding(path: str | Path, schema: Schema, *, joins: Sequence[Join] = ()
         for owner, columns in owners.items():
             for name in columns:
                 if name in delimiters:
+                    block.refuse_one_value_lists(name, delimiters[name])
                     values, _ = block.lists(name, delimiters[name])
                 else:
                     values = block.column(name)
-                counts[owner].add(*block.distinct(name, values))
+                counts[owner].add(block.distinct(name, values))
         for name, moment in moments.items():
             moment.add(block.numbers(name))
         labelled |= ~np.isnan(_labels(block, schema)).all(axis=0)
         if schema.weight is not None:
             _weights(block, schema.weight)
+    refuse_changed(before)
     for label, present in zip(schema.tasks, labelled, strict=True):
         if not present:
             raise DataError(f"{path}: label '{label}' is missing on every row: leave it out.")
@@ -273,6 +310,8 @@ def load(
 
     The entry is named by a hash of the content of every file and of the encoding, so a changed
     source is encoded anew; a damaged entry is rebuilt; an interrupted one never shows.
+    Warns of columns of which nearly every value is missing or unknown, and of joins that match
+    nearly no row: as a rule a value is spelled in two ways then.
     ``labels=False`` needs and reads no label, group or weight column, ``weight=False`` no weight
     column: only training uses it.
     ``cache`` is the folder of all entries, by default that of ``cache_root``.
@@ -281,7 +320,7 @@ def load(
     schema = encoding.schema
     source = Table(path, schema.header, schema.delimiter)
     tables = [source, *(Table(join.path, None, schema.delimiter) for join in joins)]
-    before = [table.signature() for table in tables]
+    before = signatures(*(table.path for table in tables))
     keys = [join.key for join in joins]
     contents = [table.content() for table in tables]
     weight = weight and labels and schema.weight is not None
@@ -292,11 +331,13 @@ def load(
         with write_entry(entry) as writer:
             blocks = _blocks(source, schema, joins, labels, weight)
             _encode(blocks, encoding, labels, weight, writer)
-            if [table.signature() for table in tables] != before:
-                raise DataError(f"{path}: the data changed while it was read: try again.")
+            refuse_changed(before)
         arrays = read_entry(entry)
     if arrays is None:
         raise DataError(f"{entry}: was damaged while it was written: try again.")
+    notes = json.loads(arrays["notes"].tobytes())
+    columns = {name: Known(*counts) for name, counts in notes["columns"].items()}
+    _warn(path, encoding, columns, joins, [Known(*counts) for counts in notes["joins"]])
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     return Dataset(
         tensors["ids"],
@@ -308,7 +349,52 @@ def load(
         tensors.get("labels"),
         tensors.get("weight"),
         np.asarray(arrays["group"]) if "group" in arrays else None,
+        columns,
     )
+
+
+def _warn(
+    path: str | Path,
+    encoding: Encoding,
+    columns: dict[str, Known],
+    joins: Sequence[Join],
+    keys: Sequence[Known],
+) -> None:
+    """Warns of joins and of columns of which nearly nothing is known."""
+    unmatched = [
+        (join, known)
+        for join, known in zip(joins, keys, strict=True)
+        if known.values >= FEW_VALUES and known.unknown_share >= NEARLY_ALL
+    ]
+    for join, known in unmatched:
+        warnings.warn(
+            f"{path}: {100 * known.unknown_share:.1f} % of its {join.key!r} are not in "
+            f"{join.path}, such as {known.unknown_value!r} where that has {known.known_value!r}, "
+            "and get none of its columns: are the keys spelled in two ways?",
+            stacklevel=3,
+        )
+    schema = encoding.schema
+    sequences = {sequence.name: sequence for sequence in schema.sequences}
+    for name, known in columns.items():
+        if not known.values and known.rows >= FEW_VALUES and not unmatched:
+            warnings.warn(f"{path}: column {name!r} is missing on every row", stacklevel=3)
+        # Where no value is known at all, fit has warned of that.
+        if (
+            known.values < FEW_VALUES
+            or known.unknown_share < NEARLY_ALL
+            or known.known_value is None
+        ):
+            continue
+        ways = "spelled in two ways"
+        if name in sequences:
+            ways += f", divided by something else than {sequences[name].delimiter!r}"
+        warnings.warn(
+            f"{path}: {100 * known.unknown_share:.1f} % of the values of column {name!r} are "
+            f"unknown to the model, such as {known.unknown_value!r} where it knows "
+            f"{known.known_value!r}: are they {ways}, or rarer than min_count "
+            f"{schema.min_count} in training?",
+            stacklevel=3,
+        )
 
 
 def _refuse_ignored(schema: Schema, tables: Sequence[Table]) -> None:
@@ -348,7 +434,8 @@ class _Counts:
         self.counts = [np.zeros(0, np.int64)]
         self.size = self.merged = 0, 0  # texts and their bytes: all, and those merged
 
-    def add(self, texts: pa.Array, codes: pa.Array) -> None:
+    def add(self, values: Values) -> None:
+        texts, codes, _ = values
         counts = np.bincount(codes.drop_null().to_numpy(), minlength=len(texts))
         self.texts.append(texts.drop_null())
         self.counts.append(counts[texts.is_valid().to_numpy(zero_copy_only=False)])
@@ -418,7 +505,8 @@ class _Groups:
     def __init__(self) -> None:
         self.seen = pa.array([], TEXT)
 
-    def codes(self, texts: pa.Array, codes: pa.Array) -> np.ndarray:
+    def codes(self, values: Values) -> np.ndarray:
+        texts, codes, _ = values
         new = pc.is_in(texts, value_set=self.seen, skip_nulls=True)
         new = texts.filter(pc.and_(pc.invert(new), pc.is_valid(texts))).unique()
         self.seen = pa.concat_arrays([self.seen, new])
@@ -426,20 +514,58 @@ class _Groups:
         return found.take(codes).fill_null(-1).to_numpy().astype(np.int32)
 
 
-def _ids(texts: pa.Array, codes: pa.Array, vocabulary: pa.Array, missing: int) -> np.ndarray:
-    """int32 ids: position + 1 in the vocabulary, ``len(vocabulary) + 1`` when unknown."""
-    found = pc.index_in(texts, value_set=vocabulary).fill_null(len(vocabulary)).to_numpy() + 1
-    known = np.where(texts.is_valid(), found, missing)
-    # Missing rows have code -1, which picks the last element.
-    return np.append(known, missing).astype(np.int32)[codes.fill_null(-1).to_numpy()]
+class _Seen:
+    """Counts what becomes a ``Known``, over blocks."""
+
+    def __init__(self, known_value: str | None = None) -> None:
+        self.rows = self.values = self.known = 0
+        self.unknown_value: str | None = None
+        self.known_value = known_value
+
+    def add(self, rows: int, values: Values, found: pa.Array) -> None:
+        """``found`` (null = not) is where each of the distinct values was found."""
+        counts = np.bincount(values.codes.drop_null().to_numpy(), minlength=len(values.texts))
+        counts *= values.texts.is_valid().to_numpy(zero_copy_only=False)
+        unknown = counts * found.is_null().to_numpy(zero_copy_only=False)
+        self.rows += rows
+        self.values += int(counts.sum())
+        self.known += int(counts.sum() - unknown.sum())
+        if self.unknown_value is None and unknown.any():
+            self.unknown_value = values.spelled[int(unknown.argmax())].as_py()
+
+    def result(self) -> Known:
+        return Known(self.rows, self.values, self.known, self.unknown_value, self.known_value)
+
+
+class _Vocabulary:
+    """Values to ids."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self.words = pa.array(words, TEXT)
+        self.canonical = canonical(self.words)
+
+    def ids(self, rows: int, values: Values, missing: int, seen: _Seen) -> np.ndarray:
+        """int32 ids: position + 1 in the vocabulary, ``len(words) + 1`` when unknown."""
+        # Runs of older releases have learned what stood in their files ("1170.0"), in columns of
+        # several types even two ids of one value: their own spelling comes first.
+        found = pc.index_in(values.spelled, value_set=self.words)
+        if values.texts is not values.spelled or self.canonical is not self.words:
+            found = pc.coalesce(found, pc.index_in(values.texts, value_set=self.canonical))
+        seen.add(rows, values, found)
+        ids = np.where(
+            values.texts.is_valid(), found.fill_null(len(self.words)).to_numpy() + 1, missing
+        )
+        # Missing rows have code -1, which picks the last element.
+        return np.append(ids, missing).astype(np.int32)[values.codes.fill_null(-1).to_numpy()]
 
 
 def _sequence_ids(
-    block: Block, sequence: SequenceField, vocabulary: pa.Array
+    block: Block, sequence: SequenceField, vocabulary: _Vocabulary, seen: _Seen
 ) -> tuple[np.ndarray, np.ndarray]:
     """(ids of the kept elements, row after row; number of them in each row)."""
     values, lengths = block.lists(sequence.name, sequence.delimiter)
-    ids = _ids(*block.distinct(sequence.name, values), vocabulary, missing=0)
+    distinct = block.distinct(sequence.name, values)
+    ids = vocabulary.ids(len(block), distinct, missing=0, seen=seen)
     rows = np.repeat(np.arange(len(lengths)), lengths)
     present = ids > 0
     if not present.all():
@@ -449,9 +575,14 @@ def _sequence_ids(
     return ids[from_end <= sequence.max_len], np.minimum(lengths, sequence.max_len)
 
 
-def _standardised(block: Block, name: str, mean: float, std: float) -> np.ndarray:
+def _standardised(block: Block, name: str, mean: float, std: float, seen: _Seen) -> np.ndarray:
+    numbers = block.numbers(name)
+    present = len(block) - int(np.isnan(numbers).sum())
+    seen.rows += len(block)
+    seen.values += present
+    seen.known += present
     with np.errstate(over="ignore"):
-        values = ((block.numbers(name) - mean) / std).astype(np.float32)
+        values = ((numbers - mean) / std).astype(np.float32)
     block.refuse(name, np.isinf(values), "is too large to standardise: correct it.")
     return np.nan_to_num(values, copy=False, nan=0.0)
 
@@ -484,25 +615,35 @@ def _encode(
     blocks: Iterable[Block], encoding: Encoding, labels: bool, weight: bool, writer: Writer
 ) -> None:
     schema = encoding.schema
-    vocabularies = {name: pa.array(v, TEXT) for name, v in encoding.vocabularies.items()}
+    vocabularies = {name: _Vocabulary(words) for name, words in encoding.vocabularies.items()}
+    owners = {column: name for name, columns in table_owners(schema).items() for column in columns}
+    seen = {
+        name: _Seen(next(iter(encoding.vocabularies.get(owners.get(name, ""), ())), None))
+        for name in schema.features
+    }
+    keys: list[_Seen] = []
     standards = list(zip(schema.numeric, encoding.numeric_mean, encoding.numeric_std, strict=True))
     totals = [0] * len(schema.sequences)
     groups = _Groups()
     for i in range(len(schema.sequences)):
         writer.append(f"sequence{i}_offsets", np.zeros(1, np.int64))
     for block in blocks:
+        for i, match in enumerate(block.matches):
+            if i == len(keys):
+                keys.append(_Seen(match.side.example))
+            keys[i].add(len(block), match.key, match.found)
         ids = np.empty((len(block), len(schema.categorical)), np.int32)
         for i, name in enumerate(schema.categorical):
             distinct = block.distinct(name, block.column(name))
-            unknown = len(vocabularies[name]) + 1
-            ids[:, i] = _ids(*distinct, vocabularies[name], missing=unknown)
+            unknown = encoding.vocab_sizes[name] - 1
+            ids[:, i] = vocabularies[name].ids(len(block), distinct, unknown, seen[name])
         writer.append("ids", ids)
         if standards:
-            numbers = [_standardised(block, *standard) for standard in standards]
+            numbers = [_standardised(block, *each, seen[each[0]]) for each in standards]
             writer.append("numeric", np.stack(numbers, axis=1))
         for i, sequence in enumerate(schema.sequences):
-            vocabulary = vocabularies[sequence.shares or sequence.name]
-            values, lengths = _sequence_ids(block, sequence, vocabulary)
+            vocabulary = vocabularies[owners[sequence.name]]
+            values, lengths = _sequence_ids(block, sequence, vocabulary, seen[sequence.name])
             offsets = totals[i] + np.cumsum(lengths)
             totals[i] = int(offsets[-1])
             writer.append(f"sequence{i}_values", values)
@@ -513,4 +654,9 @@ def _encode(
             writer.append("weight", _weights(block, schema.weight))
         if labels and schema.group is not None:
             distinct = block.distinct(schema.group, block.column(schema.group))
-            writer.append("group", groups.codes(*distinct))
+            writer.append("group", groups.codes(distinct))
+    notes = {
+        "columns": {name: each.result() for name, each in seen.items()},
+        "joins": [each.result() for each in keys],
+    }
+    writer.append("notes", np.frombuffer(json.dumps(notes).encode(), np.uint8))

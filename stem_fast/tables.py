@@ -1,10 +1,7 @@
 """Read tables (CSV, TSV, Parquet; files or folders) as blocks of Arrow columns, with side tables.
 
-Text cells are never interpreted ("007" stays "007"), and values of every type are compared by
-their text. A CSV and a Parquet file of one table mean the same for columns of text, of integers,
-and of floats that the CSV writes as integers ("2"; Parquet's 2.0 is "2" too). They differ where a
-program writes another text than Arrow does: pandas writes 2.0 as "2.0", and true as "True" (Arrow:
-"true"). Write such columns as integers.
+Values of every type are compared by their text, in one spelling (``canonical``), so that a value is
+the same in a CSV and a Parquet file, and whatever type a program gave the column.
 """
 
 from __future__ import annotations
@@ -15,7 +12,8 @@ import hashlib
 import re
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
@@ -43,6 +41,21 @@ INVALID_UTF8 = re.compile(r"column #(\d+): Row #(\d+): .*invalid UTF8")  # pyarr
 TYPO = 0.85  # likeness of a name of seven letters to itself with one of them wrong
 NO_VALUE = "__HIVE_DEFAULT_PARTITION__"  # in the name of a folder: the column is missing
 HINTS = 10  # absent columns that are named and looked for among the others
+# Whole numbers as programs write them that hold the column as floats: because of a gap, as a rule.
+# Without leading zeros, which numbers don't have ("007.0"), and with nothing but zeros behind the
+# point: "1.50" may be a version, and another one than "1.5".
+WHOLE = r"^(?:-?(0)|(-?[1-9][0-9]*))\.0+$"
+LARGE = r"^-?[1-9](?:\.[0-9]+)?e\+1[0-9]$"  # above, there are no integers of 64 bits
+DAY, CLOCK = "[0-9]{4}-[0-9]{2}-[0-9]{2}", "[0-9]{2}:[0-9]{2}:[0-9]{2}"
+TIMES = (
+    (rf"^({DAY}[T ]{CLOCK}(?:\.[0-9]+)?)\+00:?00$", r"\1Z"),
+    (rf"^({DAY})T({CLOCK}(?:\.[0-9]+)?Z?)$", r"\1 \2"),
+    (rf"^((?:{DAY} )?{CLOCK})(?:(\.[0-9]*[1-9])0*|\.0+)(Z?)$", r"\1\2\3"),
+    (rf"^({DAY}) 00:00:00$", r"\1"),
+)
+TRUTHS = pa.array(["True", "TRUE", "False", "FALSE"], TEXT)  # as pandas and R write them
+BRACKETS = r"(?s)^\s*[\[({].*[\])}]\s*$"  # a list's text: [1, 2, 3]
+SEVERAL = r"^\s*[^\s,;|]+(?:[\s,;|]+[^\s,;|]+)+\s*$"  # words with something between them
 NUMBERS = (
     pa.types.is_integer,
     pa.types.is_floating,
@@ -57,6 +70,27 @@ class Join(NamedTuple):
 
     path: str | Path
     key: str
+
+
+class Values(NamedTuple):
+    """The distinct values of a column.
+
+    texts    large_string, as ``canonical`` spells them (two may be equal); null = missing
+    codes    int32 [rows], index into the texts; null = missing
+    spelled  as the file spells them, or Arrow their type: what runs of older releases have learned
+    """
+
+    texts: pa.Array
+    codes: pa.Array
+    spelled: pa.Array
+
+
+class Match(NamedTuple):
+    """A side table's key in a block: its values, and the row of the side table for each or null."""
+
+    side: _Side
+    key: Values
+    found: pa.Array
 
 
 class Table:
@@ -79,11 +113,6 @@ class Table:
         self.files = list(self.partitions)
         self.kind = _kind(self.files[0])
         self.delimiter = delimiter
-
-    def signature(self) -> list[tuple[str, int, int]]:
-        """What changes when a file is written to: cheap, for noticing changes during a pass."""
-        stats = [(file, file.stat()) for file in _files(self.path)]
-        return [(str(file), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
 
     def content(self) -> list[str]:
         """How the files are read and the hash of each file's bytes."""
@@ -277,11 +306,11 @@ class Block:
         self.start = start
         self.table = table
         self.own = frozenset(table.column_names)
-        self.sides: list[tuple[_Side, pa.Array]] = []
+        self.matches: list[Match] = []
         for side in sides:
-            texts, codes = self.distinct(side.key, self.column(side.key))
-            found = pc.index_in(texts, value_set=side.keys, skip_nulls=True)
-            self.sides.append((side, found.take(codes)))
+            key = self.distinct(side.key, self.column(side.key))
+            found = pc.index_in(key.texts, value_set=side.keys, skip_nulls=True)
+            self.matches.append(Match(side, key, found))
 
     def __len__(self) -> int:
         return len(self.table)
@@ -291,8 +320,8 @@ class Block:
         if name in self.own:
             return self.table[name].combine_chunks()
         # Rows of a side table are gathered only now, one column at a time, to spare memory.
-        side, rows = next((side, rows) for side, rows in self.sides if name in side.columns)
-        return side.columns[name].take(rows)
+        side, key, found = next(match for match in self.matches if name in match.side.columns)
+        return side.columns[name].take(found.take(key.codes))
 
     def refuse(self, name: str, wrong: np.ndarray, problem: str) -> None:
         """Raise DataError for the first row that is ``wrong`` (bool); its value is the subject."""
@@ -302,17 +331,15 @@ class Block:
             where = f"{self.file}: column '{name}', row {self.start + row}"
             raise DataError(f"{where}: {value} {problem}")
 
-    def distinct(self, name: str, values: pa.Array) -> tuple[pa.Array, pa.Array]:
-        """(texts of the distinct values, null = missing; int32 index into them, null = missing).
-
-        Two of the texts may be equal (0.0 and -0.0), and the missing texts stand among them.
-        """
+    def distinct(self, name: str, values: pa.Array) -> Values:
+        """The distinct ones of values of the column ``name``."""
         try:
             encoded = pc.dictionary_encode(values)
             self._refuse_bytes(
                 name, encoded.dictionary, lambda place: pc.index(encoded.indices, place).as_py()
             )
-            return _texts(encoded.dictionary), encoded.indices
+            spelled = _spelled(encoded.dictionary)
+            return Values(_one_spelling(encoded.dictionary, spelled), encoded.indices, spelled)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             lists = "; a column of lists belongs under sequences"
             hint = lists if pa.types.is_nested(values.type) else ""
@@ -328,8 +355,8 @@ class Block:
         """
         values = self.column(name)
         if not pa.types.is_nested(values.type):
-            texts, codes = self.distinct(name, values)
-            values = pc.split_pattern(texts.take(codes), delimiter)
+            cells = self.distinct(name, values)
+            values = pc.split_pattern(cells.spelled.take(cells.codes), delimiter)
         try:
             lengths = pc.list_value_length(values).fill_null(0).to_numpy().astype(np.int64)
             elements = pc.list_flatten(values)
@@ -341,6 +368,29 @@ class Block:
             name, elements, lambda place: int(np.cumsum(lengths).searchsorted(place, "right"))
         )
         return elements, lengths
+
+    def refuse_one_value_lists(self, name: str, delimiter: str) -> None:
+        """Raise DataError where the texts of a sequence are lists, but not by ``delimiter``."""
+        values = self.column(name)
+        if not is_text(values.type):
+            return
+        _, codes, cells = self.distinct(name, values)
+        known = len(cells) - cells.null_count
+        wrong = pc.match_substring_regex(cells, BRACKETS)
+        problem = "is a list's text, whose brackets would be in its values:"
+        if 2 * (pc.sum(wrong).as_py() or 0) <= known:
+            if pc.any(pc.match_substring(cells, delimiter)).as_py():
+                return
+            wrong = pc.match_substring_regex(cells, SEVERAL)
+            problem = (
+                f"has no {delimiter!r} and would be one value: name what divides its values (in "
+                f"YAML, sequences: {{{name}: {{delimiter: ...}}}}),"
+            )
+            if 2 * (pc.sum(wrong).as_py() or 0) <= known:
+                return
+        rows = wrong.take(codes).fill_null(False).to_numpy(zero_copy_only=False)
+        example = delimiter.join("123")
+        self.refuse(name, rows, f"{problem} write {example}, or save lists in Parquet.")
 
     def numbers(self, name: str) -> np.ndarray:
         """A column as float64, missing = NaN. Raises DataError for text and infinite numbers."""
@@ -396,8 +446,10 @@ class _Side:
             whole = {name: _joined(found) for name, found in columns_of.items()}
             block = Block(table.path, 0, pa.table(whole), ())
         self.key = key
-        texts, codes = block.distinct(key, block.column(key))
+        texts, codes, _ = block.distinct(key, block.column(key))
         self.keys = texts.take(codes)
+        present = self.keys.drop_null()
+        self.example = present[0].as_py() if len(present) else None
         self.columns = {name: block.column(name) for name in columns}
         first = pc.index_in(self.keys, value_set=self.keys, skip_nulls=True)
         first = first.fill_null(-1).to_numpy()
@@ -457,6 +509,22 @@ def read_blocks(table: Table, columns: Iterable[str], joins: Sequence[Join]) -> 
         yield Block(file, start, part, sides)
     if not rows:
         raise DataError(f"{table.path}: no rows.")
+
+
+def signatures(*paths: str | Path) -> dict[str | Path, list[tuple[str, int, int]]]:
+    """Of each table what changes when its files are written to, for ``refuse_changed``."""
+    found = {path: [(file, file.stat()) for file in _files(Path(path))] for path in paths}
+    return {
+        path: [(str(file), info.st_size, info.st_mtime_ns) for file, info in files]
+        for path, files in found.items()
+    }
+
+
+def refuse_changed(before: Mapping[str | Path, list[tuple[str, int, int]]]) -> None:
+    """Raise DataError for a table that was written to since ``signatures`` looked at it."""
+    for path, signature in signatures(*before).items():
+        if signature != before[path]:
+            raise DataError(f"{path}: the data changed while it was read: try again.")
 
 
 def require(
@@ -580,7 +648,9 @@ def _joined(parts: Sequence[pa.Array]) -> pa.ChunkedArray:
     if any(pa.types.is_nested(each) for each in types):
         whole = pa.concat_tables([pa.table({"": p}) for p in parts], promote_options="permissive")
         return whole[""]
-    return pa.chunked_array([_texts(p) for p in parts] if len(types) > 1 else parts)
+    return pa.chunked_array(
+        [_one_spelling(p, _spelled(p)) for p in parts] if len(types) > 1 else parts
+    )
 
 
 def is_text(kind: pa.DataType) -> bool:
@@ -617,8 +687,8 @@ def _refuse_other(
 ) -> None:
     """Raise DataError where a column of a file is not what the file's folder says."""
     texts = Block(file, start, pa.table({column: values}), ())
-    found, codes = texts.distinct(column, values)
-    (expected,) = _missing_to_null(pa.array([wanted], TEXT))
+    found, codes, _ = texts.distinct(column, values)
+    (expected,) = canonical(_missing_to_null(pa.array([wanted], TEXT)))
     same = pc.is_null(found) if not expected.is_valid else pc.equal(found, expected)
     kept = same.fill_null(False).take(codes).fill_null(not expected.is_valid)
     texts.refuse(
@@ -628,16 +698,81 @@ def _refuse_other(
     )
 
 
-def _texts(values: pa.Array) -> pa.Array:
-    """The text of each value, null where it means "missing"."""
+def _spelled(values: pa.Array) -> pa.Array:
+    """The text of each value as it stands or as Arrow writes it, null where it means "missing"."""
     texts = values.cast(TEXT)
     if pa.types.is_floating(values.type):
-        # A Parquet column of whole numbers turns to floats when a writer has missing values:
-        # 3.0 must stay "3", and large ones must not become "3e+15".
-        wide = values.cast(pa.float64())
-        whole = pc.and_(pc.equal(pc.floor(wide), wide), pc.less(pc.abs(wide), 2.0**53))
-        texts = pc.if_else(whole, wide.cast(pa.int64(), safe=False).cast(TEXT), texts)
+        texts = _float_texts(values, texts, 1 - 2.0**53, 2.0**53)
     return _missing_to_null(texts)
+
+
+def _one_spelling(values: pa.Array, spelled: pa.Array) -> pa.Array:
+    """The text that each value is compared by; ``spelled`` is its ``_spelled``."""
+    kind = values.type
+    if pa.types.is_floating(kind):
+        return _float_texts(values, spelled)
+    if pa.types.is_decimal(kind):
+        return _decimal_texts(spelled)
+    if pa.types.is_timestamp(kind) and kind.tz is not None:
+        spelled = values.cast(pa.timestamp(kind.unit, "UTC")).cast(TEXT)
+    return spelled if pa.types.is_integer(kind) else canonical(spelled)
+
+
+def canonical(texts: pa.Array) -> pa.Array:
+    """The one spelling of each text that a program may have written in another way.
+
+    Whole numbers of floats are integers ("1170.0", "1.17e+15"); times have no zeros at the end of
+    their fraction, a space before the clock and "Z" for UTC, and are dates at midnight; truths are
+    "true" and "false". All else stays as it is: "007", "1.50", "1e3", " 1".
+    """
+    if _holds(texts, "."):
+        texts = pc.replace_substring_regex(texts, WHOLE, r"\1\2")
+    if _holds(texts, "+"):
+        large = pc.match_substring_regex(texts, LARGE).fill_null(False)
+        written = texts.filter(large)
+        texts = pc.replace_with_mask(
+            texts, large, _float_texts(written.cast(pa.float64()), written)
+        )
+    if _holds(texts, ":"):
+        for pattern, replacement in TIMES:
+            texts = pc.replace_substring_regex(texts, pattern, replacement)
+    if _holds(texts, "T") or _holds(texts, "F"):
+        truths = pc.is_in(texts, value_set=TRUTHS)
+        texts = pc.if_else(truths, pc.ascii_lower(texts), texts)
+    return texts
+
+
+def _holds(texts: pa.Array, character: str) -> bool:
+    """Whether a character may be in a text: a look at all bytes at once is a hundred times faster
+    than a regular expression, and most columns are done with it."""
+    data = texts.buffers()[2]
+    return data is not None and bool((np.frombuffer(data, np.uint8) == ord(character)).any())
+
+
+def _float_texts(
+    values: pa.Array, others: pa.Array, low: float = -(2.0**63), high: float = 2.0**64
+) -> pa.Array:
+    """Texts of whole numbers from low to below high as integers, which a column's type turns to
+    floats where it has gaps; ``others`` of all else."""
+    wide = values.cast(pa.float64())
+    whole = pc.equal(pc.floor(wide), wide)
+    whole = pc.and_(whole, pc.and_(pc.greater_equal(wide, low), pc.less(wide, high)))
+    signed = pc.and_(whole, pc.less(wide, 2.0**63))
+    texts = pc.if_else(signed, wide.cast(pa.int64(), safe=False).cast(TEXT), others)
+    unsigned = pc.and_(whole, pc.invert(signed))
+    if pc.any(unsigned).as_py():
+        texts = pc.if_else(unsigned, wide.cast(pa.uint64(), safe=False).cast(TEXT), texts)
+    return texts
+
+
+def _decimal_texts(texts: pa.Array) -> pa.Array:
+    """Decimals of any scale without zeros at their end or exponents."""
+    exponents = pc.match_substring(texts, "E").fill_null(False)
+    if pc.any(exponents).as_py():
+        written = [f"{Decimal(text):f}" for text in texts.filter(exponents).to_pylist()]
+        texts = pc.replace_with_mask(texts, exponents, pa.array(written, TEXT))
+    texts = pc.replace_substring_regex(texts, r"(\.[0-9]*?)0+$", r"\1")
+    return pc.replace_substring_regex(texts, r"\.$", "")
 
 
 def _missing_to_null(texts: pa.Array) -> pa.Array:

@@ -89,6 +89,17 @@ def test_damage_is_noticed_and_mended(
     assert [path.name for path in entry.parent.iterdir()] == ["entry"]
 
 
+def test_a_byte_that_changed_is_noticed(entry: Path) -> None:
+    content = (entry / "a.npy").read_bytes()
+    for place in (*range(0, len(content), 17), len(content) - 1):
+        changed = bytearray(content)
+        changed[place] ^= 0x80
+        (entry / "a.npy").write_bytes(changed)
+        assert read_entry(entry) is None
+    (entry / "a.npy").write_bytes(content)
+    assert read_entry(entry) is not None
+
+
 @pytest.mark.parametrize(
     "content",
     ["[]", "3", "{}", "null", '{"a": "x"}', '{"a": 160}', '{"gone": 10}', '{"a": ' + "[" * 200_000],

@@ -24,7 +24,7 @@ import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
-from stem_fast import checkpoint, config, ops, report, train
+from stem_fast import checkpoint, config, data, ops, report, train
 from stem_fast.cli import app
 from stem_fast.schema import DataError, SequenceField
 
@@ -234,6 +234,83 @@ def test_a_column_without_a_known_value_is_warned_of() -> None:
     assert "are unknown" not in fit(device="cpu").stderr
     result = fit(device="cpu", min_count=10**6, overwrite=True)
     assert "there 1000000 times, so all of them are unknown: lower --min-count" in result.stderr
+
+
+def test_ids_with_a_gap_are_the_same_ids() -> None:
+    """pandas turns integers to floats where a column has a gap: in one file, not in the other."""
+    for name in ("train", "valid"):
+        rows = pq.read_table(f"{name}.parquet")
+        pa.csv.write_csv(rows.drop_columns(["seen"]), f"{name}.csv")
+        lines = Path(f"{name}.csv").read_text().splitlines()
+        cells = [line.split(",") for line in lines]
+        pairs = [
+            (user, f"{video}.0" if video.isdigit() else video, *rest)
+            for user, video, *rest in cells
+        ]
+        Path(f"{name}_gap.csv").write_text("\n".join(",".join(row) for row in pairs) + "\n")
+    fit("a", train="train.csv", valid="valid.csv")
+    fit("b", train="train_gap.csv", valid="valid.csv")
+    fit("c", train="train.csv", valid="valid_gap.csv")
+    assert read("a/schema.json") == read("b/schema.json")
+    assert read("a/metrics.json") == read("b/metrics.json") == read("c/metrics.json")
+
+
+def test_the_share_of_unknown_values_is_told() -> None:
+    fit(sequence="seen=video_id")
+    result = stem_fast("evaluate", "run", "--data", "valid.parquet")
+    cells = pq.read_table("valid.parquet")["video_id"].drop_null().to_pylist()
+    unknown = sum(video >= 20 for video in cells) / len(cells)
+    assert 0 < unknown < 0.5
+    assert f"\nunknown values: video_id {100 * unknown:.1f} %\n" in result.stdout
+    result = stem_fast("predict", "run", "--data", "train.parquet", "--out", "p.csv")
+    assert result.stdout.endswith("\nunknown values: none\n")
+
+
+@pytest.mark.filterwarnings("default")
+def test_ids_spelled_in_two_ways_are_warned_of() -> None:
+    fit()
+    rows = pq.read_table("valid.parquet")
+    padded = pa.array([f"{user:05}" for user in rows["user_id"].to_pylist()])
+    pq.write_table(rows.set_column(0, "user_id", padded), "padded.parquet")
+    for command in (("evaluate",), ("predict", "--out", "p.csv")):
+        result = stem_fast(*command, "run", "--data", "padded.parquet", "--device", "cpu")
+        assert result.exit_code == 0, result.output
+        assert (
+            "warning: padded.parquet: 100.0 % of the values of column 'user_id' are unknown to the "
+            "model, such as '0"
+        ) in result.stderr
+        assert "unknown values: user_id 100.0 %, video_id " in result.stdout
+    result = fit(valid="padded.parquet", overwrite=True)
+    assert "warning: padded.parquet: 100.0 % of the values of column 'user_id'" in result.stderr
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_join_that_matches_nothing_is_not_blamed_on_min_count() -> None:
+    users = [f"u{user}" for user in range(12)]
+    pq.write_table(pa.table({"user_id": users, "city": list("abcdefabcdef")}), "users.parquet")
+    result = fit(categorical="video_id,city", join="users.parquet:user_id", device="cpu")
+    for name in ("train", "valid"):
+        assert (
+            f"warning: {name}.parquet: 100.0 % of its 'user_id' are not in users.parquet, such as "
+        ) in result.stderr
+    assert "where that has 'u0', and get none of its columns" in result.stderr
+    assert "min-count" not in result.stderr
+    assert result.stderr.count("warning: ") == 2
+
+
+def test_a_table_that_changes_between_the_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    learn = data.fit_encoding
+
+    def then_changed(*arguments: Any, **options: Any) -> Any:
+        encoding = learn(*arguments, **options)
+        pq.write_table(table(400, 3), f"{name}.parquet")
+        return encoding
+
+    monkeypatch.setattr(data, "fit_encoding", then_changed)
+    for name in ("train", "valid"):
+        message = f"{name}.parquet: the data changed while it was read: try again."
+        refused(fit(ok=False), message)
+        assert not Path("run").exists()
 
 
 def test_a_run_keeps_its_precision() -> None:

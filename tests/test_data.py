@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import datetime
 import tempfile
 from collections import Counter
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,8 +23,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stem_fast import data, tables
-from stem_fast.data import Join, fit_encoding, load
-from stem_fast.schema import Schema, SequenceField
+from stem_fast.data import Join, Known, fit_encoding, load
+from stem_fast.schema import Encoding, Schema, SequenceField
+from stem_fast.tables import Values
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +55,8 @@ words = st.sampled_from(
     ["a", "B", "ab", "é", "z", "﹫", "😀", "1", "10", "007", " ", 'q"', "x,y", "l\nl"]
 )
 cells = st.one_of(st.none(), words)
-rows = st.lists(st.tuples(cells, cells, st.lists(cells, max_size=5)), min_size=1, max_size=30)
+items = cells.filter(lambda cell: cell != "x,y")  # alone it looks like a list by commas: refused
+rows = st.lists(st.tuples(cells, cells, st.lists(items, max_size=5)), min_size=1, max_size=30)
 
 
 def write(path: Path, table: list[tuple[str | None, str | None, list[str | None]]]) -> None:
@@ -70,6 +74,7 @@ def write(path: Path, table: list[tuple[str | None, str | None, list[str | None]
             )
 
 
+@pytest.mark.filterwarnings("ignore:.*(are unknown|is missing)")
 @settings(max_examples=60)
 @given(
     train=rows,
@@ -272,7 +277,8 @@ def test_many_distinct_values_are_merged_on_the_way(
     counts = data._Counts(tables)
     for start in range(0, 20, 2):
         texts = pa.array([f"{start + i:02}" for i in range(4)], data.TEXT)
-        counts.add(texts, pa.array([0, 1, 1, 2, 3, None], pa.int32()))
+        codes = pa.array([0, 1, 1, 2, 3, None], pa.int32())
+        counts.add(Values(texts, codes, texts))
     assert sum(map(len, counts.texts)) < 40
     # "02" .. "19": texts 0 and 1 of one block are texts 2 and 3 of the one before.
     assert counts.vocabulary(3) == [f"{i:02}" for i in range(3, 20, 2)]
@@ -431,6 +437,263 @@ def test_joined_columns_are_features_like_others(tmp_path: Path) -> None:
     assert offsets.tolist() == [0, 1, 3, 3, 4]
     assert encoded.numeric is not None
     assert encoded.numeric[2].item() == 0
+
+
+# --- One value, one id.
+
+
+def encoded_alike(tmp_path: Path, train: pa.Table, valid: pa.Table | str) -> data.Dataset:
+    """``valid`` (a table, or a CSV's text) encoded by ``train``."""
+    pa.parquet.write_table(train, tmp_path / "train.parquet")
+    encoding = fit_encoding(
+        tmp_path / "train.parquet", Schema({"y": "binary"}, ("x",), min_count=1)
+    )
+    if isinstance(valid, str):
+        (tmp_path / "valid.csv").write_text(valid)
+        return load(tmp_path / "valid.csv", encoding)
+    pa.parquet.write_table(valid, tmp_path / "valid.parquet")
+    return load(tmp_path / "valid.parquet", encoding)
+
+
+INTEGERS = [1170, 1169, 2**53 + 2, 7]
+
+
+@pytest.mark.parametrize(
+    "valid",
+    [
+        "y,x\n0,1170\n1,1169\n0,9007199254740994\n1,7\n",
+        "y,x\n0,1170.0\n1,1169.0\n0,9007199254740994.0\n1,7.0\n",
+        "y,x\n0,1170.00\n1,1169.00\n0,9.007199254740994e+15\n1,7.00\n",
+        pa.table({"y": [0, 1, 0, 1], "x": INTEGERS}),
+        pa.table({"y": [0, 1, 0, 1], "x": pa.array(map(float, INTEGERS))}),
+        pa.table({"y": [0, 1, 0, 1], "x": pa.array(INTEGERS, pa.uint64())}),
+        pa.table(
+            {"y": [0, 1, 0, 1], "x": pa.array(INTEGERS, pa.int64()).cast(pa.decimal128(30, 3))}
+        ),
+        pa.table({"y": [0, 1, 0, 1], "x": ["1170.0", "1169", "9007199254740994", "7.000"]}),
+    ],
+)
+def test_an_integer_is_one_value_in_every_file_and_type(
+    tmp_path: Path, valid: pa.Table | str
+) -> None:
+    """As pandas writes it once its column has a gap, or a database with decimals."""
+    for values in (INTEGERS, pa.array(map(float, INTEGERS))):
+        train = pa.table({"y": [0, 1, 0, 1], "x": values})
+        found = encoded_alike(tmp_path, train, valid)
+        assert found.ids[:, 0].tolist() == [2, 1, 4, 3]  # by text where counts are equal
+
+
+def test_neighbours_past_two_to_the_53_are_two_values(tmp_path: Path) -> None:
+    for kind in (pa.int64(), pa.uint64()):
+        table = pa.table({"y": [0, 1], "x": pa.array([2**53, 2**53 + 1], kind)})
+        assert encoded_alike(tmp_path, table, table).ids.tolist() == [[1], [2]]
+        csv = "y,x\n0,9007199254740993\n1,9007199254740993.0\n"
+        assert encoded_alike(tmp_path, table, csv).ids.tolist() == [[2], [2]]
+
+
+def test_versions_stay_apart(tmp_path: Path) -> None:
+    versions = ["1.1", "1.10", "1.0", "1.100"]
+    table = pa.table({"y": [0, 1, 0, 1], "x": versions})
+    csv = "y,x\n" + "".join(f"0,{version}\n" for version in versions)
+    assert encoded_alike(tmp_path, table, csv).ids[:, 0].tolist() == [2, 3, 1, 4]
+
+
+def test_sequences_groups_and_keys_are_spelled_alike_too(tmp_path: Path) -> None:
+    side = parquet(tmp_path / "side.parquet", user=[1.0, 2.0, None], city=["a", "b", "c"])
+    train = parquet(tmp_path / "train.parquet", y=[0, 1], user=[1, 2], seen=[[5, 6], [6]])
+    schema = Schema(
+        {"y": "binary"}, ("city",), (), (SequenceField("seen"),), group="user", min_count=1
+    )
+    encoding = fit_encoding(train, schema, joins=[Join(side, "user")])
+    assert encoding.vocabularies == {"city": ["a", "b"], "seen": ["6", "5"]}
+    (tmp_path / "valid.csv").write_text("y,user,seen\n0,2.0,6.0|5.0\n1,1.0,5.0\n0,2,5\n")
+    found = load(tmp_path / "valid.csv", encoding, joins=[Join(side, "user")])
+    assert found.ids.tolist() == [[2], [1], [2]]
+    assert jagged(*found.sequences["seen"]) == [[1, 2], [2], [2]]
+    assert found.group is not None
+    assert found.group.tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("words", "cells", "wanted"),
+    [
+        # What an older release learned from "1170.0" finds it still, and 1170 as well.
+        (["1170.0", "7"], ["1170.0", "1170", "7.0"], [1, 1, 2]),
+        (["7", "7.0"], ["7.0", "7", "7.00"], [2, 1, 1]),  # two ids of one value, as it learned
+        (["True", "1e+16"], ["True", "true", "1e+16"], [1, 1, 2]),
+    ],
+)
+def test_runs_of_older_releases_encode_as_they_did(
+    tmp_path: Path, words: list[str], cells: list[str], wanted: list[int]
+) -> None:
+    encoding = Encoding(Schema({"y": "binary"}, ("x",)), {"x": words})
+    path = parquet(tmp_path / "a.parquet", y=[0] * len(cells), x=cells)
+    assert load(path, encoding).ids[:, 0].tolist() == wanted
+
+
+def test_decimals_and_times_of_older_releases(tmp_path: Path) -> None:
+    """They learned Arrow's text of the type: "1.50", "2022-04-09 00:00:00.000"."""
+    at = datetime.datetime(2022, 4, 9)
+    for word, cells in (
+        ("1.50", pa.array([Decimal("1.50")])),
+        ("1e+16", pa.array([1e16])),
+        ("2022-04-09 00:00:00.000", pa.array([at], pa.timestamp("ms"))),
+        ("2022-04-09 02:00:00.000+0200", pa.array([at], pa.timestamp("ms", "+02:00"))),
+    ):
+        encoding = Encoding(Schema({"y": "binary"}, ("x",)), {"x": ["a", word]})
+        path = parquet(tmp_path / "a.parquet", y=[0], x=cells)
+        assert load(path, encoding).ids.tolist() == [[2]]
+
+
+# --- What is not known is counted, and warned of where it is nearly all.
+
+
+def test_what_is_known_is_counted(tmp_path: Path) -> None:
+    train = parquet(
+        tmp_path / "train.parquet",
+        y=[0] * 3,
+        x=["a", "a", "b"],
+        n=[1, 2, 3],
+        s=[["u", "u"], [], []],
+    )
+    schema = Schema({"y": "binary"}, ("x",), ("n",), (SequenceField("s", max_len=1),), min_count=2)
+    encoding = fit_encoding(train, schema)
+    valid = parquet(
+        tmp_path / "valid.parquet",
+        y=[0] * 4,
+        x=["a", "?", None, "b"],
+        n=[1, None, 2, 3],
+        s=[["u", "v"], [None, "u"], None, []],
+    )
+    wanted = {
+        "x": Known(4, 3, 1, "?", "a"),
+        "n": Known(4, 3, 3, None, None),
+        "s": Known(4, 3, 2, "v", "u"),
+    }
+    for _ in range(2):  # the second time from the cache
+        found = load(valid, encoding)
+        assert found.known == wanted
+        assert found.to("cpu").known == wanted
+    assert wanted["x"].unknown_share == 2 / 3
+    assert Known(4, 0, 0, None, None).unknown_share == 0
+
+
+@pytest.mark.parametrize("known", [0, 2])
+def test_a_column_nearly_all_unknown_is_warned_of(tmp_path: Path, known: int) -> None:
+    schema = Schema({"y": "binary"}, ("x", "z"), sequences=(SequenceField("s", "x"),), min_count=1)
+    columns = {"y": [0] * 40, "z": ["z"] * 40}
+    train = parquet(tmp_path / "train.parquet", **columns, x=["u07"] * 40, s=["u07|u08"] * 40)
+    encoding = fit_encoding(train, schema)
+    cells = ["u07"] * known + ["7"] * (40 - known)
+    valid = parquet(tmp_path / "valid.parquet", **columns, x=cells, s=["u07 u08"] * 40)
+    for _ in range(2):  # the second time from the cache
+        with pytest.warns(UserWarning, match="unknown") as caught:
+            load(valid, encoding)
+        assert [str(warning.message) for warning in caught] == [
+            f"{valid}: {95 if known else 100}.0 % of the values of column 'x' are unknown to the "
+            "model, such as '7' where it knows 'u07': are they spelled in two ways, or rarer than "
+            "min_count 1 in training?",
+            f"{valid}: 100.0 % of the values of column 's' are unknown to the model, such as "
+            "'u07 u08' where it knows 'u07': are they spelled in two ways, divided by something "
+            "else than '|', or rarer than min_count 1 in training?",
+        ]
+        assert {warning.filename for warning in caught} == {__file__}
+    few = parquet(tmp_path / "few.parquet", y=[0] * 19, z=["z"] * 19, x=["7"] * 19, s=["7"] * 19)
+    load(few, encoding)  # that many may be new by chance
+    half = parquet(tmp_path / "half.parquet", **columns, x=["u07", "7"] * 20, s=["7|u08"] * 40)
+    load(half, encoding)
+
+
+def test_a_column_missing_everywhere_is_warned_of(tmp_path: Path) -> None:
+    schema = Schema({"y": "binary"}, ("x",), ("n",), min_count=1)
+    train = parquet(tmp_path / "train.parquet", y=[0, 1], x=["a", "b"], n=[1, 2])
+    encoding = fit_encoding(train, schema)
+    empty = parquet(tmp_path / "empty.parquet", y=[0] * 20, x=pa.nulls(20), n=pa.nulls(20))
+    with pytest.warns(UserWarning, match="missing") as caught:
+        load(empty, encoding)
+    assert [str(warning.message) for warning in caught] == [
+        f"{empty}: column '{name}' is missing on every row" for name in ("x", "n")
+    ]
+
+
+def test_a_join_that_matches_nearly_nothing_is_warned_of(tmp_path: Path) -> None:
+    log = parquet(tmp_path / "log.parquet", y=[0, 1] * 20, user=[f"u{i}" for i in range(40)])
+    side = parquet(tmp_path / "side.parquet", user=[None, "0", "1"], city=["c", "a", "b"])
+    schema = Schema({"y": "binary"}, ("city",), min_count=1)
+    joins = [Join(side, "user")]
+    encoding = fit_encoding(log, schema, joins=joins)
+    for _ in range(2):  # the second time from the cache
+        with pytest.warns(UserWarning, match="keys") as caught:
+            load(log, encoding, joins=joins)
+        # Not that its column is missing, or all of it unknown: that is what follows.
+        assert [str(warning.message) for warning in caught] == [
+            f"{log}: 100.0 % of its 'user' are not in {side}, such as 'u0' where that has '0', and "
+            "get none of its columns: are the keys spelled in two ways?"
+        ]
+    part = parquet(tmp_path / "part.parquet", user=["u1", "u2", "u3", "u4"], city=list("abab"))
+    joins = [Join(part, "user")]
+    load(log, fit_encoding(log, schema, joins=joins), joins=joins)
+
+
+# --- Texts of sequences that are divided otherwise.
+
+
+@pytest.mark.parametrize(
+    ("cells", "delimiter", "message"),
+    [
+        (["", "[1, 2, 3]"], "|", "row 1: '[1, 2, 3]' is a list's text, whose brackets would be in"),
+        (
+            ["[1, 2]", "[3]"],
+            ",",
+            "row 0: '[1, 2]' is a list's text, whose brackets would be in its",
+        ),
+        (
+            ["{1,2}"],
+            "|",
+            "row 0: '{1,2}' is a list's text, whose brackets would be in its values: ",
+        ),
+        (
+            ["[1\n 2]"],
+            "|",
+            "is a list's text, whose brackets would be in its values: write 1|2|3, or",
+        ),
+        (["7", "1 2 3", "4 5"], "|", "row 1: '1 2 3' has no '|' and would be one value: name what"),
+        (
+            ["1,2,3"],
+            "|",
+            "would be one value: name what divides its values (in YAML, sequences: {s",
+        ),
+        (["a, b"], ";", "has no ';' and would be one value"),
+    ],
+)
+def test_lists_in_another_form_are_refused(
+    tmp_path: Path, cells: list[str], delimiter: str, message: str
+) -> None:
+    path = parquet(tmp_path / "a.parquet", y=[0] * len(cells), s=cells)
+    field = SequenceField("s", delimiter=delimiter)
+    with refused(message):
+        fit_encoding(path, Schema({"y": "binary"}, sequences=(field,), min_count=1))
+
+
+@pytest.mark.parametrize(
+    ("cells", "delimiter", "wanted"),
+    [
+        (["a b|c", "d e", "f g"], "|", ["a b", "c", "d e", "f g"]),
+        (["[none]", "a|b", "c"], "|", ["[none]", "a", "b", "c"]),
+        (["1 2 3", "4"], " ", ["1", "2", "3", "4"]),
+        (["new", "New York", "old"], "|", ["New York", "new", "old"]),
+        ([5, 6], "|", ["5", "6"]),
+        ([[" 1,2 "]], "|", [" 1,2 "]),
+        ([None, ""], "|", []),
+    ],
+)
+def test_other_texts_of_sequences_stay_as_they_are(
+    tmp_path: Path, cells: Any, delimiter: str, wanted: list[str]
+) -> None:
+    path = parquet(tmp_path / "a.parquet", y=[0] * len(cells), s=cells)
+    field = SequenceField("s", delimiter=delimiter)
+    schema = Schema({"y": "binary"}, sequences=(field,), min_count=1)
+    assert fit_encoding(path, schema).vocabularies == {"s": wanted}
 
 
 def test_tiktok_form(tmp_path: Path) -> None:

@@ -76,18 +76,41 @@ def test_a_changed_side_table_is_joined_anew(tmp_path: Path) -> None:
     assert load(log, encoding, joins=side).ids.tolist() == [[2], [2]]
 
 
+def test_keys_are_part_of_a_joined_tables_entry(tmp_path: Path) -> None:
+    log = parquet(tmp_path / "log.parquet", y=[0, 1], user=[1, 2], friend=[2, 1])
+    side = parquet(tmp_path / "side.parquet", user=[1, 2], friend=[2, 1], x=["a", "b"])
+    encoding = Encoding(Schema({"y": "binary"}, ("x",)), {"x": ["a", "b"]})
+    parquet(tmp_path / "other.parquet", user=[1, 2], friend=[1, 2], x=["a", "b"])
+    assert load(log, encoding, joins=[Join(side, "user")]).ids.tolist() == [[1], [2]]
+    parquet(tmp_path / "side.parquet", user=[1, 2], friend=[1, 2], x=["a", "b"])
+    by = {key: load(log, encoding, joins=[Join(side, key)]).ids for key in ("user", "friend")}
+    assert by["user"].tolist() == [[1], [2]]
+    assert by["friend"].tolist() == [[2], [1]]
+
+
+@pytest.mark.parametrize("step", ["_encode", "_labels"])
 def test_a_source_that_changes_while_it_is_read(
-    small: tuple[Path, Encoding], monkeypatch: pytest.MonkeyPatch, cache_folder: Path
+    small: tuple[Path, Encoding],
+    monkeypatch: pytest.MonkeyPatch,
+    cache_folder: Path,
+    step: str,
 ) -> None:
     path, encoding = small
-    encode = data._encode
+    size, work = path.stat().st_size, getattr(data, step)
 
-    def slow(*arguments: Any) -> None:
-        encode(*arguments)
-        parquet(path, y=[0, 1, 1, 1], x=["b", "b", "b", "b"])
+    def slow(*arguments: Any) -> Any:
+        result = work(*arguments)
+        parquet(path, y=[0, 1, 1], x=["b", "a", "b"])
+        assert path.stat().st_size == size  # only its time tells
+        return result
 
-    monkeypatch.setattr(data, "_encode", slow)
-    with refused("a.parquet: the data changed while it was read: try again."):
+    monkeypatch.setattr(data, step, slow)
+    message = "a.parquet: the data changed while it was read: try again."
+    if step == "_labels":
+        with refused(message):
+            fit_encoding(path, encoding.schema)
+        parquet(path, y=[0, 1, 1], x=["a", "b", "a"])
+    with refused(message):
         load(path, encoding)
     assert list(cache_folder.iterdir()) == []
 
@@ -96,6 +119,11 @@ def test_a_damaged_entry_is_rebuilt(small: tuple[Path, Encoding], cache_folder: 
     path, encoding = small
     first = load(path, encoding)
     (entry,) = cache_folder.iterdir()
+    changed = bytearray((entry / "ids.npy").read_bytes())
+    changed[-1] ^= 0x40  # an id of a billion
+    (entry / "ids.npy").unlink()  # the old file is mapped
+    (entry / "ids.npy").write_bytes(changed)
+    same(load(path, encoding), first)
     for damage in ("ids.npy", "labels.npy", cache.META):
         (entry / damage).unlink()
         same(load(path, encoding), first)

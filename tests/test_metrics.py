@@ -98,6 +98,19 @@ def test_by_hand() -> None:
     assert mae([1.0, -2.0], [4.0, 2.0]) == 3.5
 
 
+def test_groups_belong_to_the_rows_that_have_the_label() -> None:
+    """A label is missing in row 0: the codes of the rows behind it must not move up."""
+    labels = [[math.nan, 1], [0, 0], [1, 1], [0, math.nan], [1, 0]]
+    p = [[0.9, 0.3], [0.2, 0.6], [0.4, 0.5], [0.5, 0.9], [0.3, 0.7]]
+    group = [0, 1, 1, 2, 2]
+    found = evaluate(labels, p, {"a": "binary", "b": "binary"}, group)["tasks"]
+    # Task a: groups 1 and 2 with AUC 1 and 0. Task b: group 1 with AUC 0, the others of one class.
+    assert found["a"]["gauc"] == 0.5
+    assert found["b"]["gauc"] == 0.0
+    del labels[0], p[0], group[0]
+    assert evaluate(labels, p, {"a": "binary", "b": "binary"}, group)["tasks"]["a"]["gauc"] == 0.5
+
+
 def test_auc_depends_on_the_order_of_scores_only() -> None:
     random = np.random.default_rng(1)
     y = random.integers(0, 2, 500)

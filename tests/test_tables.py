@@ -37,7 +37,7 @@ def values(path: Path, column: str, *joins: Join, **options: Any) -> list[str | 
     """A column as the texts that it is compared by."""
     found: list[str | None] = []
     for block in blocks(path, column, *joins, **options):
-        texts, codes = block.distinct(column, block.column(column))
+        texts, codes, _ = block.distinct(column, block.column(column))
         found += texts.take(codes).to_pylist()
     return found
 
@@ -46,7 +46,7 @@ def lists(path: Path, column: str, *joins: Join, delimiter: str = "|") -> list[l
     found: list[list[str | None]] = []
     for block in blocks(path, column, *joins):
         elements, lengths = block.lists(column, delimiter)
-        texts, codes = block.distinct(column, elements)
+        texts, codes, _ = block.distinct(column, elements)
         flat = iter(texts.take(codes).to_pylist())
         found += [[next(flat) for _ in range(length)] for length in lengths]
         assert next(flat, "end") == "end"
@@ -59,8 +59,8 @@ def numbers(path: Path, column: str) -> np.ndarray:
 
 @pytest.mark.parametrize("name", ["a.csv", "a.CSV", "a.csv.gz", "a.b.csv"])
 def test_csv(tmp_path: Path, name: str) -> None:
-    path = text(tmp_path / name, 'x,y\n007,"a,\n""b"""\n1.0,é\n')
-    assert values(path, "x") == ["007", "1.0"]
+    path = text(tmp_path / name, 'x,y\n007,"a,\n""b"""\n1.10,é\n')
+    assert values(path, "x") == ["007", "1.10"]
     assert values(path, "y") == ['a,\n"b"', "é"]
 
 
@@ -142,7 +142,11 @@ def test_missing_texts(tmp_path: Path) -> None:
     ("cells", "wanted"),
     [
         (pa.array([1, None, -7], pa.int8()), ["1", None, "-7"]),
-        (pa.array([2**63], pa.uint64()), ["9223372036854775808"]),
+        (
+            pa.array([2**63, 2**64 - 1, 2**53 + 1], pa.uint64()),
+            ["9223372036854775808", "18446744073709551615", "9007199254740993"],
+        ),
+        (pa.array([2**53 + 1, -(2**63)]), ["9007199254740993", "-9223372036854775808"]),
         (pa.array([3.0, None, float("nan"), 2.5]), ["3", None, None, "2.5"]),
         (
             pa.array([0.0, -0.0, 3e15, -(2.0**52)]),
@@ -152,6 +156,17 @@ def test_missing_texts(tmp_path: Path) -> None:
             pa.array([1e70, float("inf"), float("-inf")]),
             ["1e+70", "inf", "-inf"],
         ),
+        (  # whole floats are the integers that they are
+            pa.array([2.0**53, 2.0**53 + 2, -(2.0**63), 2.0**63, 2.0**64 - 2048, 2.0**64]),
+            [
+                "9007199254740992",
+                "9007199254740994",
+                "-9223372036854775808",
+                "9223372036854775808",
+                "18446744073709549568",
+                "1.8446744073709552e+19",
+            ],
+        ),
         (pa.array([0.1, 4.0], pa.float32()), ["0.1", "4"]),
         (pa.array([True, False, None]), ["true", "false", None]),
         (pa.array(["a", None, ""]), ["a", None, None]),
@@ -159,7 +174,10 @@ def test_missing_texts(tmp_path: Path) -> None:
         (pa.array([5, None]).dictionary_encode(), ["5", None]),
         (pa.array([b"a", None]), ["a", None]),
         (pa.array([datetime.date(2022, 4, 9)]), ["2022-04-09"]),
-        (pa.array([Decimal("1.50"), None]), ["1.50", None]),
+        (pa.array([Decimal("1.50"), None]), ["1.5", None]),
+        (pa.array([Decimal("1170.00"), Decimal("-0.05")]), ["1170", "-0.05"]),
+        (pa.array([Decimal("0"), Decimal("2e-9")], pa.decimal128(20, 10)), ["0", "0.000000002"]),
+        (pa.array([Decimal("10")], pa.decimal256(50, 0)), ["10"]),
         (pa.nulls(2), [None, None]),
     ],
 )
@@ -167,11 +185,101 @@ def test_text_of_every_type(tmp_path: Path, cells: pa.Array, wanted: list[str | 
     assert values(parquet(tmp_path / "a.parquet", x=cells), "x") == wanted
 
 
+INSTANT = datetime.datetime(2022, 4, 9, 1, 2, 3, 450000)
+
+
+@pytest.mark.parametrize(
+    ("cells", "wanted"),
+    [
+        *((pa.array([INSTANT], pa.timestamp(unit)), "01:02:03.45") for unit in ("ms", "us", "ns")),
+        (pa.array([INSTANT.replace(microsecond=0)], pa.timestamp("s")), "01:02:03"),
+        (pa.array([INSTANT.replace(microsecond=0)], pa.timestamp("ns")), "01:02:03"),
+        *(
+            (pa.array([INSTANT], pa.timestamp("ms", zone)), "01:02:03.45Z")
+            for zone in ("UTC", "+02:00")
+        ),
+        (pa.array(["2022-04-09T01:02:03.450Z"]), "01:02:03.45Z"),
+        (pa.array(["2022-04-09 01:02:03.450000+00:00"]), "01:02:03.45Z"),
+        (pa.array(["2022-04-09T01:02:03.000"]), "01:02:03"),
+        (pa.array(["2022-04-09 03:02:03+02:00"]), "03:02:03+02:00"),
+    ],
+)
+def test_an_instant_is_one_value_in_every_unit_and_zone(
+    tmp_path: Path, cells: pa.Array, wanted: str
+) -> None:
+    assert values(parquet(tmp_path / "a.parquet", x=cells), "x") == [f"2022-04-09 {wanted}"]
+
+
+def test_midnight_is_the_date(tmp_path: Path) -> None:
+    """pandas reads dates as timestamps, and writes those of midnight as dates again."""
+    day = datetime.date(2022, 4, 9)
+    columns = [
+        pa.array([day]),
+        pa.array([day], pa.date64()),
+        pa.array([datetime.datetime(2022, 4, 9)], pa.timestamp("ns")),
+        pa.array(["2022-04-09 00:00:00"]),
+    ]
+    for cells in columns:
+        assert values(parquet(tmp_path / "a.parquet", x=cells), "x") == ["2022-04-09"]
+    clock = [pa.array([datetime.time(1, 2, 3)], kind) for kind in (pa.time32("s"), pa.time64("ns"))]
+    for cells in clock:
+        assert values(parquet(tmp_path / "a.parquet", x=cells), "x") == ["01:02:03"]
+
+
+@pytest.mark.parametrize(
+    ("cell", "wanted"),
+    [
+        ("1170.0", "1170"),
+        ("1170.00", "1170"),
+        ("-7.0", "-7"),
+        ("0.0", "0"),
+        ("-0.0", "0"),
+        ("1e+16", "10000000000000000"),
+        ("1.2345678901234568e+17", "123456789012345680"),
+        ("9007199254740993.0", "9007199254740993"),
+        ("18446744073709551615.0", "18446744073709551615"),
+        ("True", "true"),
+        ("FALSE", "false"),
+        # These may be names of their own: codes, versions, hexadecimal numbers.
+        *(
+            (cell, cell)
+            for cell in ("007", "007.0", "1.10", "1.50", "1.0.0", "1e3", "1e+70", "+1.0")
+        ),
+        *((cell, cell) for cell in ("inf", "-0", ".0", "1.", " 1.0", "x1.0", "T", "None", "1_0.0")),
+    ],
+)
+def test_text_has_one_spelling_a_value(tmp_path: Path, cell: str, wanted: str) -> None:
+    """Value by value, so that a file that has one in another place means the same."""
+    assert values(text(tmp_path / "a.csv", f"x,y\n{cell},1\n"), "x") == [wanted]
+    assert values(parquet(tmp_path / "a.parquet", x=["é+:.TF", None, cell]), "x")[2] == wanted
+    assert values(parquet(tmp_path / "b.parquet", x=[wanted]), "x") == [wanted]
+
+
+def test_pandas_csv_of_a_column_with_a_gap(tmp_path: Path) -> None:
+    """pandas' own text of it: a gap makes integers floats, truths objects."""
+    gap = text(tmp_path / "a.csv", "id,new,at,seen\n1170.0,True,2022-04-09,1.0|2.0\n,,,\n")
+    whole = parquet(
+        tmp_path / "a.parquet",
+        id=pa.array([1170, None], pa.int32()),
+        new=[True, None],
+        at=pa.array([datetime.datetime(2022, 4, 9), None], pa.timestamp("ns")),
+        seen=[[1, 2], None],
+    )
+    for column in ("id", "new", "at"):
+        assert values(gap, column) == values(whole, column)
+        assert values(gap, column)[1] is None
+    assert lists(gap, "seen") == lists(whole, "seen") == [["1", "2"], []]
+
+
 def test_pyarrow_csv_of_a_parquet_table_means_the_same(tmp_path: Path) -> None:
     table = pa.table(
         {
             "int": [1, None, 3],
             "float": [1.0, 0.25, None],
+            "large": [3e15, 2.0**60, None],
+            "zone": pa.array(
+                [datetime.datetime(2022, 4, 9), None, None], pa.timestamp("ms", "UTC")
+            ),
             "bool": [True, None, False],
             "date": [datetime.date(2022, 4, 9), None, datetime.date(1970, 1, 1)],
             "time": [datetime.datetime(2022, 4, 9, 1, 2, 3), None, None],
