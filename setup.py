@@ -1,6 +1,9 @@
 """Builds the C++ library ``stem_fast/_cpp`` where there is a compiler, and ``stem_fast/_cuda``
 where there is nvcc too; the rest is pyproject.toml.
 
+``STEM_FAST_SANITIZE=1`` builds the C++ library alone, for `make sanitize`: with gcc's sanitizers of
+addresses and of undefined behaviour, which end the process at the first error.
+
 The libraries use PyTorch's stable ABI and no Python API at all, so one binary serves every
 torch >= 2.11 and Python >= 3.10. Without a compiler the package installs and runs on what there is
 (``stem-fast doctor`` says what).
@@ -24,6 +27,8 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension, include_path
 TARGET = ("TORCH_TARGET_VERSION", "0x020B000000000000")  # 2.11
 # Without TORCH_CUDA_ARCH_LIST: A100, H100 and H200, B200, and by PTX what comes later.
 ARCHITECTURES = ("8.0", "9.0", "10.0")
+SANITIZE = os.environ.get("STEM_FAST_SANITIZE") == "1"
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
 
 def find_nvcc() -> str | None:
@@ -119,10 +124,16 @@ def extensions() -> list[Extension]:
             sources("cpu", "cpp"),
             depends=sources("cpu", "h"),
             define_macros=[TARGET],
-            extra_compile_args=["-std=c++20", "-O3", "-fno-math-errno", "-Wall", "-Wextra"],
+            extra_compile_args=[
+                *("-std=c++20", "-O3", "-fno-math-errno", "-Wall", "-Wextra"),
+                *(["-O1", "-g1", "-fno-omit-frame-pointer", *SANITIZERS] if SANITIZE else []),
+            ],
+            extra_link_args=SANITIZERS if SANITIZE else [],
             py_limited_api=True,
         )
     ]
+    if SANITIZE:
+        return found
     if os.environ.get("STEM_FAST_CUDA") == "0":
         print("stem_fast: STEM_FAST_CUDA=0: installing without the CUDA library")
         return found

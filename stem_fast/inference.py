@@ -127,16 +127,19 @@ class Inference:
             self.model.embedding.flush()
         return self._run(ids, numeric, sequences)
 
+    def _autocast(self, enabled: bool) -> torch.autocast:
+        """What autocast there is around a call has no part in it."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
     @torch.no_grad()
     def _run(self, ids: Tensor, numeric: Tensor | None, sequences: Sequences | None) -> Tensor:
         model = self.model
         with precisions.tf32(self.precision):
             if self.parts is None:
                 # The model is in evaluation mode as long as it predicts.
-                with self.lock, precisions.autocast(self.precision, self.device):
+                with self.lock, self._autocast(self.precision == "bf16"):
                     return model.predict(ids, numeric, sequences)
-            # The weights are cast already: what autocast there is around has no part in it.
-            with torch.autocast(self.device.type, enabled=False):
+            with self._autocast(False):  # the weights are cast already
                 found = model.lookup(ids, numeric, sequences)
                 size = CHUNK if self.device.type == "cpu" else CUDA_CHUNK
                 outputs = [

@@ -99,6 +99,16 @@ def test_save_weights_changes_the_weights_only(run: Path) -> None:
     assert (run / "config.json").read_bytes() == before
 
 
+def test_a_model_in_float64_is_saved_in_float32(run: Path) -> None:
+    model = marked_model(1 / 3).double()
+    checkpoint.save_weights(run, model)
+    assert {t.dtype for t in load_file(run / "model.safetensors").values()} == {torch.float32}
+    assert {t.dtype for t in model.state_dict().values()} == {torch.float64}
+    loaded = checkpoint.load_run(run)[0].state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded[name], tensor.float())
+
+
 def test_parents_are_made_and_an_empty_folder_is_taken(tmp_path: Path) -> None:
     path = tmp_path / "a" / "b"
     path.mkdir(parents=True)

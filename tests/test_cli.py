@@ -760,7 +760,12 @@ def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, step: int, said: str) -> None:
         return train_step(*arguments)
 
     monkeypatch.setattr("stem_fast.step.train_step", interrupted)
-    result = fit(ok=False)
+    # Where the tests run in the background (nohup), Ctrl-C is ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        result = fit(ok=False)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert result.exit_code == 130
     assert said in result.stderr
     assert "Traceback" not in result.output

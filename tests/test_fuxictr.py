@@ -252,6 +252,18 @@ def test_contradictions_are_refused(
         STEMNet.from_official(state, **{"tasks": ["click", "like"], **options})
 
 
+def test_a_shared_table_that_differs_is_refused() -> None:
+    """By one row: the sequence would read the field's."""
+    sequences = {"history": "item"}
+    state = STEMNet({"user": 5, "item": 4}, ["click"], sequences=sequences).to_official()
+    STEMNet.from_official(state, tasks=["click"], sequences=sequences)
+    for name in ("history", "item"):
+        key = TABLE.replace("user", name)
+        changed = state | {key: state[key].index_fill(0, torch.tensor(3), 1.0)}
+        with pytest.raises(ValueError, match="'history' shares 'item', but their tables differ"):
+            STEMNet.from_official(changed, tasks=["click"], sequences=sequences)
+
+
 def test_a_checkpoint_with_dropout_needs_its_rate() -> None:
     options: dict[str, Any] = {"expert_hidden_units": (4, 4), "net_dropout": 0.5}
     state = STEMNet({"user": 5}, ["click"], **options).to_official()

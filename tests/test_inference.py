@@ -163,15 +163,63 @@ def test_layers_of_experts_and_a_model_in_float64(cuda: bool) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_weights_are_those_of_the_moment(precision: str) -> None:
+@pytest.mark.parametrize("n", [1, inference.FEW, inference.FEW + 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weights_are_those_of_the_moment(precision: str, n: int, dtype: torch.dtype) -> None:
+    """Of every network; the table is the model's own."""
     model, batch = build("stem")
-    given = batch(20)
+    model.to(dtype)
+    given = batch(n)
     compiled = model.compile_inference(precision)
     before = compiled(*given)
-    with torch.no_grad():
-        model.towers.blocks[0].weight.zero_()
+    for name, parameter in model.named_parameters():
+        if not name.startswith("embedding."):
+            parameter.detach().add_(0.5)
     assert torch.equal(compiled(*given), before)
     assert not torch.equal(model.compile_inference(precision)(*given), before)
+    model.embedding.weight.detach().mul_(2)
+    assert not torch.equal(compiled(*given), before)
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_norm": True}])
+@pytest.mark.parametrize("n", [1, inference.FEW + 1])
+def test_fp64_is_of_a_copy(options: dict[str, Any], n: int) -> None:
+    """The caller's model stays in its type, with its values, and may change."""
+    model, batch = build("stem", **options)
+    kept = copy.deepcopy(model.state_dict())
+    ids, numeric, sequences = batch(n)
+    exact = copy.deepcopy(model).double().predict(ids, numeric.double(), sequences)
+    compiled = model.compile_inference("fp64")
+    assert compiled(ids, numeric, sequences).dtype == torch.float64
+    torch.testing.assert_close(compiled(ids, numeric, sequences), exact, rtol=1e-12, atol=0)
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == kept[name].dtype
+        assert torch.equal(tensor, kept[name])
+    for parameter in model.parameters():
+        parameter.detach().add_(0.5)
+    torch.testing.assert_close(compiled(ids, numeric, sequences), exact, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_norm": True}])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp64"])
+@pytest.mark.parametrize("n", [1, inference.FEW + 1])
+@pytest.mark.parametrize("onednn", [True, False])
+def test_autocast_around_it_has_no_part_in_it(
+    options: dict[str, Any],
+    precision: str,
+    n: int,
+    onednn: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if not onednn:  # whose products autocast does not know
+        monkeypatch.setattr(batched, "onednn", lambda x: False)
+    model, batch = build("stem", **options)
+    given = batch(n)
+    compiled = model.compile_inference(precision)
+    expected = compiled(*given)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            assert torch.equal(compiled(*given), expected)
 
 
 def test_what_is_wrong_is_refused() -> None:

@@ -35,8 +35,8 @@ from cases.linear import (
     check_grouped_linear_backward,
     check_relu_backward,
 )
-from cases.lookup import LOOKUPS, LookupCase
-from cases.loss import LOSSES, LossCase, check_task_losses
+from cases.lookup import FIELDS, LOOKUPS, LookupCase, check_plan, plan_arguments
+from cases.loss import LOSSES, LossCase, check_losses_near_zero, check_task_losses
 from cases.mixture import MIXTURES, MixtureCase, check_not_a_number
 from cases.sgd import SGDS, SgdCase, check_sgd_rows
 
@@ -77,13 +77,7 @@ def poisoned() -> Iterator[None]:
 def check_row_plan(*arguments: Any) -> tuple[Any, Any]:
     """The plan, and the reference's, which it begins with."""
     plan, expected = row_plan.row_plan(*arguments), reference.row_plan(*arguments)
-    unique, read = len(expected[0]), len(expected[2])
-    assert torch.equal(plan[0][:unique], expected[0])
-    assert torch.equal(plan[1][: unique + 1], expected[1])
-    assert torch.equal(plan[2][:read], expected[2])
-    torch.testing.assert_close(plan[3][: len(expected[3])], expected[3])
-    assert not plan[0][unique:].any(), "rows past the last are padding"
-    assert (plan[1][unique:] == read).all()
+    check_plan(plan, expected)
     ids, offsets, *rest = arguments
     narrow = row_plan.row_plan(ids, offsets.int(), *rest)
     torch.testing.assert_close(narrow, plan, rtol=0, atol=0, equal_nan=True)
@@ -109,6 +103,11 @@ def test_lookup_and_its_gradients(case: LookupCase, dtype: torch.dtype) -> None:
     right = reference.row_gradients(*wide, sums, *expected[1:], case.dim)
     assert_within(actual[:unique], own, right)
     assert not actual[unique:].any()
+
+
+@pytest.mark.parametrize("rows", FIELDS[:-1])  # of which offsets may be int32
+def test_row_plan_of_large_tables(rows: int) -> None:
+    check_row_plan(*to(DEVICE, plan_arguments(rows, torch.int32)))
 
 
 @pytest.mark.parametrize("name", ["many rows", "sequences"])
@@ -351,6 +350,11 @@ def test_sgd_rows(case: SgdCase, grads: bool, dtype: torch.dtype) -> None:
 @dtypes
 def test_task_losses(case: LossCase, dtype: torch.dtype) -> None:
     check_task_losses(loss.task_losses, loss.task_losses_backward, case, dtype, DEVICE)
+
+
+@dtypes
+def test_losses_near_zero(dtype: torch.dtype) -> None:
+    check_losses_near_zero(loss.task_losses, loss.task_losses_backward, dtype, DEVICE)
 
 
 def test_losses_of_more_rows_than_programs_take_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from cases import devices
@@ -201,9 +203,12 @@ ALONE = {
 
 @pytest.mark.parametrize("name", [*ALONE, "ReLU", "dice"])
 def test_group_is_its_networks_side_by_side(name: str) -> None:
-    """Forward and every gradient, in training mode with batch norm."""
+    """Forward, every gradient and running statistics, in training mode with batch norm."""
     torch.manual_seed(1)
     group = GroupedMLP(3, 5, (6, 4), outputs=2, hidden_activations=name, batch_norm=True).double()
+    for parameter in group.parameters():  # biases and Dice's alpha start at 0
+        parameter.detach().add_(torch.randn_like(parameter), alpha=0.3)
+    before = copy.deepcopy(group)
     x = torch.randn(2, 9, 5, dtype=torch.float64, requires_grad=True)
     reads = [1, 0, 1]
     y = group(x, reads)
@@ -219,8 +224,10 @@ def test_group_is_its_networks_side_by_side(name: str) -> None:
         for inputs, units in ((5, 6), (6, 4)):
             blocks += [nn.Linear(inputs, units), nn.BatchNorm1d(units), alone(name, units)]
         network = nn.Sequential(*blocks, nn.Linear(4, 2)).double()
-        network.load_state_dict({key.removeprefix("mlp."): t for key, t in group.official(e)})
+        network.load_state_dict({key.removeprefix("mlp."): t for key, t in before.official(e)})
         torch.testing.assert_close(network(x[n]), y[e])
+        after = {key.removeprefix("mlp."): t for key, t in group.official(e)}
+        torch.testing.assert_close(dict(network.state_dict()), after)
         ours = {name.replace("blocks.", ""): g[e] for name, g in gradients.items()}
         inputs_and_parameters = [x, *network.parameters()]
         dx_e, *theirs = torch.autograd.grad(network(x[n]), inputs_and_parameters, grad[e])

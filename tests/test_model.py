@@ -344,6 +344,9 @@ def test_loss_refuses_other_shapes() -> None:
 
 def test_regularization_covers_tables_and_networks_apart() -> None:
     model = small(hidden_activations="dice", numeric=["price"])
+    for name, parameter in model.named_parameters():
+        if name.endswith("alpha"):  # it starts at 0
+            torch.nn.init.normal_(parameter)
     table = model.embedding.weight.square().sum()
     rest = sum(
         p.square().sum()

@@ -232,10 +232,8 @@ def test_train_step_weighs_tasks_and_rows() -> None:
 
 
 class Scripted(nn.Module):
-    """A model whose validation log loss follows a script: weight w after epoch e is e.
-
-    It has one parameter, whose gradient is the learning rate's probe, and it counts its steps.
-    """
+    """A model whose gradients are always -1: a step moves its weight, and the row of its table, up
+    by their optimizers' learning rates."""
 
     config: ClassVar = {"tasks": ["click"], "kinds": {"click": "binary"}}
 
@@ -245,10 +243,10 @@ class Scripted(nn.Module):
         self.embedding = EmbeddingArena({"f": 2}, (), {}, {}, 1, 1)
 
     def forward(self, ids: Tensor, numeric: None, sequences: object) -> Tensor:
-        return self.weight.expand(len(ids), 1)
+        return self.weight + self.embedding(ids)[0][0, :, 0]
 
     def loss(self, logits: Tensor, labels: Tensor, **_: object) -> Tensor:
-        return -logits.mean()  # Adam moves the weight up by the learning rate at every step
+        return -logits.mean()
 
     def regularization(self, embedding: float, net: float) -> Tensor:
         return self.weight.new_zeros(())
@@ -258,6 +256,17 @@ def run_script(
     monkeypatch: pytest.MonkeyPatch, aucs: list[float], **options: object
 ) -> tuple[list[train.EpochRecord], list[float], float]:
     """fit with scripted validation results: records, weights at each on_best, the last weight."""
+    records, model, saved = scripted(monkeypatch, aucs, **options)
+    return records, saved, model.weight.item()
+
+
+def scripted(
+    monkeypatch: pytest.MonkeyPatch,
+    aucs: list[float],
+    on_epoch: Callable[[Scripted], None] = lambda _: None,
+    **options: object,
+) -> tuple[list[train.EpochRecord], Scripted, list[float]]:
+    """Records, the model, and its weights at each on_best."""
     script = iter(aucs)
 
     def result(value: float) -> dict:
@@ -271,10 +280,11 @@ def run_script(
         model,
         data,
         data,
-        TrainingConfig(batch_size=4, learning_rate=1.0, epochs=len(aucs), **options),
+        TrainingConfig(**{"batch_size": 4, "learning_rate": 1.0, "epochs": len(aucs), **options}),
         on_best=lambda m: saved.append(m.weight.item()),
+        on_epoch=lambda _: on_epoch(model),
     )
-    return records, saved, model.weight.item()
+    return records, model, saved
 
 
 def test_patience_one_stops_at_the_first_epoch_without_progress(
@@ -305,6 +315,39 @@ def test_rate_does_not_fall_below_its_floor(monkeypatch: pytest.MonkeyPatch) -> 
     assert rates[:2] == [1.0, 1.0]
     assert rates[-2:] == [1e-6, 1e-6]
     assert sorted(rates, reverse=True) == rates
+
+
+def test_a_rate_below_the_floor_is_not_raised_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    records, _, _ = run_script(monkeypatch, [0.6] * 4, patience=4, learning_rate=1e-7)
+    assert [r.learning_rate for r in records] == [1e-7] * 4
+
+
+@pytest.mark.parametrize("name", EMBEDDING_OPTIMIZERS)
+def test_the_rate_of_every_optimizer_falls(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = [[0.0, 0.0]]
+
+    def note(model: Scripted) -> None:
+        model.embedding.flush()
+        places.append([model.weight.item(), model.embedding.weight[1].item()])
+
+    aucs = [0.6, 0.5, 0.5, 0.5]
+    scripted(monkeypatch, aucs, note, patience=5, embedding_optimizer=name)
+    network, table = np.diff(places, axis=0).T
+    rates = np.array([1.0, 1.0, 0.1, 0.01])
+    assert network == pytest.approx(rates, rel=1e-3)
+    if "adagrad" in name:  # the sum of squares grows by 1 a step
+        rates /= np.sqrt(np.arange(1, 5))
+    assert table == pytest.approx(rates, rel=1e-2)
+
+
+def test_a_model_in_evaluation_mode_is_trained_in_training_mode() -> None:
+    """As one that was loaded to be trained on: in every epoch."""
+    data, losses = tiny_data(60), []
+    for mode in (True, False):
+        model = tiny_model(net_dropout=0.5).train(mode)
+        records = train.fit(model, data, data, config(patience=3))
+        losses.append([record.loss for record in records])
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize(

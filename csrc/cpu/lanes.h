@@ -16,8 +16,10 @@
 #include <emmintrin.h>
 #endif
 
-// One function for each instruction set, chosen at run time. Older compilers do not know the names.
-#if defined(__x86_64__) && defined(__linux__) && !defined(__clang__) && __GNUC__ >= 12
+// One function for each instruction set, chosen at run time. Older compilers do not know the names,
+// and the sanitizers (make sanitize) would only take three times as long to compile.
+#if defined(__x86_64__) && defined(__linux__) && !defined(__clang__) && __GNUC__ >= 12 && \
+    !defined(__SANITIZE_ADDRESS__)
 #define MULTIVERSION \
   __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else

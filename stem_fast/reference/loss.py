@@ -34,7 +34,8 @@ def task_losses(
         divisors int64 [T], the counts, at least 1.
     """
     present, logits, labels = _wide(logits, labels, mask)
-    losses = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+    # Cross entropy as a sum of two: torch's own, a difference, loses a negative's small losses.
+    losses = -labels * F.logsigmoid(logits) - (1 - labels) * F.logsigmoid(-logits)
     if any(regression):
         squares = (logits - labels).square()
         losses = torch.where(_tasks(regression, logits), squares, losses)

@@ -59,8 +59,34 @@ LOOKUPS = {
     "wide": LookupCase((7, 5), 40, 150, 2, (0b11,)),
     "long sequences": LookupCase((50, 3), 11, 20, 2, (0b11,), ("mean",), length=200),
 }
+# Rows of a field, two of which make a table: C++ sorts it in one pass, in two or in three.
+FIELDS = [900, 3000, 2**17, 2**23, 2**31 - 1]
 # So large that in float32 its outputs come from buffers that are used again.
 LARGE = LookupCase((500, 7), 2000, 24, 3, (0b101, 0b110), ("mean", "sum"), length=9, weighted=True)
+
+
+def plan_arguments(rows: int, ids: torch.dtype) -> Any:
+    """(ids, offsets, bags, mean) of 2,700 ids, many of which differ in one bit alone or not at all,
+    and as many sequences, from all over two fields."""
+    draw = torch.Generator().manual_seed(rows)
+    drawn = torch.randint(1, rows, (1350, 1), generator=draw)
+    bits = torch.randint(0, rows.bit_length(), (1350, 1), generator=draw)
+    near = drawn ^ (1 << bits)
+    drawn = torch.cat([drawn, torch.where(near < rows, near, 0)], 1).to(ids)
+    drawn[:2] = torch.tensor([[1, rows - 1], [rows - 1, 1]])
+    bounds = torch.arange(1351)[None] * 2
+    return drawn, torch.tensor([0, rows]), [drawn.flip(0).flatten(), bounds], 1
+
+
+def check_plan(plan: Any, expected: Any) -> None:
+    """That a plan begins with the reference's, and goes on with padding."""
+    unique, read = len(expected[0]), len(expected[2])
+    assert torch.equal(plan[0][:unique], expected[0])
+    assert torch.equal(plan[1][: unique + 1], expected[1])
+    assert torch.equal(plan[2][:read], expected[2])
+    torch.testing.assert_close(plan[3][: len(expected[3])], expected[3])
+    assert not plan[0][unique:].any(), "rows past the last are padding"
+    assert (plan[1][unique:] == read).all()
 
 
 def check_lookup(case: LookupCase, dtype: torch.dtype, ids: torch.dtype, device: str) -> None:
@@ -82,10 +108,4 @@ def check_lookup(case: LookupCase, dtype: torch.dtype, ids: torch.dtype, device:
     (sparse,) = torch.autograd.grad(outputs[0], weights[0], draw)
     assert sparse.layout == torch.sparse_coo
     assert_within(sparse.to_dense(), *grads[1:])
-    expected = reference.row_plan(rest[0], rest[1], *rest[4:])
-    unique, read = len(expected[0]), len(expected[2])
-    assert torch.equal(plan.rows[:unique], expected[0])
-    assert not plan.rows[unique:].any()
-    assert torch.equal(plan.segments[: unique + 1], expected[1])
-    assert torch.equal(plan.sources[:read], expected[2])
-    torch.testing.assert_close(plan.scales[: len(expected[3])], expected[3])
+    check_plan(plan, reference.row_plan(rest[0], rest[1], *rest[4:]))

@@ -80,3 +80,25 @@ def check_task_losses(
             assert torch.equal(actual, exact)
         else:
             assert_within(actual, own, exact)
+
+
+def check_losses_near_zero(forward: Any, backward: Any, dtype: torch.dtype, device: str) -> None:
+    """Of logits far on either side of either label, each a task of its own: a mean of several would
+    hide what is lost of a small one."""
+    x = torch.tensor([0.0, 1, 5, 10, 15, 20, 30, 40, 60, 80], dtype=torch.float64, device=device)
+    x = torch.cat([x, -x]).repeat(2)
+    y = torch.arange(2, device=device).repeat_interleave(len(x) // 2)
+    right = torch.log1p(torch.exp(-x.abs())) + torch.where(y == 1, -x, x).clamp(min=0)
+    logits, labels = x.to(dtype)[None], y.float()[None]
+    means, divisors = forward(logits, labels, [0] * len(x), None, None, None)
+    # The exponent of a GPU's exp is rounded before: by eps of the logit.
+    eps = torch.finfo(means.dtype).eps * (4 + x.abs())
+    assert ((means.double() - right).abs() <= eps * right).all()
+    (slope,) = backward(
+        torch.ones_like(means), logits, labels, [0] * len(x), None, None, divisors
+    ).double()
+    exact = torch.where(y == 1, -torch.sigmoid(-x), torch.sigmoid(x))
+    # Near 1 the label is subtracted from a rounded sigmoid, as in torch.
+    bound = eps * torch.where(y == 1, 1, exact) + torch.finfo(dtype).eps * exact.abs()
+    bound += 2**-24 if dtype == torch.float16 else 0  # half of its least number
+    assert ((slope - exact).abs() <= bound).all()

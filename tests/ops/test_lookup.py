@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from cases import DTYPES, cpp, devices, dtypes, to
-from cases.lookup import LOOKUPS, LookupCase, check_lookup
+from cases.lookup import FIELDS, LOOKUPS, LookupCase, check_lookup, check_plan, plan_arguments
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -43,6 +43,14 @@ def test_lookup_of_any_shape(data: st.DataObject, device: str) -> None:
     )
     dtype, ids = data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from([32, 64]))
     check_lookup(case, dtype, {32: torch.int32, 64: torch.int64}[ids], device)
+
+
+@devices
+@pytest.mark.parametrize("rows", FIELDS)
+@pytest.mark.parametrize("ids", [torch.int32, torch.int64])
+def test_row_plan_of_large_tables(rows: int, ids: torch.dtype, device: str) -> None:
+    arguments = to(device, plan_arguments(rows, ids))
+    check_plan(ops.row_plan(*arguments), reference.row_plan(*arguments))
 
 
 @devices

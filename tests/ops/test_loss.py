@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from cases import devices, dtypes, to
-from cases.loss import LOSSES, LossCase, check_task_losses
+from cases.loss import LOSSES, LossCase, check_losses_near_zero, check_task_losses
 from torch.nn import functional as F
 
 from stem_fast import ops, reference
@@ -21,6 +21,13 @@ losses = pytest.mark.parametrize("case", LOSSES.values(), ids=LOSSES.keys())
 def test_task_losses(case: LossCase, dtype: torch.dtype, device: str) -> None:
     library = torch.ops.stem_fast
     check_task_losses(library.task_losses, library.task_losses_backward, case, dtype, device)
+
+
+@devices
+@pytest.mark.parametrize("library", [torch.ops.stem_fast, reference], ids=["op", "reference"])
+@dtypes
+def test_losses_near_zero(library: Any, dtype: torch.dtype, device: str) -> None:
+    check_losses_near_zero(library.task_losses, library.task_losses_backward, dtype, device)
 
 
 @losses
