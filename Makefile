@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 FIT := $(BIN)/stem-fast fit --config bench/demo.yaml --overwrite
 
-.PHONY: demo test bench lint format clean setup
+.PHONY: demo test sanitize bench lint format clean setup
 
 demo: $(READY)  ## train STEM-Net, single-task and shared-bottom models on made data, and compare
 	$(BIN)/stem-fast synth --seed 1 --out runs/demo/data --overwrite
@@ -18,6 +18,18 @@ demo: $(READY)  ## train STEM-Net, single-task and shared-bottom models on made 
 # processes of their own, warns beside pytest-xdist.
 test: $(READY)  ## all tests
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal -p no:benchmark
+
+# A library and a copy of the package of its own. The sanitizer's allocator must be there before
+# Python's, and the C++ runtime whose exceptions it follows; its reports go to the real stderr.
+sanitize: export STEM_FAST_SANITIZE := 1
+sanitize: export OMP_WAIT_POLICY := passive
+sanitize: export ASAN_OPTIONS := detect_leaks=0
+sanitize: export UBSAN_OPTIONS := print_stacktrace=1
+sanitize: $(READY)  ## nightly: tests of the ops under gcc's address and undefined behaviour sanitizers
+	$(BIN)/python setup.py --quiet build --build-base build/sanitize --build-lib build/sanitize/lib
+	PYTHONPATH=build/sanitize/lib \
+	  LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
+	  $(BIN)/pytest -n 2 --dist worksteal -p no:benchmark --capture=sys tests/ops
 
 bench: $(READY)  ## the ops against the official formulation and other libraries
 	$(BIN)/python -m bench.run --json bench/results/kernels_cpu.json

@@ -115,7 +115,13 @@ def test_bad_ids_on_a_device_are_named_later(monkeypatch: pytest.MonkeyPatch) ->
         layer.raise_bad_ids()
     layer.raise_bad_ids()
     layer.bounds = "clamp"
-    layer(torch.tensor([[1, 2], [9, 0]]), PRICE, SEQUENCES)
+    torch.testing.assert_close(
+        layer(torch.tensor([[1, 2], [9, 0]]), PRICE, SEQUENCES)[0][:, :, :3], expected[:, :, :3]
+    )
+    layer.raise_bad_ids()
+    layer.bounds = "off"
+    x, _ = layer(torch.tensor([[6, 2]]), PRICE[:1], {"history": IDS[:1] * 0, "tags": IDS[:1] * 0})
+    assert torch.equal(x[0, 0, 0], layer.weight[6, :3])  # a row of "item"
     layer.raise_bad_ids()
 
 
@@ -266,8 +272,11 @@ def test_batch_norm_keeps_each_networks_statistics() -> None:
         assert group.num_batches_tracked[e] == one.num_batches_tracked
     group.eval()
     x = torch.randn(3, 8, 4)
+    before = {name: tensor.clone() for name, tensor in group.state_dict().items()}
     expected = torch.stack([one.eval()(part) for one, part in zip(alone, x, strict=True)])
     torch.testing.assert_close(group(x), expected)
+    for name, tensor in group.state_dict().items():
+        assert torch.equal(tensor, before[name])
 
 
 def test_dropout_stands_after_every_hidden_layer_only() -> None:

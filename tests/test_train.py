@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from typing import ClassVar
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -139,19 +141,27 @@ def test_a_table_has_one_weight_decay() -> None:
 
 
 @pytest.mark.parametrize("max_norm", [1e-3, 10.0, 0.0])
-def test_gradients_of_a_table_are_clipped_with_the_others(max_norm: float) -> None:
+@pytest.mark.parametrize("strength", [0.0, 5.0])
+def test_gradients_of_a_table_are_clipped_with_the_others(max_norm: float, strength: float) -> None:
+    """The L2 term of the batch's rows counts in the norm, and is the optimizer's to add."""
     batch = next(iter(tiny_data(6).batches(6)))
     models = [tiny_model().double(), tiny_model().double()]
     ExactAdam(models[0].embedding)
     for model in models:
+        nn.init.normal_(model.embedding.weight, generator=torch.Generator().manual_seed(0))
         model.loss(model(batch.ids), batch.labels).backward()
-    factor = clip_grad_norm_(models[0], max_norm)
-    assert (factor == 1) == (max_norm != 1e-3)
-    if max_norm:
-        nn.utils.clip_grad_norm_(models[1].parameters(), max_norm)
+    table = models[1].embedding.weight
+    decay = strength * table.detach() * (table.grad != 0)
+    table.grad += decay
+    norm = torch.stack([p.grad.norm() for p in models[1].parameters()]).norm()
+    right = min(1.0, max_norm / (norm.item() + 1e-6)) if max_norm else 1.0
+    factor = clip_grad_norm_(models[0], max_norm, embedding_regularizer=strength)
+    assert float(factor) == pytest.approx(right, rel=1e-12)
+    assert (factor == 1) == (not max_norm or norm < max_norm)
     for ours, theirs in zip(*(model.parameters() for model in models), strict=True):
         grad = ours.grad.to_dense() if ours.grad.is_sparse else ours.grad
-        torch.testing.assert_close(grad, theirs.grad, rtol=1e-9, atol=1e-12)
+        expected = theirs.grad - decay if theirs is table else theirs.grad
+        torch.testing.assert_close(grad, expected * right, rtol=1e-9, atol=1e-12)
 
 
 def test_fp64_trains_with_exact_adam_as_with_dense_adam() -> None:
@@ -498,12 +508,62 @@ def test_fit_learns_and_records() -> None:
         assert record.monitor == pytest.approx(sum(aucs) / 2)
 
 
-def test_the_model_ends_as_its_best_epoch() -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp64"])
+def test_the_model_ends_as_its_best_epoch(precision: str) -> None:
+    """Whose metrics are in the training's precision."""
     data = tiny_data(200)
     model = tiny_model()
-    records = train.fit(model, data, data, config(epochs=8, patience=2, learning_rate=0.2))
+    settings = config(epochs=8, patience=2, learning_rate=0.2, precision=precision)
+    records = train.fit(model, data, data, settings)
     best = [r for r in records if r.best][-1]
-    assert train.evaluate(model, data, batch_size=64) == best.metrics
+    assert best is not records[-1] or precision != "fp32"
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    found = train.evaluate(model, data, batch_size=64, precision=precision)
+    if precision == "fp64":  # its weights were rounded at the end
+        aucs = ([task["auc"] for task in each["tasks"].values()] for each in (found, best.metrics))
+        assert next(aucs) == pytest.approx(next(aucs), abs=1e-3)
+    else:
+        assert found == best.metrics
+    assert (train.evaluate(model, data, batch_size=64) == found) == (precision == "fp32")
+
+
+def test_an_epoch_is_its_steps() -> None:
+    """In the order of its seed; the loss is their mean."""
+    data, settings = tiny_data(150), config(epochs=2, patience=2)
+    model, twin = tiny_model(), tiny_model()
+    records = train.fit(model, data, data, settings)
+    optimizers = train.make_optimizers(twin, settings)
+    for record in records:
+        seed = train.epoch_seed(settings.seed, record.epoch)
+        losses = [
+            train.train_step(twin, optimizers, batch, settings)
+            for batch in data.batches(64, seed=seed)
+        ]
+        assert len(losses) == 3
+        assert record.loss == pytest.approx(torch.stack(losses).double().mean().item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("error", [None, TrainingError])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_fp64_gives_a_model_back_in_its_type(
+    error: type[Exception] | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if error:
+        monkeypatch.setattr(train, "evaluate", mock.Mock(side_effect=error))
+    model, data = tiny_model().to(dtype), tiny_data(60)
+    with pytest.raises(error) if error else contextlib.nullcontext():
+        train.fit(model, data, data, config(epochs=1, precision="fp64"))
+    assert {p.dtype for p in model.parameters()} == {dtype}
+
+
+def test_ids_that_a_device_has_noted_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the end of an epoch, and of a prediction."""
+    model, data = tiny_model(), tiny_data(60)
+    asked = mock.Mock(side_effect=IndexError("noted"))
+    monkeypatch.setattr(EmbeddingArena, "raise_bad_ids", asked)
+    for run in (lambda: train.predict(model, data), lambda: train.fit(model, data, data, config())):
+        with pytest.raises(IndexError, match="noted"):
+            run()
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ class LossCase(NamedTuple):
             labels = torch.stack([labels, labels], 2)[:, :, 0]
             mask = None if mask is None else torch.cat([mask, mask], 1)[:, :tasks]
             weights = None if weights is None else torch.stack([weights, weights], 1)[:, 0]
+            counts = None if counts is None else torch.stack([counts, counts + 1], 1)[:, 0]
         return logits, labels, list(self.regression), mask, weights, counts
 
 

@@ -101,6 +101,13 @@ def test_rows_that_repeat_are_merged(device: str) -> None:
     assert len(named[named != 0]) == 3
 
 
+def test_offsets_are_narrow_where_they_and_one_number_more_are() -> None:
+    offsets = torch.tensor([0, 2**31 - 2])
+    assert ops._narrow(offsets, 2**31 - 1).dtype == torch.int32
+    assert torch.equal(ops._narrow(offsets, 2**31 - 1), offsets)
+    assert ops._narrow(offsets, 2**31) is offsets
+
+
 def test_weights_of_bags_that_want_a_gradient_are_refused() -> None:
     *rest, bags, mean = LOOKUPS["weighted sequences"].arguments()
     bags[2].requires_grad_()
