@@ -36,6 +36,24 @@ ACTIVATIONS = {
 }
 
 
+def parts_of(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """A module and all within it, each with what stands before the names of its parameters; unlike
+    ``named_modules``, a table's rows may still lack steps: for who needs no values of it."""
+    yield prefix, module
+    for name, child in module.named_children():
+        yield from parts_of(child, f"{prefix}{name}.")
+
+
+def parameters_of(module: nn.Module) -> dict[nn.Parameter, str]:
+    """Every parameter and its name, by :func:`parts_of`."""
+    found: dict[nn.Parameter, str] = {}
+    for prefix, part in parts_of(module):
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                found.setdefault(parameter, prefix + name)
+    return found
+
+
 def runs_ahead(tensor: Tensor) -> bool:
     """Whether looking at a tensor's values makes the device wait."""
     return tensor.is_cuda
@@ -60,7 +78,8 @@ class EmbeddingArena(nn.Module):
     ``sparse`` (default False) asks for a sparse COO gradient of ``weight``, of the batch's rows
     alone, instead of a dense one; for optimizers that know it, and not for ``torch.compile``.
     ``optimizer`` is set by one that lets rows miss steps (:mod:`stem_fast.optim`). The arena has
-    them made before it reads the table; :meth:`flush` is for who reads ``weight`` directly.
+    them made before it reads the table, and before anybody walks over its parameters or those of a
+    module that holds it; :meth:`flush` is for who reads ``weight`` directly.
     ``bounds`` says what happens on CUDA to ids outside their vocabulary: "raise" (default) reads
     the unknown value instead and notes the id for :meth:`raise_bad_ids`, so that no step waits;
     "clamp" reads the unknown value; "off" does not look, for ids known to be right (a wrong one
@@ -118,6 +137,7 @@ class EmbeddingArena(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        self.flush()  # steps that are owed would change what is drawn
         nn.init.normal_(self.weight, std=1e-4)
         with torch.no_grad():
             self.weight[[table.start for table in self.tables.values()]] = 0
@@ -151,11 +171,13 @@ class EmbeddingArena(nn.Module):
         ids = self._check_ids(ids)
         bags, mean = self._bags(sequences or {}, len(ids), ids.dtype)
         plan = None
-        if self.sparse and self.weight.requires_grad and torch.is_grad_enabled():
-            plan = ops.row_plan(ids, self.offsets, bags, mean, len(self.weight))
-            self.planned = plan.rows
-        if self.optimizer is not None:
-            self.optimizer.catch_up(self.weight, None if plan is None else plan.rows)
+        # Exporting walks over the parameters before; a program neither trains nor owes steps.
+        if not torch.compiler.is_exporting():
+            if self.sparse and self.weight.requires_grad and torch.is_grad_enabled():
+                plan = ops.row_plan(ids, self.offsets, bags, mean, len(self.weight))
+                self.planned = plan.rows
+            if self.optimizer is not None:
+                self.optimizer.catch_up(self.weight, None if plan is None else plan.rows)
         both = (
             self.weight.new_empty(self.spaces, len(ids), 0),
             self.weight.new_empty(len(sums), len(ids), 0),
@@ -177,6 +199,21 @@ class EmbeddingArena(nn.Module):
         """Numeric fields between the categorical and the sequence fields."""
         categorical = len(self.categorical)
         return torch.cat([x[:, :, :categorical], numeric, x[:, :, categorical:]], 2)
+
+    def named_modules(self, *args: Any, **options: Any) -> Iterator[tuple[str, nn.Module]]:
+        """As torch's, after :meth:`flush`: every walk over the parameters of a module that holds
+        this one (``parameters``, ``torch.export``, averages of weights) comes through here."""
+        self.flush()
+        return super().named_modules(*args, **options)
+
+    def named_parameters(self, *args: Any, **options: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """As torch's, after :meth:`flush`."""
+        self.flush()  # without recurse torch does not ask for modules
+        return super().named_parameters(*args, **options)
+
+    def _apply(self, *args: Any, **options: Any) -> EmbeddingArena:
+        self.flush()  # before the table is rounded or moved, where its optimizer does not follow
+        return super()._apply(*args, **options)
 
     def flush(self) -> None:
         """Make the steps that ``optimizer`` owes the table: for who reads ``weight`` directly."""
@@ -382,7 +419,7 @@ class GroupedBatchNorm(nn.Module):
 
 def has_batch_norm(model: nn.Module) -> bool:
     """Whether it looks at whole batches: by batch norm, or by Dice, which has one inside."""
-    return any(isinstance(module, GroupedBatchNorm) for module in model.modules())
+    return any(isinstance(module, GroupedBatchNorm) for _, module in parts_of(model))
 
 
 class GroupedPReLU(nn.Module):

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from stem_fast import batched, fuxictr, ops, reference
 from stem_fast.experts import expert_mixture
 from stem_fast.inference import Inference
-from stem_fast.layers import EmbeddingArena, GroupedMLP, has_batch_norm
+from stem_fast.layers import EmbeddingArena, GroupedMLP, has_batch_norm, parameters_of
 
 Sequences = Mapping[str, Tensor | tuple[Tensor, Tensor]]
 # Far beyond any use, and small enough for sizes of tensors to stay within 64 bits.
@@ -417,6 +417,15 @@ class STEMNet(nn.Module):
         counts.append(("shared", self.config["num_shared_experts"]))
         return [f"{name}.{i}" for name, count in counts for i in range(count)]
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's. (A module around this one walks over its parameters, which makes the steps
+        that rows of the table have missed: there use that of the optimizers.)"""
+        for parameter in parameters_of(self):
+            if set_to_none or parameter.grad is None:
+                parameter.grad = None
+            else:
+                parameter.grad = parameter.grad.detach().zero_()
+
     @torch.no_grad()
     def _evaluate(
         self, ids: Tensor, numeric: Tensor | None, sequences: Sequences | None
@@ -481,7 +490,7 @@ class STEMNet(nn.Module):
             norms = torch.linalg.vector_norm(self.embedding.weight, dim=1)
             total = total + embedding / 2 * norms.square().sum()
         if net:
-            for name, parameter in self.named_parameters():
+            for parameter, name in parameters_of(self).items():
                 if name != "embedding.weight" and not name.endswith("alpha"):
                     total = total + net / 2 * parameter.square().sum()
         return total

@@ -421,9 +421,14 @@ class ExactAdam(TableOptimizer):
 
     ``step`` may be left out, as a gradient scaler does when gradients overflow. What a table lacks
     is made up whenever it is read: by the arena in a forward pass (with autograd the batch's rows,
-    without the whole table), in the ``state_dict`` of model and optimizer, in a copy. Who reads
-    ``arena.weight`` directly, or walks over parameters (``torch.optim.swa_utils.AveragedModel``),
-    calls ``arena.flush()`` before.
+    without the whole table), in the ``state_dict`` of model and optimizer, in a copy, before it is
+    cast or moved, and before anybody walks over the parameters or modules of what holds the arena
+    (``parameters``, ``torch.export``, ``torch.func``, ``torch.optim.swa_utils.AveragedModel``,
+    ``DistributedDataParallel``). Who reads ``arena.weight`` itself (``get_parameter`` does), or a
+    tensor kept from before, calls ``arena.flush()`` first; an exported program, which shares the
+    model's tensors, is such a reader once training goes on. A walk at every step costs what
+    dense Adam's step does: ``zero_grad`` of the optimizers and of :class:`stem_fast.STEMNet` and
+    :func:`stem_fast.step.clip_grad_norm_` take none, ``zero_grad`` of a module around them does.
 
     ``state_dict`` has the form of ``torch.optim.Adam``'s for the dense table, and each loads the
     other's.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from stem_fast import ops
 from stem_fast.config import TrainingConfig
 from stem_fast.data import Batch
-from stem_fast.layers import has_batch_norm, runs_ahead
+from stem_fast.layers import has_batch_norm, parameters_of, parts_of, runs_ahead
 from stem_fast.model import STEMNet
 from stem_fast.optim import OPTIMIZERS, TableOptimizer
 from stem_fast.precision import autocast, tf32
@@ -205,7 +205,7 @@ def clip_grad_norm_(
     """
     if not max_norm:
         return 1.0
-    trained = [p.grad for p in model.parameters() if p.grad is not None]
+    trained = [p.grad for p in parameters_of(model) if p.grad is not None]
     clipped = [grad for grad in trained if not grad.is_sparse]
     measured = clipped
     table = model.embedding.weight
@@ -297,8 +297,9 @@ class TrainStep:
     def _kept(self) -> list[Any]:
         """What a graph keeps as it was: options, what is trained, and where tensors are."""
         model = self.model
-        found: list[Any] = [(p.data_ptr(), p.requires_grad) for p in model.parameters()]
-        found += [buffer.data_ptr() for buffer in model.buffers()]
+        found: list[Any] = [(p.data_ptr(), p.requires_grad) for p in parameters_of(model)]
+        for _, part in parts_of(model):
+            found += [b.data_ptr() for b in part._buffers.values() if b is not None]
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 found.append({k: _number(v) for k, v in group.items() if k != "params"})

@@ -9,14 +9,22 @@ import pickle
 import warnings
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
+import safetensors.torch
 import torch
+import torch.distributed as dist
 from cases import DEVICES
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import swa_utils
+from torch.utils._pytree import tree_leaves
 
 from stem_fast import STEMNet, optim
-from stem_fast.layers import EmbeddingArena
+from stem_fast.config import TrainingConfig
+from stem_fast.data import Batch
+from stem_fast.layers import EmbeddingArena, parameters_of
+from stem_fast.step import TrainStep
 
 devices = pytest.mark.parametrize("device", DEVICES)
 ROWS, SPACES, DIM, BATCH = 400, 2, 3, 24
@@ -462,6 +470,151 @@ def test_whoever_reads_a_model_sees_a_table_at_rest() -> None:
     optimizer.flush()
     after = seen(model)
     assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+
+
+class Holder(nn.Module):
+    """A module that knows nothing of tables."""
+
+    def __init__(self, model: STEMNet) -> None:
+        super().__init__()
+        self.inner = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self.inner(ids)
+        return logits
+
+
+def _network() -> Holder:
+    """Trained by a few batches, so that nearly every row owes steps."""
+    torch.manual_seed(0)
+    model = STEMNet({"f": ROWS}, ["click"], expert_hidden_units=(4,), embedding_dim=4)
+    table = optim.ExactAdam(model.embedding, lr=0.1)
+    for ids, _ in batches(5):
+        table.zero_grad()
+        model(ids).sum().backward()
+        table.step()
+    table.zero_grad()
+    return Holder(model).eval()
+
+
+EVERY_ROW = torch.arange(ROWS)[:, None]
+NAME = "inner.embedding.weight"
+
+
+def _average(holder: Holder) -> Tensor:
+    average = swa_utils.AveragedModel(Holder(STEMNet(**holder.inner.config)))
+    average.update_parameters(holder)
+    return average.module.get_parameter(NAME)
+
+
+def _by_hand(holder: Holder) -> Tensor:
+    """An average of weights as everybody writes it."""
+    average = Holder(STEMNet(**holder.inner.config))
+    with torch.no_grad():
+        for old, new in zip(average.parameters(), holder.parameters(), strict=True):
+            old.copy_(new)
+    return average.get_parameter(NAME)
+
+
+def _distributed(holder: Holder) -> Tensor:
+    """What DistributedDataParallel sends to the other processes."""
+    sent: list[Tensor] = []
+    with mock.patch("torch.distributed.utils._sync_params_and_buffers") as send:
+        send.side_effect = lambda group, tensors, *rest: sent.extend(t.clone() for t in tensors)
+        store = dist.HashStore()
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+        try:
+            nn.parallel.DistributedDataParallel(holder)
+        finally:
+            dist.destroy_process_group()
+    return next(tensor for tensor in sent if tensor.shape == (ROWS, 8))
+
+
+def _exported(module: nn.Module, strict: bool = False) -> nn.Module:
+    return torch.export.export(module, (EVERY_ROW,), strict=strict).module()
+
+
+# Of a module that holds a model: its table, or its answers for every row.
+WALKS: dict[str, Callable[[Holder], Any]] = {
+    "parameters": lambda h: list(h.parameters()),
+    "named_parameters": lambda h: dict(h.named_parameters())[NAME],
+    "parameters of the arena": lambda h: next(h.inner.embedding.parameters()),
+    "its own parameters": lambda h: next(h.inner.embedding.parameters(recurse=False)),
+    "modules": lambda h: next(m.weight for m in h.modules() if isinstance(m, EmbeddingArena)),
+    "state_dict": lambda h: h.state_dict(),
+    "state_dict of the arena": lambda h: h.inner.embedding.state_dict(),
+    "deepcopy": lambda h: copy.deepcopy(h).get_parameter(NAME),
+    "pickle": lambda h: pickle.loads(pickle.dumps(h)).state_dict(),
+    "safetensors": lambda h: safetensors.torch.load(
+        safetensors.torch.save({n: p.detach() for n, p in h.named_parameters()})
+    )[NAME],
+    "AveragedModel": _average,
+    "an average by hand": _by_hand,
+    "parameters_to_vector": lambda h: nn.utils.parameters_to_vector(h.parameters()),
+    "functional_call": lambda h: torch.func.functional_call(
+        h, dict(h.named_parameters()), (EVERY_ROW,)
+    ),
+    "functional_call of constants": lambda h: torch.func.functional_call(
+        h, {n: p.detach() for n, p in h.named_parameters()}, (EVERY_ROW,)
+    ),
+    "stack_module_state": lambda h: torch.func.stack_module_state([h, h])[0],
+    "DistributedDataParallel": _distributed,
+    "double": lambda h: h.double().get_parameter(NAME),
+    "half": lambda h: h.half().get_parameter(NAME),
+    "to_empty": lambda h: (
+        (h.to_empty(device="cpu"), h.load_state_dict(_network().state_dict()))
+        and h.get_parameter(NAME)
+    ),
+    "reset_parameters": lambda h: (
+        torch.manual_seed(0),
+        h.inner.embedding.reset_parameters(),
+        h.state_dict(),
+    )[2],
+    "compile_inference": lambda h: h.inner.compile_inference()(EVERY_ROW),
+    "to_official": lambda h: h.inner.to_official(),
+    "compile": lambda h: _answers(
+        torch.compile(h.inner.embedding, backend="eager", fullgraph=True)
+    ),
+    "export": lambda h: _exported(h)(EVERY_ROW),
+    "strict export of the arena": lambda h: _exported(h.inner.embedding, strict=True)(EVERY_ROW),
+}
+
+
+@torch.no_grad()
+def _answers(holder: Callable[[Tensor], Tensor]) -> Tensor:
+    return holder(EVERY_ROW)
+
+
+@pytest.mark.parametrize("read", WALKS.values(), ids=WALKS.keys())
+def test_who_reads_parameters_without_the_module_sees_a_table_at_rest(
+    read: Callable[[Holder], Any],
+) -> None:
+    holders = _network(), _network()
+    behind, rested = (h.inner.embedding for h in holders)
+    rested.flush()
+    assert not torch.allclose(behind.weight, rested.weight, atol=1e-3)
+    behind, rested = (tree_leaves(read(h)) for h in holders)
+    assert len(behind) == len(rested)
+    for actual, expected in zip(behind, rested, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_a_training_step_leaves_the_rows_that_it_does_not_read() -> None:
+    """What it asks of parameters (gradients, places) costs no step of the whole table."""
+    model = _network().inner.train()
+    table = model.embedding.optimizer
+    assert isinstance(table, optim.ExactAdam)
+    rest = torch.optim.Adam([p for p in parameters_of(model) if p is not model.embedding.weight])
+    made = table.made
+    settings = TrainingConfig(max_gradient_norm=1.0, net_regularizer=1e-3, micro_batch_size=8)
+    steps = TrainStep(model, [table, rest], settings)
+    for ids, _ in batches(3):
+        model.zero_grad()
+        model.zero_grad(set_to_none=False)
+        steps(Batch(ids, None, {}, torch.ones(len(ids), 1), None))
+        steps._kept()  # on a GPU every step looks at it
+        made += 1
+        assert table.made == made
 
 
 # ---- the others ------------------------------------------------------------------------------
