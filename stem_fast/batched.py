@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from stem_fast import ops
+
 
 class Layer(NamedTuple):
     """A linear layer of E networks, with or without a ReLU after it."""
@@ -112,7 +114,7 @@ class _Unbind(torch.autograd.Function):
 def unbind(x: Tensor) -> tuple[Tensor, ...]:
     """``x.unbind()`` whose gradient is not copied where the parts of it lie side by side, as the
     networks here make them."""
-    parts: tuple[Tensor, ...] = x.unbind() if torch.compiler.is_compiling() else _Unbind.apply(x)
+    parts: tuple[Tensor, ...] = x.unbind() if ops.step_by_step() else _Unbind.apply(x)
     return parts
 
 

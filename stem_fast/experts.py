@@ -42,8 +42,8 @@ def expert_mixture(
 
     Experts that are linear layers and ReLUs (the official defaults) run fused, under autocast in
     its type: the weights are cast once a step, and every gradient of theirs and of the inputs is
-    rounded once to that type. Dropout, batch norm and other activations and ``torch.compile`` take
-    the steps one by one.
+    rounded once to that type. Dropout, batch norm and other activations, ``torch.compile`` and
+    ``torch.func`` take the steps one by one.
 
     ``together`` is whether the experts run by few and large kernels, or one by one in little
     memory; None: on CUDA.
@@ -51,7 +51,7 @@ def expert_mixture(
     if not isinstance(experts, GroupedMLP):
         return experts.mixture(inputs, reads, logits, see).unbind()
     layers = experts.plain()
-    if torch.compiler.is_compiling() or not layers:
+    if ops.step_by_step() or not layers:
         return batched.unbind(ops.mixture(experts(inputs, reads), logits, see, learn))
     if logits.is_cuda if together is None else together:
         # The mixture alone reads y: its gradient may be that before the last ReLU.

@@ -54,6 +54,17 @@ def parameters_of(module: nn.Module) -> dict[nn.Parameter, str]:
     return found
 
 
+def put_buffer(module: nn.Module, name: str, values: list[int] | Tensor, like: Tensor) -> None:
+    """Gives a buffer of int64 its values, on the device of ``like``; in the memory that it has
+    there, which CUDA graphs read."""
+    given = torch.tensor(values, device="cpu") if isinstance(values, list) else values
+    buffer = module._buffers[name]
+    if buffer is None or buffer.device != like.device:
+        setattr(module, name, given.to(like.device, torch.int64))
+    else:
+        buffer.copy_(given)
+
+
 def runs_ahead(tensor: Tensor) -> bool:
     """Whether looking at a tensor's values makes the device wait."""
     return tensor.is_cuda
@@ -84,7 +95,8 @@ class EmbeddingArena(nn.Module):
     the unknown value instead and notes the id for :meth:`raise_bad_ids`, so that no step waits;
     "clamp" reads the unknown value; "off" does not look, for ids known to be right (a wrong one
     reads another row). On CPU they always raise at once, and offsets of sequences are looked at on
-    CPU alone.
+    CPU alone. All of it holds under ``torch.compile`` and in exported programs too; of what a
+    program on CUDA noted nobody hears.
     """
 
     offsets: Tensor
@@ -129,12 +141,24 @@ class EmbeddingArena(nn.Module):
         self.numeric_weight = (
             nn.Parameter(torch.empty(len(self.numeric), spaces * dim)) if self.numeric else None
         )
-        starts = [self.tables[name].start for name in self.categorical]
-        self.register_buffer("offsets", torch.tensor(starts, dtype=torch.int64), persistent=False)
-        sizes = [table.stop - table.start for table in self.tables.values()]
-        self.register_buffer("sizes", torch.tensor(sizes, dtype=torch.int64), persistent=False)
-        self.register_buffer("bad", torch.full((len(sizes),), _NEVER), persistent=False)
+        for name in ("offsets", "sizes", "bad"):
+            self.register_buffer(name, None, persistent=False)
+        self._fill_buffers(None)
         self.reset_parameters()
+
+    def _fill_buffers(self, noted: Tensor | None) -> None:
+        """What no checkpoint holds, on the table's device; ``noted`` are the bad ids so far.
+
+        Without it a model that began on "meta" would never get the values.
+        """
+        starts = [self.tables[name].start for name in self.categorical]
+        sizes = [table.stop - table.start for table in self.tables.values()]
+        put_buffer(self, "offsets", starts, self.weight)
+        put_buffer(self, "sizes", sizes, self.weight)
+        if noted is None or noted.is_meta:
+            put_buffer(self, "bad", [_NEVER] * len(sizes), self.weight)
+        else:
+            put_buffer(self, "bad", noted, self.weight)
 
     def reset_parameters(self) -> None:
         self.flush()  # steps that are owed would change what is drawn
@@ -169,25 +193,27 @@ class EmbeddingArena(nn.Module):
             ValueError, TypeError: inputs of another shape, type or set of names.
         """
         ids = self._check_ids(ids)
-        bags, mean = self._bags(sequences or {}, len(ids), ids.dtype)
+        batch = ids.shape[0]  # len would make a number of a program's symbol
+        bags, mean = self._bags(sequences or {}, batch, ids.dtype)
         plan = None
         # Exporting walks over the parameters before; a program neither trains nor owes steps.
         if not torch.compiler.is_exporting():
-            if self.sparse and self.weight.requires_grad and torch.is_grad_enabled():
+            learns = self.weight.requires_grad and torch.is_grad_enabled()
+            if self.sparse and learns and not ops.transformed():
                 plan = ops.row_plan(ids, self.offsets, bags, mean, len(self.weight))
                 self.planned = plan.rows
             if self.optimizer is not None:
                 self.optimizer.catch_up(self.weight, None if plan is None else plan.rows)
         both = (
-            self.weight.new_empty(self.spaces, len(ids), 0),
-            self.weight.new_empty(len(sums), len(ids), 0),
+            self.weight.new_empty(self.spaces, batch, 0),
+            self.weight.new_empty(len(sums), batch, 0),
         )
         if len(self.weight):
             both = ops.lookup(self.weight, ids, self.offsets, self.spaces, sums, bags, mean, plan)
         fields = len(self.categorical) + len(self.sequences)
         x, z = (part.unflatten(2, (fields, self.dim)) for part in both)
         if self.numeric_weight is not None:
-            values = self._check_numeric(numeric, len(ids)).to(self.numeric_weight.dtype)
+            values = self._check_numeric(numeric, batch).to(self.numeric_weight.dtype)
             scaled = (values[:, :, None] * self.numeric_weight).unflatten(2, (self.spaces, -1))
             x = self._insert(x, scaled.permute(2, 0, 1, 3))
             z = self._insert(z, reference.space_sums(scaled.permute(2, 0, 1, 3), sums))
@@ -213,7 +239,10 @@ class EmbeddingArena(nn.Module):
 
     def _apply(self, *args: Any, **options: Any) -> EmbeddingArena:
         self.flush()  # before the table is rounded or moved, where its optimizer does not follow
-        return super()._apply(*args, **options)
+        noted = self.bad
+        super()._apply(*args, **options)
+        self._fill_buffers(noted)  # to_empty has left nothing of them
+        return self
 
     def flush(self) -> None:
         """Make the steps that ``optimizer`` owes the table: for who reads ``weight`` directly."""
@@ -246,6 +275,8 @@ class EmbeddingArena(nn.Module):
     def _load_from_state_dict(self, *args: Any) -> None:
         self.flush()  # steps that are owed would change what is loaded
         super()._load_from_state_dict(*args)
+        if self.offsets.device != self.weight.device:  # a table was assigned
+            self._fill_buffers(None)
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies are made from: the optimizer is the original's."""
@@ -265,7 +296,9 @@ class EmbeddingArena(nn.Module):
                 self.bad.fill_(_NEVER)
                 value = (place & 0xFFFFFFFF) - (place >> 31 & 1) * 2**32
                 at = "value" if name in self.sequences else "row"
-                raise self._outside(name, value, place >> 32, at)
+                table = self.tables[name]
+                size = table.stop - table.start
+                raise reference.outside_named(name, size, value, place >> 32, at)
 
     def _check_ids(self, ids: Tensor) -> Tensor:
         fields = len(self.categorical)
@@ -287,24 +320,15 @@ class EmbeddingArena(nn.Module):
             if self.bounds == "off":
                 return ids
             return ops.check_ids(ids, self.sizes[fields], self.bad[fields])
-        if torch.compiler.is_compiling():
-            return ids  # a data-dependent raise would break the graph; the kernels check the arena
-        place = torch.ops.stem_fast.outside(ids, self.sizes[fields]).item()
+        sizes = self.sizes[fields]
+        if (
+            names and torch.compiler.is_compiling()
+        ):  # a raise that depends on data would break the graph
+            return torch.ops.stem_fast.checked(ids, sizes, list(names), bounds)
+        place = torch.ops.stem_fast.outside(ids, sizes).item()
         if place >= 0:
-            row, field = divmod(place, ids.shape[1])
-            value = int(ids[row, field])
-            if bounds is not None:
-                row = int(torch.searchsorted(bounds, row, right=True)) - 1
-            raise self._outside(names[field], value, row)
+            raise reference.outside_error(place, ids, sizes, names, bounds)
         return ids
-
-    def _outside(self, name: str, value: int, place: int, at: str = "row") -> IndexError:
-        table = self.tables[name]
-        size = table.stop - table.start
-        return IndexError(
-            f"field {name!r}: id {value} at {at} {place} is outside its vocabulary of {size} "
-            f"(0 is padding, {size - 1} is unknown)"
-        )
 
     def _check_numeric(self, numeric: Tensor | None, batch: int) -> Tensor:
         expected = [batch, len(self.numeric)]
@@ -329,7 +353,7 @@ class EmbeddingArena(nn.Module):
             first = self.tables[name].start
             rows.append(torch.where(values == 0, 0, values + first).to(dtype))
             bounds.append(offsets + length)
-            length += len(values)
+            length += values.shape[0]
             mean |= (self.pooling[name] == "mean") << s
         return [torch.cat(rows), torch.stack(bounds)] if rows else [], mean
 
@@ -339,7 +363,7 @@ class EmbeddingArena(nn.Module):
         """A padded [B, L] or jagged (values [n], offsets [B+1]) sequence, checked, as jagged."""
         padded = isinstance(given, Tensor)
         if isinstance(given, Tensor):
-            if given.dim() != 2 or len(given) != batch:
+            if given.dim() != 2 or given.shape[0] != batch:
                 shape = list(given.shape)
                 raise ValueError(f"sequence {name!r} has shape {shape}, expected [{batch}, L]")
             length = given.shape[1]
@@ -350,13 +374,10 @@ class EmbeddingArena(nn.Module):
         values, offsets = given
         if values.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"sequence {name!r} is {values.dtype}, expected int32 or int64")
-        if len(offsets) != batch + 1:
+        if offsets.shape[0] != batch + 1:
             raise ValueError(f"sequence {name!r}: offsets must be [{batch + 1}]")
         if not (padded or runs_ahead(offsets) or torch.compiler.is_compiling()):
-            if int(offsets[0]) != 0 or int(offsets[-1]) != len(values):
-                raise ValueError(f"sequence {name!r}: offsets must be from 0 to {len(values)}")
-            if (offsets.diff() < 0).any():
-                raise ValueError(f"sequence {name!r}: offsets decrease")
+            reference.check_bounds(name, offsets, len(values))
         field = list(self.tables).index(name)
         checked = self._in_bounds(values[:, None], [name], slice(field, field + 1), offsets)
         return checked[:, 0], offsets.long()
@@ -368,7 +389,11 @@ class GroupedLinear(nn.Module):
     def __init__(self, groups: int, inputs: int, outputs: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(groups, outputs, inputs))
-        self.bias = nn.Parameter(torch.zeros(groups, outputs))
+        self.bias = nn.Parameter(torch.empty(groups, outputs))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.bias)
         for one in self.weight.detach():
             nn.init.xavier_normal_(one)
 
@@ -394,11 +419,22 @@ class GroupedBatchNorm(nn.Module):
     ) -> None:
         super().__init__()
         self.eps, self.momentum = eps, momentum
-        self.weight = nn.Parameter(torch.ones(groups, units)) if affine else None
-        self.bias = nn.Parameter(torch.zeros(groups, units)) if affine else None
-        self.register_buffer("running_mean", torch.zeros(groups, units))
-        self.register_buffer("running_var", torch.ones(groups, units))
-        self.register_buffer("num_batches_tracked", torch.zeros(groups, dtype=torch.int64))
+        self.weight = nn.Parameter(torch.empty(groups, units)) if affine else None
+        self.bias = nn.Parameter(torch.empty(groups, units)) if affine else None
+        self.register_buffer("running_mean", torch.empty(groups, units))
+        self.register_buffer("running_var", torch.empty(groups, units))
+        self.register_buffer("num_batches_tracked", torch.empty(groups, dtype=torch.int64))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Parameters and, as torch's batch norm does, running statistics."""
+        for tensor in (self.bias, self.running_mean, self.num_batches_tracked):
+            if tensor is not None:
+                tensor.zero_()
+        for tensor in (self.weight, self.running_var):
+            if tensor is not None:
+                tensor.fill_(1)
 
     def forward(self, x: Tensor) -> Tensor:
         groups, batch, units = x.shape
@@ -427,7 +463,11 @@ class GroupedPReLU(nn.Module):
 
     def __init__(self, groups: int, units: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.full((groups, units), 0.1))
+        self.weight = nn.Parameter(torch.empty(groups, units))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.weight, 0.1)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.where(x > 0, x, self.weight[: len(x), None] * x)
@@ -439,7 +479,11 @@ class GroupedDice(nn.Module):
     def __init__(self, groups: int, units: int) -> None:
         super().__init__()
         self.bn = GroupedBatchNorm(groups, units, affine=False, eps=1e-9, momentum=0.01)
-        self.alpha = nn.Parameter(torch.zeros(groups, units))
+        self.alpha = nn.Parameter(torch.empty(groups, units))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.alpha)
 
     def forward(self, x: Tensor) -> Tensor:
         p = torch.sigmoid(self.bn(x))
@@ -497,7 +541,7 @@ class GroupedMLP(nn.Module):
     def forward(self, x: Tensor | Sequence[Tensor], reads: Sequence[int]) -> Tensor:
         """N inputs [B, I] -> [n, B, O]; the first n networks run, e reads ``x[reads[e]]``."""
         plain = self.plain()
-        if plain and not torch.compiler.is_compiling():
+        if plain and not ops.step_by_step():
             return batched.networks(x.unbind() if isinstance(x, Tensor) else x, reads, plain)
         return self.step_by_step(x, reads)
 

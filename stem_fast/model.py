@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from stem_fast import batched, fuxictr, ops, reference
 from stem_fast.experts import expert_mixture
 from stem_fast.inference import Inference
-from stem_fast.layers import EmbeddingArena, GroupedMLP, has_batch_norm, parameters_of
+from stem_fast.layers import EmbeddingArena, GroupedMLP, has_batch_norm, parameters_of, put_buffer
 
 Sequences = Mapping[str, Tensor | tuple[Tensor, Tensor]]
 # Far beyond any use, and small enough for sizes of tensors to stay within 64 bits.
@@ -174,8 +174,7 @@ class STEMNet(nn.Module):
         self._check_config(default_order)
         self.tasks = tuple(tasks)
         # On the device, because a CUDA graph cannot copy an index of the host's.
-        order = torch.tensor([default_order.index(name) for name in fields])
-        self.register_buffer("order", None if fields == default_order else order, persistent=False)
+        self.register_buffer("order", None, persistent=False)
         self.wiring = self.wire(len(tasks), num_specific_experts, num_shared_experts)
         wiring, num_experts = self.wiring, len(self.wiring.reads)
         if not num_experts:
@@ -210,6 +209,22 @@ class STEMNet(nn.Module):
                 )
             width = expert_hidden_units[-1]
         self.towers = GroupedMLP(len(tasks), width, tower_hidden_units, outputs=1, **mlp)
+        self._fill_order()
+        self.register_load_state_dict_post_hook(_filled)  # which may have assigned the table
+
+    def _fill_order(self) -> None:
+        """``order``, which no checkpoint holds, on the table's device: where fields stand in the
+        lookup, None for a model that takes them as they come."""
+        config = self.config
+        default = [*config["vocab_sizes"], *config["numeric"], *config["sequences"]]
+        order = [default.index(name) for name in config["fields"]]
+        if order != list(range(len(order))):
+            put_buffer(self, "order", order, self.embedding.weight)
+
+    def _apply(self, *args: Any, **options: Any) -> STEMNet:
+        super()._apply(*args, **options)
+        self._fill_order()  # to_empty has left nothing of it
+        return self
 
     @staticmethod
     def wire(tasks: int, specific: int, shared: int) -> Wiring:
@@ -548,6 +563,10 @@ def expert_masks(tasks: int, specific: int, shared: int) -> tuple[int, list[int]
     own = [((1 << specific) - 1) << t * specific for t in range(tasks)]
     common = ((1 << shared) - 1) << tasks * specific
     return sum(own) | common, own, common
+
+
+def _filled(model: STEMNet, keys: Any) -> None:
+    model._fill_order()
 
 
 class PLE(STEMNet):

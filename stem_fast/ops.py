@@ -47,6 +47,7 @@ SCHEMAS = {
     "huge_pages": "(Tensor(a!) table) -> ()",
     "outside": "(Tensor ids, Tensor sizes) -> Tensor",
     "check_ids": "(Tensor ids, Tensor sizes, Tensor(a!) bad) -> Tensor",
+    "checked": "(Tensor ids, Tensor sizes, str[] names, Tensor? offsets=None) -> Tensor",
     "mixture": "(Tensor y, Tensor logits, int[] see, int[] learn) -> Tensor",
     "mixture_backward": "(Tensor grad, Tensor y, Tensor logits, int[] see, int[] learn,"
     " bool relu=False)"
@@ -77,6 +78,18 @@ SCHEMAS = {
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema)
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+
+
+def step_by_step() -> bool:
+    """Whether torch looks into what is called, and wants its own steps there: ``torch.compile``,
+    ``torch.export``, and the transforms of ``torch.func``."""
+    return torch.compiler.is_compiling() or transformed()
+
+
+def transformed() -> bool:
+    """Whether a transform of ``torch.func`` is on. None knows a gradient that ``torch.library``
+    registers, so that references stand in for the ops that have one."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 class RowPlan(NamedTuple):
@@ -111,6 +124,14 @@ def lookup(
     if any(part.requires_grad for part in bags):
         raise ValueError("the weights of bags get no gradient: detach them")
     arguments = (weight, ids, offsets, spaces, list(sums), list(bags), mean)
+    if transformed():
+        return reference.lookup(*arguments)
+    if torch.compiler.is_exporting():  # AOTInductor makes None of an empty list
+        none = [ids.new_empty(0), offsets.new_empty(0, ids.shape[0] + 1)]
+        x, z = torch.ops.stem_fast.lookup(
+            weight, ids, offsets, spaces, list(sums) or [1], list(bags) or none, mean
+        )
+        return x, z if sums else z[:0]
     if plan is None:
         return torch.ops.stem_fast.lookup(*arguments)
     return _SparseLookup.apply(plan, *arguments)
@@ -225,6 +246,12 @@ def _check_ids_fake(ids: Tensor, sizes: Tensor, bad: Tensor) -> Tensor:
     return ids.new_empty(ids.shape)
 
 
+def _checked_fake(
+    ids: Tensor, sizes: Tensor, names: list[str], offsets: Tensor | None = None
+) -> Tensor:
+    return ids.new_empty(ids.shape)
+
+
 def _lookup_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     weight, ids, offsets, _, ctx.sums, bags, ctx.mean = inputs
     ctx.save_for_backward(ids, offsets, *bags)
@@ -291,6 +318,9 @@ def mixture(
         )
     # Autocast can leave gates and experts in different types.
     arguments = y, logits.to(y.dtype), signed(see), signed(learn)
+    if transformed():
+        assert not relu  # nobody runs step by step and asks for it
+        return reference.mixture(*arguments)
     mixed: Tensor = (_ReLUMixture.apply if relu else torch.ops.stem_fast.mixture)(*arguments)
     return mixed
 
@@ -390,7 +420,8 @@ def task_losses(
     if len(regression) != tasks:
         raise ValueError(f"regression has {len(regression)} tasks, the logits have {tasks}")
     arguments = logits, labels, list(regression), mask, sample_weights, counts
-    if any(each is not None and each.requires_grad for each in (labels, sample_weights)):
+    own = (each is not None and each.requires_grad for each in (labels, sample_weights))
+    if transformed() or any(own):
         return reference.task_losses(*arguments)[0]  # the op has a gradient of the logits alone
     return _TaskLosses.apply(*arguments)
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from cases import devices
 from torch import nn
 
+from stem_fast import layers
 from stem_fast.layers import ACTIVATIONS, EmbeddingArena, GroupedBatchNorm, GroupedMLP, activation
 
 
@@ -301,3 +304,74 @@ def test_linear_layers_start_xavier_normal() -> None:
 def test_unknown_activation() -> None:
     with pytest.raises(ValueError, match="unknown activation 'rellu'; known: dice, elu, gelu"):
         activation("rellu", 1, 1)
+
+
+# ---- ids outside their vocabularies, however the arena is called ----------------------------
+
+
+def by_eager(layer: EmbeddingArena, inputs: tuple[object, ...]) -> object:
+    return layer
+
+
+def by_compile(layer: EmbeddingArena, inputs: tuple[object, ...]) -> object:
+    return torch.compile(layer, backend="aot_eager", fullgraph=True)
+
+
+def by_export(layer: EmbeddingArena, inputs: tuple[object, ...]) -> object:
+    return torch.export.export(layer, inputs).module()
+
+
+JAGGED = {
+    "history": (torch.tensor([3, 3, 1]), torch.tensor([0, 2, 3])),
+    "tags": (torch.tensor([1, 2]), torch.tensor([0, 1, 2])),
+}
+WRONG = {
+    "too large": (lambda ids, tags, offsets: ids[1, 0].fill_(5), "field 'user': id 5 at row 1 is"),
+    "negative": (lambda ids, tags, offsets: ids[0, 1].fill_(-1), "field 'item': id -1 at row 0 is"),
+    "in a sequence": (lambda ids, tags, offsets: tags[1].fill_(3), "field 'tags': id 3 at row 1"),
+    "offsets short": (
+        lambda ids, tags, offsets: offsets[2].fill_(2),
+        "offsets must be from 0 to 3",
+    ),
+    "offsets falling": (lambda ids, tags, offsets: offsets[1].fill_(4), "offsets decrease"),
+}
+
+
+@pytest.mark.parametrize("how", [by_eager, by_compile, by_export])
+def test_ids_outside_their_vocabulary_raise_in_every_kind_of_call(how: Callable[..., Any]) -> None:
+    layer = arena()
+    called = how(layer, (IDS, PRICE, JAGGED))
+    torch.testing.assert_close(called(IDS, PRICE, JAGGED), layer(IDS, PRICE, JAGGED))
+    for spoil, message in WRONG.values():
+        ids, sequences = IDS.clone(), copy.deepcopy(JAGGED)
+        spoil(ids, sequences["tags"][0], sequences["history"][1])
+        with pytest.raises((IndexError, ValueError), match=message):
+            called(ids, PRICE, sequences)
+
+
+@pytest.mark.parametrize("how", [by_compile, by_export])
+def test_ids_outside_their_vocabulary_are_unknown_on_a_gpu_in_every_kind_of_call(
+    how: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing there waits for the device; the CPU stands in for one."""
+    monkeypatch.setattr(layers, "runs_ahead", lambda tensor: True)
+    layer = arena()
+    called = how(layer, (IDS, PRICE, SEQUENCES))
+    wrong, tags = torch.tensor([[1, 4], [-1, 0]]), torch.tensor([[9], [2]])
+    unknown, unknown_tags = torch.tensor([[1, 3], [4, 0]]), torch.tensor([[2], [2]])
+    expected = layer(unknown, PRICE, {**SEQUENCES, "tags": unknown_tags})
+    torch.testing.assert_close(called(wrong, PRICE, {**SEQUENCES, "tags": tags}), expected)
+    if how is by_compile:
+        with pytest.raises(IndexError, match="field 'user': id -1 at row 1 is outside"):
+            layer.raise_bad_ids()
+
+
+def test_bad_ids_noted_before_a_move_are_raised_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "runs_ahead", lambda tensor: True)
+    layer = arena()
+    places = [buffer.data_ptr() for buffer in layer.buffers()]
+    layer(torch.tensor([[7, 2], [4, 0]]), PRICE, SEQUENCES)
+    layer.double()
+    assert places == [buffer.data_ptr() for buffer in layer.buffers()]  # CUDA graphs read them
+    with pytest.raises(IndexError, match="field 'user': id 7 at row 0 is outside"):
+        layer.raise_bad_ids()

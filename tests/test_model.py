@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import math
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -479,6 +482,130 @@ def test_compiles_with_inductor() -> None:
     torch.testing.assert_close(
         grads, torch.autograd.grad(model(ids()).sum(), model.embedding.weight)
     )
+
+
+EXTRAS: dict[str, Any] = {
+    "numeric": ["price"],
+    "sequences": {"history": "item", "tags": 5},
+    "pooling": {"history": "mean", "tags": "sum"},
+    "fields": ["tags", "user", "price", "item", "history"],
+}
+
+
+def sample(batch: int, jagged: bool = False) -> tuple[Any, ...]:
+    """Inputs of a model with EXTRAS."""
+    draw = torch.Generator().manual_seed(batch)
+    padded = {
+        "history": torch.randint(0, 9, (batch, 3), generator=draw),
+        "tags": torch.randint(0, 5, (batch, 2), generator=draw),
+    }
+    flat = {
+        name: (values.flatten(), torch.arange(batch + 1) * values.shape[1])
+        for name, values in padded.items()
+    }
+    return ids(batch), torch.randn(batch, 1, generator=draw).double(), flat if jagged else padded
+
+
+@pytest.mark.parametrize("jagged", [False, True], ids=["padded", "jagged"])
+@pytest.mark.parametrize("name", MODELS)
+def test_exports_with_a_dynamic_batch(name: str, jagged: bool) -> None:
+    model = small(name, **EXTRAS).eval()
+    batch = torch.export.Dim("batch")
+    rows = {0: batch}
+    shapes: dict[str, Any] = {
+        field: ({0: torch.export.Dim(f"{field}_values")}, {0: batch + 1})
+        if jagged
+        else {0: batch, 1: torch.export.Dim(f"{field}_length")}
+        for field in EXTRAS["sequences"]
+    }
+    shapes = {"ids": rows, "numeric": rows, "sequences": shapes}
+    program = torch.export.export(model, sample(4, jagged), dynamic_shapes=shapes).module()
+    for size in (7, 2, 1, 0):
+        given = sample(size, jagged)
+        torch.testing.assert_close(program(*given), model(*given))
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of inductor itself
+def test_compiles_with_aot_inductor(tmp_path: Path) -> None:
+    sizes = {"expert_hidden_units": (4,), "gate_hidden_units": (), "tower_hidden_units": ()}
+    model = small("mmoe", **sizes).float().eval()
+    shapes = ({0: torch.export.Dim("batch")},)
+    program = torch.export.export(model, (ids(4),), dynamic_shapes=shapes)
+    package = torch._inductor.aoti_compile_and_package(
+        program,
+        package_path=str(tmp_path / "model.pt2"),
+        inductor_configs={"aot_inductor.compile_wrapper_opt_level": "O0"},  # the C++ compiler's
+    )
+    run = torch._inductor.aoti_load_package(package)
+    for size in (7, 1, 0):
+        torch.testing.assert_close(run(ids(size)), model(ids(size)))
+    wrong = ids(3)
+    wrong[2, 0] = 6
+    with pytest.raises(RuntimeError, match="field 'user': id 6 at row 2 is outside"):
+        run(wrong)
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize("name", MODELS)
+def test_transforms_of_torch_func_agree_with_autograd(name: str, sparse: bool) -> None:
+    model = small(name, **EXTRAS)
+    given, labels = sample(6, jagged=True), torch.rand(6, len(TASKS)).double()
+    weights = {key: p.detach() for key, p in model.named_parameters()}
+    options: dict[str, Any] = {"allow_unused": True, "materialize_grads": True}
+
+    def loss(weights: dict[str, Tensor]) -> Tensor:
+        return model.loss(torch.func.functional_call(model, weights, given), labels)
+
+    expected = torch.autograd.grad(
+        model.loss(model(*given), labels), list(model.parameters()), **options
+    )
+    logits = model(*given)
+    expected_vjp = torch.autograd.grad(logits, list(model.parameters()), logits.detach(), **options)
+    model.embedding.sparse = sparse  # a transform wants a dense gradient all the same
+    found = torch.func.grad(loss)(weights)
+    assert found["embedding.weight"].any()
+    for actual, right in zip(found.values(), expected, strict=True):
+        torch.testing.assert_close(actual, right)
+    out, pull = torch.func.vjp(lambda w: torch.func.functional_call(model, w, given), weights)
+    torch.testing.assert_close(out, logits.detach())
+    for actual, right in zip(pull(logits.detach())[0].values(), expected_vjp, strict=True):
+        torch.testing.assert_close(actual, right)
+
+
+@pytest.mark.parametrize("assign", [False, True], ids=["to_empty", "assign"])
+@pytest.mark.parametrize("copied", [False, True], ids=["", "deepcopy"])
+def test_a_model_that_began_on_meta_is_what_it_loads(assign: bool, copied: bool) -> None:
+    right = small(**EXTRAS, batch_norm=True).eval()
+    with torch.device("meta"):
+        model = STEMNet(VOCAB, TASKS, **SMALL, num_shared_experts=2, **EXTRAS, batch_norm=True)
+    model = copy.deepcopy(model) if copied else model
+    assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    if not assign:
+        model.double().to_empty(device="cpu")
+    model.load_state_dict(right.state_dict(), assign=assign)
+    given = sample(6)
+    assert torch.equal(model.eval()(*given), right(*given))
+    with pytest.raises(IndexError, match="field 'user': id 6 at row 0"):
+        model(given[0].clone().fill_(6), *given[1:])
+
+
+@pytest.mark.parametrize("activation", ["prelu", "dice"])
+def test_parameters_of_an_emptied_model_are_drawn_anew(activation: str) -> None:
+    options = {**SMALL, **EXTRAS, "batch_norm": True, "hidden_activations": activation}
+    torch.manual_seed(4)
+    right = STEMNet(VOCAB, TASKS, **options)
+    model = copy.deepcopy(right).to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point():
+                tensor.fill_(torch.nan)
+    torch.manual_seed(4)
+    for module in model.modules():
+        if callable(reset := getattr(module, "reset_parameters", None)):
+            reset()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, right.state_dict()[name]), name
 
 
 def test_a_model_of_numeric_fields_alone_trains() -> None:

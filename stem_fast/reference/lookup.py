@@ -42,7 +42,7 @@ def lookup(
     """
     rows = F.embedding(ids + offsets, weight)  # [B, F, G*D]
     parts = [torch.where((ids == 0)[..., None], rows.detach(), rows)]
-    batch = len(ids)
+    batch = ids.shape[0]
     for s in range(len(bags[1]) if bags else 0):
         row, sample, scale = _bag_rows(bags, mean, s)
         pooled = weight.new_zeros(batch, weight.shape[1])
@@ -165,6 +165,57 @@ def outside(ids: Tensor, sizes: Tensor) -> Tensor:
     return wrong[0, 0] if len(wrong) else wrong.new_full((), -1)
 
 
+def outside_error(
+    place: int, ids: Tensor, sizes: Tensor, names: Sequence[str], offsets: Tensor | None = None
+) -> IndexError:
+    """What to raise for the id at a place of :func:`outside`; arguments as :func:`checked`'s."""
+    row, field = divmod(place, ids.shape[1])
+    value, size = int(ids[row, field]), int(sizes[field])
+    if offsets is not None:
+        row = int(torch.searchsorted(offsets, row, right=True)) - 1
+    return outside_named(names[field], size, value, row)
+
+
+def outside_named(name: str, size: int, value: int, place: int, at: str = "row") -> IndexError:
+    """What to raise for an id that is outside its vocabulary."""
+    return IndexError(
+        f"field {name!r}: id {value} at {at} {place} is outside its vocabulary of {size} "
+        f"(0 is padding, {size - 1} is unknown)"
+    )
+
+
+def check_bounds(name: str, offsets: Tensor, values: int) -> None:
+    """Raises ValueError for offsets that are not those of a jagged sequence of so many values."""
+    if int(offsets[0]) != 0 or int(offsets[-1]) != values:
+        raise ValueError(f"sequence {name!r}: offsets must be from 0 to {values}")
+    if (offsets.diff() < 0).any():
+        raise ValueError(f"sequence {name!r}: offsets decrease")
+
+
+def checked(
+    ids: Tensor, sizes: Tensor, names: Sequence[str], offsets: Tensor | None = None
+) -> Tensor:
+    """A copy of ids that are all within their vocabularies: the check of what is compiled or
+    exported, where nothing else can depend on values.
+
+    Args:
+        ids: int32 or int64 [B, F].
+        sizes: int64 [F], rows of each field.
+        names: F, of the fields.
+        offsets: of a jagged sequence, [B+1]; its values are ids [n, 1].
+
+    Raises:
+        IndexError: an id outside its vocabulary.
+        ValueError: offsets that are not those of the values.
+    """
+    if offsets is not None:
+        check_bounds(names[0], offsets, len(ids))
+    place = int(outside(ids, sizes))
+    if place >= 0:
+        raise outside_error(place, ids, sizes, names, offsets)
+    return ids.clone()
+
+
 def check_ids(ids: Tensor, sizes: Tensor, bad: Tensor) -> Tensor:
     """Ids with those outside their vocabulary replaced by its last one, the unknown value.
 
@@ -190,10 +241,10 @@ def check_ids(ids: Tensor, sizes: Tensor, bad: Tensor) -> Tensor:
 def _bag_rows(bags: Sequence[Tensor], mean: int, s: int) -> tuple[Tensor, Tensor, Tensor]:
     """(row, sample, float64 scale) of every row of the bags of field s that is not padding."""
     rows, bounds = bags[0], bags[1][s]
-    batch = len(bounds) - 1
+    batch = bounds.shape[0] - 1
     rows = rows[bounds[0] : bounds[-1]]
     sample = torch.repeat_interleave(
-        torch.arange(batch, device=rows.device), bounds.diff(), output_size=len(rows)
+        torch.arange(batch, device=rows.device), bounds.diff(), output_size=rows.shape[0]
     )
     scale = torch.ones_like(rows, dtype=torch.float64)
     if len(bags) > 2:

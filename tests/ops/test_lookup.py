@@ -233,3 +233,17 @@ def test_check_ids_replaces_and_notes(dtype: torch.dtype, device: str) -> None:
     assert bad.tolist() == [2 << 32 | 3, 1 << 32 | 5, never]
     ops.check_ids(ids[3:], sizes, bad)
     assert bad.tolist() == [0 << 32 | (2**32 - 7), 1 << 32 | 5, never]
+
+
+@devices
+def test_bags_of_no_field_are_none(device: str) -> None:
+    """Exported programs have them, because AOTInductor takes no empty list."""
+    weight, ids, offsets, spaces, sums, _, mean = to(device, LOOKUPS["odd"].arguments())
+    none = [ids.new_empty(0), offsets.new_empty(0, len(ids) + 1)]
+    grads = []
+    for bags in ([], none):
+        leaf = weight.clone().requires_grad_()
+        found = ops.lookup(leaf, ids, offsets, spaces, sums, bags, mean)
+        grads.append((*found, *torch.autograd.grad([part.sin().sum() for part in found], leaf)))
+    for without, with_none in zip(*grads, strict=True):
+        assert torch.equal(without, with_none)

@@ -87,6 +87,8 @@ def test_opcheck(name: str, device: str) -> None:
     bad = torch.zeros_like(sizes)
     torch.library.opcheck(library.check_ids.default, (ids, sizes, bad))
     torch.library.opcheck(library.outside.default, (ids, sizes))
+    names = [f"field {f}" for f in range(ids.shape[1])]
+    torch.library.opcheck(library.checked.default, (ids.clamp(0, 1), sizes, names))
     y, logits, see, learn = to(device, MIXTURES.get(name, MIXTURES["stem"]).arguments())
     arguments = (y.mT.contiguous().mT.requires_grad_(), logits.requires_grad_(), see, learn)
     torch.library.opcheck(library.mixture.default, arguments)
