@@ -193,6 +193,30 @@ def test_every_size_is_read_off_the_tensors(
         assert torch.equal(again.state_dict()[name], tensor), name
 
 
+def test_what_a_checkpoint_does_not_tell_is_the_callers() -> None:
+    options: dict[str, Any] = {
+        "sequences": {"history": "item"},
+        "pooling": {"history": "sum"},
+        "kinds": {"time": "regression"},
+        "hidden_activations": "gelu",
+    }
+    model = STEMNet({"user": 5, "item": 9}, ["click", "time"], expert_hidden_units=(4,), **options)
+    again = STEMNet.from_official(model.to_official(), tasks=["click", "time"], **options)
+    assert again.config == model.config
+
+
+def test_official_weights_are_copies() -> None:
+    """Both ways: neither model changes with the tensors, nor they with it."""
+    model = STEMNet({"user": 5}, ["click"], numeric=["price"], expert_hidden_units=(4,))
+    official = model.to_official()
+    kept = {key: tensor.clone() for key, tensor in official.items()}
+    again = STEMNet.from_official(official, tasks=["click"])
+    for parameter in (*model.parameters(), *again.parameters()):
+        parameter.detach().add_(1.0)
+    for key, tensor in official.items():
+        assert torch.equal(tensor, kept[key])
+
+
 def test_200_official_training_steps() -> None:
     case = Case("training")
     model = case.model("start", torch.float32)

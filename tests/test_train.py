@@ -557,9 +557,10 @@ def test_fp64_gives_a_model_back_in_its_type(
 
 
 def test_ids_that_a_device_has_noted_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the end of an epoch, and of a prediction."""
+    """At the end of a prediction, and of an epoch before it is evaluated."""
     model, data = tiny_model(), tiny_data(60)
     asked = mock.Mock(side_effect=IndexError("noted"))
+    monkeypatch.setattr(train, "evaluate", mock.Mock(side_effect=AssertionError))
     monkeypatch.setattr(EmbeddingArena, "raise_bad_ids", asked)
     for run in (lambda: train.predict(model, data), lambda: train.fit(model, data, data, config())):
         with pytest.raises(IndexError, match="noted"):
