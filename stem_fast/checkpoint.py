@@ -2,7 +2,7 @@
 
     RUN/model.safetensors   weights of the best epoch
         schema.json         the encoding: columns, vocabularies, scaling
-        config.json         model, its sizes, and how it was trained
+        config.json         model, its sizes, and how it was trained, from what
         history.json        one entry an epoch
         metrics.json        validation metrics of the best weights, written when ``fit`` has ended
 
@@ -22,10 +22,10 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -35,6 +35,9 @@ from stem_fast.cache import DAY
 from stem_fast.config import TrainingConfig
 from stem_fast.model import MODELS, STEMNet
 from stem_fast.schema import DataError, Encoding, nearest, shown
+
+if TYPE_CHECKING:
+    from stem_fast.train import EpochRecord
 
 VERSION = 2
 WEIGHTS, SCHEMA, CONFIG = "model.safetensors", "schema.json", "config.json"
@@ -52,11 +55,15 @@ def create_run(
     training: TrainingConfig,
     *,
     overwrite: bool = False,
+    records: Sequence[EpochRecord] = (),
+    source: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a complete run folder in one step, with an empty history and no metrics yet.
+    """Write a complete run folder in one step.
 
-    With ``overwrite`` an earlier run is replaced as a whole. Where PATH is a link, the run is what
-    it names. Raises DataError as ``prepare`` does.
+    ``records``, which ``train.fit`` returns, are its history, and the best epoch's metrics its
+    ``metrics.json``; without them there is none yet. ``source`` (command, data paths, joins; plain
+    JSON types) is kept in config.json. With ``overwrite`` an earlier run is replaced as a whole.
+    Where PATH is a link, the run is what it names. Raises DataError as ``prepare`` does.
     """
     path = _real(path)
     prepare(path, overwrite=overwrite)
@@ -72,6 +79,7 @@ def create_run(
         "model": names[0],
         "config": model.config,
         "training": dataclasses.asdict(training),
+        "source": dict(source or {}),
     }
     work = _work_folder(path)
     new, old = work / "new", work / "old"
@@ -80,7 +88,9 @@ def create_run(
         save_weights(new, model)
         save_json(new / SCHEMA, encoding.to_dict())
         save_json(new / CONFIG, config)
-        save_json(new / HISTORY, [])
+        save_json(new / HISTORY, [dataclasses.asdict(record) for record in records])
+        for record in [record for record in records if record.best][-1:]:
+            save_json(new / METRICS, record.metrics)
         if path.exists():
             os.rename(path, old)
         os.rename(new, path)
@@ -253,9 +263,10 @@ def load_run(
         raise DataError(f"{path} is not a complete run: it lacks {', '.join(missing)}.")
     config = read_config(path)
     try:
+        options = _with_scales(config["config"])
         # Without memory, which sizes of a damaged file could be too large for.
         with torch.device("meta"):
-            model = MODELS[config["model"]](**config["config"])
+            model = MODELS[config["model"]](**options)
         training = TrainingConfig(**config["training"])
     except (TypeError, ValueError) as error:
         raise DataError(
@@ -264,9 +275,17 @@ def load_run(
     encoding = Encoding.from_dict(read_json(path / SCHEMA))
     _refuse_mismatch(path, model, encoding)
     weights = _read_weights(path / WEIGHTS, model)
-    model = MODELS[config["model"]](**config["config"])
+    model = MODELS[config["model"]](**options)
     model.load_state_dict(weights)
     return model.to(device).eval(), encoding, training
+
+
+def _with_scales(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A model's configuration; one from before labels were standardised says that none was."""
+    kinds = config.get("kinds") if isinstance(config, Mapping) else None
+    if not isinstance(kinds, Mapping) or "scales" in config:
+        return config
+    return {**config, "scales": {task: (0, 1) for task, k in kinds.items() if k != "binary"}}
 
 
 def require_folder(path: Path) -> None:
@@ -347,9 +366,18 @@ def _read_weights(path: Path, model: STEMNet) -> dict[str, torch.Tensor]:
                         f"{path}: tensor {name} has shape {shape}, config.json asks for "
                         f"{list(tensor.shape)}."
                     )
-            return {name: file.get_tensor(name) for name in wanted}
+            tensors = {name: file.get_tensor(name) for name in wanted}
     except SafetensorError as error:
         raise DataError(f"{path} is not a readable safetensors file: {error}.") from error
+    for name, tensor in tensors.items():
+        # Extremes of a tensor show NaN and infinity without a copy of it.
+        for value in tensor.aminmax() if tensor.numel() and tensor.is_floating_point() else ():
+            if not value.isfinite():
+                raise DataError(
+                    f"{path}: tensor {name} holds {value.item()}, which no prediction can be made "
+                    "from: fit again."
+                )
+    return tensors
 
 
 def _some(names: list[str]) -> str:

@@ -8,8 +8,11 @@ import math
 import os
 import platform
 import re
+import shlex
 import sys
 import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any
@@ -260,7 +263,23 @@ def fit(
         k: ",".join(v) for k, v in given.items() if isinstance(v, (list, tuple)) and k != "join"
     }
     given |= lists
-    _fit(fit_settings(given, config))
+    with _flags_named(given):
+        _fit(fit_settings(given, config))
+
+
+@contextmanager
+def _flags_named(given: Iterable[str]) -> Iterator[None]:
+    """Messages that name an option as the --config file does, by the flag that gave it."""
+    try:
+        yield
+    except DataError as error:
+        message = str(error)
+        for key in given:
+            # A name of one word is a word like others but at the start.
+            start = r"(?<![\w'-])" if "_" in key else "^"
+            flag = f"--{key.replace('_', '-')}"
+            message = re.sub(rf"{start}{key}(?=:? (?:is|must|names?|has|needs|'))", flag, message)
+        raise DataError(message) from error
 
 
 def _fit(settings: FitSettings) -> None:
@@ -305,7 +324,12 @@ def _fit(settings: FitSettings) -> None:
             checkpoint.save_weights(settings.out, model)
         else:
             checkpoint.create_run(
-                settings.out, model, encoding, config, overwrite=settings.overwrite
+                settings.out,
+                model,
+                encoding,
+                config,
+                overwrite=settings.overwrite,
+                source=_source(settings),
             )
 
     def on_epoch(record: training.EpochRecord) -> None:
@@ -336,6 +360,17 @@ def _fit(settings: FitSettings) -> None:
     checkpoint.save_json(settings.out / checkpoint.METRICS, best.metrics)
     _print_metrics(best.metrics, f"validation, epoch {best.epoch} of {len(records)}", schema.group)
     console.print(f"saved to {settings.out}")
+
+
+def _source(settings: FitSettings) -> dict[str, Any]:
+    """What a run was made by and from, with paths that hold wherever it is read."""
+    return {
+        "command": shlex.join(["stem-fast", *sys.argv[1:]]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "train": str(settings.train.absolute()),
+        "valid": str(settings.valid.absolute()),
+        "join": [f"{Path(join.path).absolute()}:{join.key}" for join in settings.joins],
+    }
 
 
 def _build(settings: FitSettings, encoding: Encoding) -> STEMNet:

@@ -255,7 +255,7 @@ def fit_settings(flags: Mapping[str, Any], file: Path | None = None) -> FitSetti
         schema["sequences"] = _with_pooling(schema.get("sequences"), pooling)
     columns = Schema.from_dict(schema)
     training = take(_TRAINING)
-    if set(columns.labels.values()) == {"regression"}:
+    if "binary" not in columns.labels.values():
         training.setdefault("monitor", "rmse")
     return FitSettings(
         **files,

@@ -128,6 +128,18 @@ class Dataset:
     def __len__(self) -> int:
         return self.rows
 
+    def take(self, rows: np.ndarray) -> Dataset:
+        """Some of the rows (int64 numbers, in any order), copied, on the CPU."""
+        data = self.to("cpu")
+        return Dataset(
+            _rows(data.ids, rows),
+            None if data.numeric is None else _rows(data.numeric, rows),
+            {name: _jagged_rows(*jagged, rows) for name, jagged in data.sequences.items()},
+            None if data.labels is None else _rows(data.labels, rows),
+            None if data.weight is None else _rows(data.weight, rows),
+            None if data.group is None else data.group[rows],
+        )
+
     def batches(
         self, batch_size: int, *, seed: int | None = None, device: torch.device | str = "cpu"
     ) -> Iterator[Batch]:
@@ -588,7 +600,8 @@ def _standardised(block: Block, name: str, mean: float, std: float, seen: _Seen)
 
 
 def _labels(block: Block, schema: Schema) -> np.ndarray:
-    """float32 [rows, T], NaN = missing. Raises DataError for a binary label beyond 0 and 1."""
+    """float32 [rows, T], NaN = missing. Raises DataError for a binary label beyond 0 and 1, and for
+    one without the log1p that its kind asks for."""
     labels = np.empty((len(block), len(schema.tasks)), np.float32)
     for task, (name, kind) in enumerate(schema.labels.items()):
         values = block.numbers(name)
@@ -599,6 +612,10 @@ def _labels(block: Block, schema: Schema) -> np.ndarray:
         with np.errstate(over="ignore"):
             labels[:, task] = values
         block.refuse(name, np.isinf(labels[:, task]), "is beyond float32: rescale it.")
+        if kind == "regression:log1p":
+            advice = f"correct it, leave it empty, or fit it as {name}:regression."
+            wrong = labels[:, task] <= -1
+            block.refuse(name, wrong, f"is not above -1, and has no log1p: {advice}")
     return labels
 
 

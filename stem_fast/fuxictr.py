@@ -32,10 +32,23 @@ _TABLE = "embedding_layer.embedding_layer.embedding_layers.{}.weight"
 def to_official(model: STEMNet) -> dict[str, Tensor]:
     """The state dict that the official STEM of the same configuration loads.
 
-    The tensors are copies, so training the model on does not change them.
+    The tensors are copies, so training the model on does not change them. The official code knows
+    no scaling of labels: a regression's goes into the last layer of its tower.
+
+    Raises ValueError for a task that is fitted to the logarithm of its label.
     """
     model.embedding.flush()
-    return {key: tensor.clone() for key, tensor in _views(model)}
+    state = {key: tensor.clone() for key, tensor in _views(model)}
+    for number, task in enumerate(model.tasks):
+        if model.config["kinds"][task] == "regression:log1p":
+            raise ValueError(
+                f"task {task!r} is fitted to log(1 + label), which the official code cannot undo"
+            )
+        mean, std = model.config["scales"].get(task, (0.0, 1.0))
+        last = list(_linears(state, f"tower.{number}"))[-1]
+        state[f"tower.{number}.mlp.{last}.weight"].mul_(std)
+        state[f"tower.{number}.mlp.{last}.bias"].mul_(std).add_(mean)
+    return state
 
 
 def from_official(
@@ -58,7 +71,7 @@ def from_official(
         fields: the features in the official order; default: the order of the checkpoint's keys.
         sequences: fields that hold sequences -> the field whose table they share, or None. A
             checkpoint does not tell a sequence's table from a categorical one.
-        pooling, kinds: as for :class:`STEMNet`.
+        pooling, kinds: as for :class:`STEMNet`; labels of regression tasks are not scaled.
         hidden_activations: PReLU and Dice are recognised, the others leave no trace.
         net_dropout: needed only where the checkpoint was made with dropout, whose rate it does
             not hold.
@@ -102,6 +115,7 @@ def from_official(
         sequences={n: shared[n] or len(tables[n]) for n in order if n in shared},
         pooling=pooling,
         kinds=kinds,
+        scales={task: (0.0, 1.0) for task, kind in (kinds or {}).items() if kind != "binary"},
         fields=order,
         **sizes,
     )

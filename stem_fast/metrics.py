@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from stem_fast.schema import DataError
+from stem_fast.schema import KINDS, DataError
 
 Values = npt.ArrayLike | torch.Tensor
 
@@ -83,7 +83,7 @@ def evaluate(
     """All metrics of all tasks, in the form of a run's ``metrics.json``.
 
     labels: [N, T], NaN = missing: that row scores the other tasks only; probabilities: [N, T],
-    the predicted value itself for a regression task; kinds: task -> "binary" or "regression" in
+    the predicted value itself for a regression task; kinds: task -> one of ``schema.KINDS`` in
     column order; group: [N] integer codes, negative = missing.
     Returns {"rows": N, "tasks": {task: {"auc", "gauc", "logloss", "pcoc"} or {"rmse", "mae"}}}.
     What is undefined is None, so that the result is valid JSON: "gauc" without a group column,
@@ -112,12 +112,12 @@ def evaluate(
                 "logloss": logloss(targets, scores),
                 "pcoc": pcoc(targets, scores),
             }
-        elif kind == "regression":
+        elif kind in KINDS:
             _refuse(np.isinf(targets), targets, f"label of task '{task}'", "it must be finite")
             targets, scores = targets[present], scores[present]
             values = {"rmse": rmse(targets, scores), "mae": mae(targets, scores)}
         else:
-            raise DataError(f"task '{task}' has kind '{kind}': use 'binary' or 'regression'.")
+            raise DataError(f"task '{task}' has kind '{kind}': use one of {', '.join(KINDS)}.")
         tasks[task] = {name: v if math.isfinite(v) else None for name, v in values.items()}
     return {"rows": len(y), "tasks": tasks}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from stem_fast import batched, fuxictr, ops, reference
 from stem_fast.experts import expert_mixture
 from stem_fast.inference import Inference
 from stem_fast.layers import EmbeddingArena, GroupedMLP, has_batch_norm, parameters_of, put_buffer
+from stem_fast.schema import KINDS
 
 Sequences = Mapping[str, Tensor | tuple[Tensor, Tensor]]
 # Far beyond any use, and small enough for sizes of tensors to stay within 64 bits.
@@ -95,7 +97,10 @@ class STEMNet(nn.Module):
         numeric: numeric fields, the columns of ``numeric``.
         sequences: sequence field -> vocabulary size, or the categorical field it shares rows with.
         pooling: "mean" or "sum", for all sequences or by name.
-        kinds: task -> "binary" (default) or "regression".
+        kinds: task -> "binary" (default), "regression" or "regression:log1p" (of log(1 + label)).
+        scales: regression task -> (mean, standard deviation) of its labels (after log1p): the
+            network's output, and the loss, are of labels standardised by them, and
+            :meth:`predict` undoes it. ``train.fit`` learns those that are not given.
         fields: order of all fields in the network's input; default categorical, numeric, sequence.
 
     Raises:
@@ -124,6 +129,7 @@ class STEMNet(nn.Module):
         sequences: Mapping[str, int | str] | None = None,
         pooling: str | Mapping[str, str] = "mean",
         kinds: Mapping[str, str] | None = None,
+        scales: Mapping[str, Sequence[float]] | None = None,
         fields: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
@@ -137,7 +143,11 @@ class STEMNet(nn.Module):
         ):
             if isinstance(given, str) or not isinstance(given, Iterable):
                 raise ValueError(f"{name} is {reprlib.repr(given)}: give a list")
-        for name, mapping in (("vocab_sizes", vocab_sizes), ("kinds", kinds or {})):
+        for name, mapping in (
+            ("vocab_sizes", vocab_sizes),
+            ("kinds", kinds or {}),
+            ("scales", scales or {}),
+        ):
             if not isinstance(mapping, Mapping):
                 raise ValueError(f"{name} is {reprlib.repr(mapping)}: give a mapping from names")
         if not isinstance(sequences or {}, Mapping):
@@ -169,6 +179,7 @@ class STEMNet(nn.Module):
             "sequences": sequences,
             "pooling": dict(pooling),
             "kinds": kinds,
+            "scales": dict(scales or {}),
             "fields": fields,
         }
         self._check_config(default_order)
@@ -289,8 +300,21 @@ class STEMNet(nn.Module):
         for task, kind in config["kinds"].items():
             if task not in tasks:
                 raise ValueError(f"kinds names {task!r}, which is no task of {tasks}")
-            if kind not in ("binary", "regression"):
-                raise ValueError(f"task {task!r}: kind {kind!r} is not binary or regression")
+            if kind not in KINDS:
+                raise ValueError(f"task {task!r}: kind {kind!r} is not one of {', '.join(KINDS)}")
+        for task, scale in config["scales"].items():
+            if config["kinds"].get(task, "binary") == "binary":
+                raise ValueError(f"scales names {task!r}, which is no regression task")
+            try:
+                mean, std = map(float, scale)
+            except (TypeError, ValueError):
+                mean = std = math.nan
+            if not (math.isfinite(mean) and 0 < std < math.inf):
+                found = reprlib.repr(scale)
+                raise ValueError(
+                    f"scales of {task!r} are {found}: give a mean, and a deviation above 0"
+                )
+            config["scales"][task] = [mean, std]
 
     def forward(
         self,
@@ -300,7 +324,7 @@ class STEMNet(nn.Module):
         *,
         recompute: bool = False,
     ) -> Tensor:
-        """Logits (for regression tasks: values) [B, T].
+        """Logits (for regression tasks: values, standardised by ``scales``) [B, T].
 
         Args:
             ids: int32 or int64 [B, F], columns in the order of ``vocab_sizes``.
@@ -391,7 +415,8 @@ class STEMNet(nn.Module):
     def predict(
         self, ids: Tensor, numeric: Tensor | None = None, sequences: Sequences | None = None
     ) -> Tensor:
-        """Probabilities (for regression tasks: values) [B, T]; arguments as for the call.
+        """Probabilities (for regression tasks: values, in units of the labels) [B, T]; arguments as
+        for the call.
 
         Runs in evaluation mode and without autograd, whatever mode the model is in.
         """
@@ -403,11 +428,42 @@ class STEMNet(nn.Module):
         return Inference(self, precision)
 
     def _probabilities(self, output: Tensor) -> Tensor:
-        kinds = [self.config["kinds"][task] for task in self.tasks]
-        if "regression" not in kinds:
+        if not self._regressions():
             return output.sigmoid()
-        columns = zip(output.unbind(1), kinds, strict=True)
-        return torch.stack([v.sigmoid() if kind == "binary" else v for v, kind in columns], 1)
+        columns = []
+        for task, column in zip(self.tasks, output.unbind(1), strict=True):
+            kind = self.config["kinds"][task]
+            if kind == "binary":
+                column = column.sigmoid()
+            elif task in self.config["scales"]:
+                mean, std = self.config["scales"][task]
+                column = column * std + mean
+            columns.append(column.expm1() if kind == "regression:log1p" else column)
+        return torch.stack(columns, 1)
+
+    def _regressions(self) -> list[int]:
+        """The places of regression tasks."""
+        kinds = self.config["kinds"]
+        return [i for i, task in enumerate(self.tasks) if kinds[task] != "binary"]
+
+    def standardised(self, labels: Tensor) -> Tensor:
+        """Labels [B, T] as the loss compares them to the network's outputs: those of regression
+        tasks after log1p where that is their kind, and standardised by ``scales``."""
+        kinds, scales = self.config["kinds"], self.config["scales"]
+        changed = [self.tasks[i] for i in self._regressions()]
+        changed = [t for t in changed if t in scales or kinds[t] == "regression:log1p"]
+        if not changed:
+            return labels
+        columns = []
+        for task, column in zip(self.tasks, labels.unbind(1), strict=True):
+            if task in changed:
+                # In float64, where no difference of two labels is infinite.
+                value = column.double()
+                value = value.log1p() if kinds[task] == "regression:log1p" else value
+                mean, std = scales.get(task, (0.0, 1.0))
+                column = ((value - mean) / std).to(labels.dtype)
+            columns.append(column)
+        return torch.stack(columns, 1)
 
     def gates(
         self, ids: Tensor, numeric: Tensor | None = None, sequences: Sequences | None = None
@@ -472,7 +528,8 @@ class STEMNet(nn.Module):
         Args:
             logits: [B, T], the model's output.
             labels: [B, T], 0 or 1 for binary tasks (not checked here: it would make every step
-                wait); NaN is a missing label, which trains the row's other tasks only.
+                wait), in their own units for regression tasks, see :meth:`standardised`; NaN is a
+                missing label, which trains the row's other tasks only.
             task_weights: [T], a factor on each task's loss.
             sample_weights: [B], a factor on each row's loss; the mean still divides by the number
                 of labels, so that a row's weight does not depend on its batch.
@@ -485,7 +542,8 @@ class STEMNet(nn.Module):
         """
         if labels.shape != logits.shape:
             raise ValueError(f"labels have shape {list(labels.shape)}, logits {list(logits.shape)}")
-        regression = [int(self.config["kinds"][task] == "regression") for task in self.tasks]
+        regression = [int(self.config["kinds"][task] != "binary") for task in self.tasks]
+        labels = self.standardised(labels)
         means = ops.task_losses(logits, labels, regression, mask, sample_weights, counts)
         if task_weights is not None:
             means = means * task_weights

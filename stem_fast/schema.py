@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-KINDS = ("binary", "regression")
+KINDS = ("binary", "regression", "regression:log1p")
 POOLINGS = ("mean", "sum")
 ENCODING_VERSION = 1
 LARGEST = 2**31 - 1  # of sizes and counts, which 32 bits must hold
@@ -33,9 +33,11 @@ def shown(value: Any) -> str:
 
 
 def nearest(name: str, known: Iterable[str], likeness: float = 0.6) -> str:
-    """``" Did you mean 'x'?"`` for the known name most like ``name``, or ``""``."""
-    found = difflib.get_close_matches(str(name)[:100], list(known), n=1, cutoff=likeness)
-    return f" Did you mean '{found[0]}'?" if found else ""
+    """``" Did you mean 'x'?"`` for the known name most like ``name`` in any case, or ``""``."""
+    spelled = {each.lower(): each for each in known}
+    name = str(name)[:100].lower()
+    found = difflib.get_close_matches(name, list(spelled), n=1, cutoff=likeness)
+    return f" Did you mean '{spelled[found[0]]}'?" if found else ""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ class SequenceField:
 class Schema:
     """Which columns are labels, features, group and weight, and how text files are read.
 
-    labels       label -> "binary" (0 or 1) or "regression"; their order is the task order
+    labels       label -> "binary" (0 or 1), "regression" or "regression:log1p" (fitted to
+                 log(1 + label)); their order is the task order
     categorical  one value a row, looked up in a vocabulary
     numeric      one number a row, standardised
     sequences    lists of values
@@ -272,7 +275,8 @@ def table_owners(schema: Schema) -> dict[str, list[str]]:
 
 
 def parse_labels(text: str) -> dict[str, str]:
-    """``"finish,watch_time:regression"`` -> {"finish": "binary", "watch_time": "regression"}."""
+    """``"finish,watch_time:regression"`` -> {"finish": "binary", "watch_time": "regression"};
+    ``"watch_time:regression:log1p"`` has the kind "regression:log1p"."""
     pairs = [item.partition(":") for item in _split(text)]
     _check_distinct([name for name, _, _ in pairs], "labels name '{}' twice.")
     return {name: kind or "binary" for name, _, kind in pairs}

@@ -443,7 +443,7 @@ class _Side:
         names = (key, *columns)
         with _reading(table.path):
             columns_of = {n: [part[n].combine_chunks() for part in parts] for n in names}
-            whole = {name: _joined(found) for name, found in columns_of.items()}
+            whole = {name: joined(found) for name, found in columns_of.items()}
             block = Block(table.path, 0, pa.table(whole), ())
         self.key = key
         texts, codes, _ = block.distinct(key, block.column(key))
@@ -642,7 +642,7 @@ def _regroup(batches: Iterable[pa.RecordBatch], row_bytes: int = 0) -> Iterator[
         yield pa.Table.from_batches(waiting)
 
 
-def _joined(parts: Sequence[pa.Array]) -> pa.ChunkedArray:
+def joined(parts: Sequence[pa.Array]) -> pa.ChunkedArray:
     """Arrays one after the other, as text where files differ in type."""
     types = {part.type for part in parts}
     if any(pa.types.is_nested(each) for each in types):

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stem_fast import metrics
+from stem_fast import checks, metrics
 from stem_fast.config import TrainingConfig as TrainingConfig
 from stem_fast.data import Dataset
 from stem_fast.layers import has_batch_norm
@@ -28,8 +28,6 @@ from stem_fast.step import train_step as train_step
 
 MIN_DELTA = 1e-6  # an epoch must be better than the best one by this much
 LR_FACTOR, MIN_LR = 0.1, 1e-6  # after an epoch that is not
-DROWNS = 30  # a loss so many times a binary task's is all that is learned
-DROWNED = 500  # one so many times smaller is hardly learned: what is shared obeys the others
 LOSS_CHECK = 1000  # steps between two looks at the loss: each look waits for the device
 
 
@@ -113,6 +111,8 @@ def check(config: TrainingConfig, kinds: Mapping[str, str]) -> Monitor:
         raise DataError(
             f"task_weights is {list(weights)}: give one for each of {', '.join(kinds)}."
         )
+    if weights is not None and not any(weights):
+        raise DataError(f"task_weights is {list(weights)}: give at least one above 0.")
     return Monitor.parse(config.monitor, kinds)
 
 
@@ -137,15 +137,19 @@ def fit(
     Calls ``on_step(rows)`` after a step, ``on_best(model)`` after an epoch that improved, then
     ``on_epoch(record)``. The model's weights and dropout come from torch's global generator: seed
     that before building the model to make a run repeatable.
-    Warns of a regression whose loss drowns the binary tasks', or drowns in them.
-    Raises DataError for a monitor, task weights, a precision or micro-batches that do not fit,
-    TrainingError for a loss or a prediction that is not finite.
+    Regression tasks without ``scales`` get those of their training labels, so that tasks in any
+    unit weigh alike (a model with a loss of its own gets none); metrics and predictions stay in the
+    labels' units.
+    Warns of labels with one value and of features that give a label away.
+    Raises DataError for a monitor, task weights, a precision or micro-batches that do not fit, and
+    for sample weights that are negative or all 0, TrainingError for a loss or a prediction that is
+    not finite.
     """
     kinds = task_kinds(model)
     monitor = check(config, kinds)
     check_precision(config.precision, device)
     _refuse_batch_norm(model, len(train), config)
-    _warn_of_units(train, kinds, config)
+    _look_at(train, model, kinds)
     # Whether a metric is defined depends on labels alone: say so before training, not after.
     monitor.value(score(np.full((len(valid), len(kinds)), 0.5), valid, kinds))
 
@@ -270,7 +274,8 @@ def predict(
 ) -> np.ndarray:
     """Predictions float32 [N, T] in row order: probabilities, or values of regression tasks.
 
-    Raises DataError for a precision that the device cannot do.
+    Raises DataError for a precision that the device cannot do, TrainingError if a prediction is not
+    finite.
     """
     inference = model.to(device).compile_inference(precision)
     out = torch.empty(len(data), len(task_kinds(model)), device=device)
@@ -280,7 +285,16 @@ def predict(
         out[start:end] = inference(batch.ids, batch.numeric, batch.sequences)
         start = end
     inference.model.embedding.raise_bad_ids()
-    return out.cpu().numpy()
+    predictions = out.cpu().numpy()
+    bad = np.argwhere(~np.isfinite(predictions))
+    if len(bad):
+        row, column = bad[0]
+        raise TrainingError(
+            f"the prediction of {list(task_kinds(model))[column]} is {predictions[row, column]} in "
+            f"row {row}: the weights are no longer finite, or a number of that row is far beyond "
+            "those of training; try a lower --learning-rate."
+        )
+    return predictions
 
 
 def evaluate(
@@ -291,20 +305,9 @@ def evaluate(
     device: str | torch.device = "cpu",
     precision: str = "fp32",
 ) -> dict[str, Any]:
-    """``metrics.evaluate`` of the model's predictions on labelled data.
-
-    Raises TrainingError if a prediction is not finite.
-    """
+    """``metrics.evaluate`` of the model's predictions on labelled data; raises as ``predict``."""
     predictions = predict(model, data, batch_size=batch_size, device=device, precision=precision)
-    kinds = task_kinds(model)
-    bad = np.argwhere(~np.isfinite(predictions))
-    if len(bad):
-        row, column = bad[0]
-        raise TrainingError(
-            f"the prediction of {list(kinds)[column]} is {predictions[row, column]} in row {row}: "
-            "the weights are no longer finite; try a lower --learning-rate."
-        )
-    return score(predictions, data, kinds)
+    return score(predictions, data, task_kinds(model))
 
 
 def score(predictions: np.ndarray, data: Dataset, kinds: Mapping[str, str]) -> dict[str, Any]:
@@ -315,33 +318,22 @@ def score(predictions: np.ndarray, data: Dataset, kinds: Mapping[str, str]) -> d
 
 
 def task_kinds(model: STEMNet) -> dict[str, str]:
-    """Task -> "binary" or "regression", in task order."""
+    """Task -> its kind, in task order."""
     return {task: model.config["kinds"][task] for task in model.config["tasks"]}
 
 
-def _warn_of_units(data: Dataset, kinds: Mapping[str, str], config: TrainingConfig) -> None:
-    """A regression in seconds has a loss of thousands, and is then all that a model learns; one in
-    thousandths has a loss of millionths, and is not learned."""
-    weights = dict(zip(kinds, config.task_weights or (1.0,) * len(kinds), strict=True))
-    binary = math.log(2) * max((weights[t] for t in kinds if kinds[t] == "binary"), default=0.0)
-    if data.labels is None or not binary:
-        return
-    for column, (task, kind) in enumerate(kinds.items()):
-        if kind == "binary":
-            continue
-        loss = weights[task] * data.labels[:, column].square().nanmean().item()
-        if loss > DROWNS * binary:
-            fate, change = "it alone will be learned", "lower"
-        elif 0 < loss < binary / DROWNED:
-            fate, change = "it will hardly be learned", "raise"
-        else:
-            continue
-        warnings.warn(
-            f"regression {task!r} begins with a loss of {loss:.3g}, binary tasks with "
-            f"{binary:.2g}: {fate}. Scale its column to values of about 1, or {change} its "
-            "--task-weights",
-            stacklevel=3,
-        )
+def _look_at(data: Dataset, model: STEMNet, kinds: Mapping[str, str]) -> None:
+    """Warns of what the training data tells, refuses what it cannot teach, and gives the model the
+    scales of its regressions' labels."""
+    if data.labels is None:
+        raise DataError("the data was loaded without labels, so it cannot train.")
+    checks.check_weights(data)
+    scales = checks.label_scales(data, kinds)
+    checks.warn_of_leaks(data, model.config)
+    # A loss that is not STEMNet's compares labels in their units.
+    if scales and getattr(model.loss, "__func__", None) is STEMNet.loss:
+        for task, scale in scales.items():
+            model.config["scales"].setdefault(task, list(scale))
 
 
 def _refuse_batch_norm(model: STEMNet, rows: int, config: TrainingConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import subprocess
@@ -20,6 +21,7 @@ from stem_fast import checkpoint
 from stem_fast.config import TrainingConfig
 from stem_fast.model import MODELS, STEMNet
 from stem_fast.schema import DataError, Encoding, Schema, SequenceField
+from stem_fast.train import EpochRecord
 
 TRAINING = TrainingConfig(epochs=7, learning_rate=0.1, task_weights=(2.0,), monitor="click.auc")
 
@@ -90,6 +92,57 @@ def test_every_model_and_kind_of_field(tmp_path: Path, name: str) -> None:
     assert list(loaded.config["vocab_sizes"]) == ["b", "a"]
     ours, theirs = loaded.state_dict(), model.state_dict()
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_a_run_keeps_the_scales_of_its_labels_and_an_older_one_has_none(tmp_path: Path) -> None:
+    schema = Schema({"like": "binary", "time": "regression", "paid": "regression"}, ("a",))
+    encoding = Encoding(schema, {"a": ["x", "y"]})
+    model = STEMNet(
+        encoding.vocab_sizes,
+        schema.tasks,
+        kinds=schema.labels,
+        expert_hidden_units=(3,),
+        scales={"time": (30.0, 7.0), "paid": (0.5, 2.0)},
+    )
+    run, ids = tmp_path / "run", torch.tensor([[1], [2], [3]])
+    checkpoint.create_run(run, model, encoding, TrainingConfig())
+    loaded, _, _ = checkpoint.load_run(run)
+    assert loaded.config["scales"] == {"time": [30.0, 7.0], "paid": [0.5, 2.0]}
+    assert torch.equal(loaded.predict(ids), model.predict(ids))
+    config = json.loads((run / "config.json").read_text())
+    del config["config"]["scales"]
+    (run / "config.json").write_text(json.dumps(config))
+    loaded, _, _ = checkpoint.load_run(run)
+    with torch.no_grad():
+        assert torch.equal(loaded.predict(ids)[:, 1:], model(ids)[:, 1:])
+    # Training it on keeps the units that its weights are made for.
+    assert loaded.config["scales"] == {"time": [0.0, 1.0], "paid": [0.0, 1.0]}
+
+
+def test_records_of_a_training_become_history_and_metrics(tmp_path: Path) -> None:
+    records = [
+        EpochRecord(
+            i + 1, 0.5, 0.1, 1.0, 9.0, auc, best, {"rows": i, "tasks": {"click": {"auc": auc}}}
+        )
+        for i, (auc, best) in enumerate([(0.6, True), (0.7, True), (0.65, False)])
+    ]
+    source = {"command": "python own.py", "train": "/data/train.csv"}
+    run = tmp_path / "run"
+    checkpoint.create_run(run, marked_model(5), ENCODING, TRAINING, records=records, source=source)
+    assert checkpoint.read_metrics(run) == {"rows": 1, "tasks": {"click": {"auc": 0.7}}}
+    history = json.loads((run / "history.json").read_text())
+    assert [entry["monitor"] for entry in history] == [0.6, 0.7, 0.65]
+    assert checkpoint.read_config(run)["source"] == source
+
+
+def test_weights_that_are_not_finite_are_no_run(run: Path) -> None:
+    tensors = load_file(run / "model.safetensors")
+    name = next(name for name in tensors if name.startswith("towers"))
+    for value in (math.nan, math.inf, -math.inf):
+        tensors[name].view(-1)[-1] = value
+        save_file(tensors, run / "model.safetensors")
+        with pytest.raises(DataError, match=f"tensor {name} holds {value}, which no prediction"):
+            checkpoint.load_run(run)
 
 
 def test_save_weights_changes_the_weights_only(run: Path) -> None:

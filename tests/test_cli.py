@@ -636,11 +636,11 @@ def test_aliases_are_read() -> None:
         ({"labels": "is_click:bin"}, ["unknown kind 'bin'"]),
         ({"monitor": "acu"}, ["monitor is 'acu'", "Did you mean 'auc'?"]),
         ({"monitor": "gauc", "group": None}, ["--monitor is 'gauc', which needs the --group"]),
-        ({"task_weights": "1"}, ["task_weights is [1.0]", "is_click, long_view"]),
+        ({"task_weights": "1"}, ["--task-weights is [1.0]", "is_click, long_view"]),
         ({"model": "stm"}, ["model is 'stm'", "Did you mean 'stem'?"]),
         (
             {"model": "mmoe", "num_specific_experts": 1},
-            ["no mmoe model of these options: ", "num_specific_experts"],
+            ["no mmoe model of these options: ", "--num-specific-experts is 1"],
         ),
         ({"hidden_activations": "rellu"}, ["no stem model of these options: ", "rellu"]),
         ({"device": "tpu"}, ["device is 'tpu': give auto, cpu, cuda or cuda:N"]),
@@ -653,7 +653,7 @@ def test_aliases_are_read() -> None:
         ({"out": "train.parquet/run"}, ["train.parquet/run: a run cannot be written there"]),
         (
             {"model": "shared_bottom", "num_shared_experts": None},
-            ["gate_hidden_units is given, but shared_bottom has no gates: drop it."],
+            ["--gate-hidden-units is given, but shared_bottom has no gates: drop it."],
         ),
         (
             {"precision": "tf32", "device": "cpu"},

@@ -326,6 +326,9 @@ def test_binary_labels_of_every_type(tmp_path: Path, values: list[Any]) -> None:
         ("r", [float("inf"), 0], "column 'r', row 0: inf is not finite"),
         ("r", [1e39, 0], "column 'r', row 0: 1e+39 is beyond float32: rescale it."),
         ("r", [None, None], "label 'r' is missing on every row: leave it out."),
+        ("l", [3, -1], "column 'l', row 1: -1 is not above -1, and has no log1p: correct it,"),
+        ("l", ["3", "-1.00000000001"], "column 'l', row 1: '-1.00000000001' is not above -1"),
+        ("l", [-7.5, 0], "column 'l', row 0: -7.5 is not above -1"),
         ("n", ["1", "2a"], "column 'n', row 1: '2a' is not a number"),
         ("n", [1.0, float("-inf")], "column 'n', row 1: -inf is not finite"),
         ("n", [1e308, -1e308], "column 'n' holds numbers too large to standardise: rescale it."),
@@ -342,8 +345,9 @@ def test_binary_labels_of_every_type(tmp_path: Path, values: list[Any]) -> None:
 def test_bad_values_are_refused(
     tmp_path: Path, column: str, values: list[Any], message: str
 ) -> None:
-    good = {"y": [0, 1], "r": [0.5, 2], "n": [1, 2], "w": [1, 2], "c": ["a", "b"]}
-    schema = Schema({"y": "binary", "r": "regression"}, ("c",), ("n",), weight="w")
+    good = {"y": [0, 1], "r": [0.5, 2], "l": [0, -0.5], "n": [1, 2], "w": [1, 2], "c": ["a", "b"]}
+    labels = {"y": "binary", "r": "regression", "l": "regression:log1p"}
+    schema = Schema(labels, ("c",), ("n",), weight="w")
     encoding = fit_encoding(parquet(tmp_path / "good.parquet", **good), schema)
     bad = parquet(tmp_path / "bad.parquet", **{**good, column: values})
     with refused(message):
@@ -418,6 +422,19 @@ def test_the_delimiter_of_a_side_table_beside_parquet(tmp_path: Path) -> None:
     schema = Schema({"y": "binary"}, ("age",), min_count=1, delimiter=";")
     found = fit_encoding(log, schema, joins=[Join(tmp_path / "age.csv", "user")])
     assert found.vocabularies == {"age": ["x"]}
+
+
+def test_rows_are_taken_in_any_order(tmp_path: Path, table: pa.Table) -> None:
+    pa.parquet.write_table(table, tmp_path / "all.parquet")
+    rows = np.array([250, 3, 4, 4, 299, 0])
+    pa.parquet.write_table(table.take(pa.array(rows)), tmp_path / "some.parquet")
+    encoding = fit_encoding(tmp_path / "all.parquet", SCHEMA)
+    taken = load(tmp_path / "all.parquet", encoding).take(rows)
+    some = load(tmp_path / "some.parquet", encoding)
+    group = np.unique(some.group, return_inverse=True)[1]
+    codes = np.unique(taken.group, return_inverse=True)[1]
+    assert len(np.unique(np.stack([group, codes], 1), axis=0)) == len(np.unique(group))
+    same(replace(taken, group=None), replace(some, group=None))
 
 
 def test_joined_columns_are_features_like_others(tmp_path: Path) -> None:

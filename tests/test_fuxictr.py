@@ -252,6 +252,22 @@ def tiny() -> dict[str, Tensor]:
     ).to_official()
 
 
+def test_scales_of_labels_go_into_the_towers() -> None:
+    """The official code knows none; and a model of its checkpoint is not scaled again."""
+    options: dict[str, Any] = {"kinds": {"like": "regression"}, "expert_hidden_units": (4,)}
+    model = STEMNet({"user": 5}, ["click", "like"], scales={"like": (40.0, 8.0)}, **options)
+    state, ids = model.to_official(), torch.arange(1, 5)[:, None]
+    back = STEMNet.from_official(state, tasks=["click", "like"], kinds=options["kinds"])
+    torch.testing.assert_close(back.predict(ids), model.predict(ids))
+    with torch.no_grad():
+        torch.testing.assert_close(back(ids)[:, 1], 8 * model(ids)[:, 1] + 40)
+    assert back.config["scales"] == {"like": [0.0, 1.0]}
+    options["kinds"] = {"like": "regression:log1p"}
+    model = STEMNet({"user": 5}, ["click", "like"], **options)
+    with pytest.raises(ValueError, match=r"task 'like' is fitted to log\(1 \+ label\), which"):
+        model.to_official()
+
+
 TABLE = "embedding_layer.embedding_layer.embedding_layers.user.weight"
 
 

@@ -38,6 +38,7 @@ def build(name: str, **options: Any) -> tuple[STEMNet, Any]:
         numeric=["price"],
         sequences={"seen": "item", "tags": 5},
         kinds={"time": "regression"},
+        scales={"time": (2.0, 0.5)},
         fields=["seen", "price", "user", "tags", "item"],
         **{**EXPERTS[name], **options},
     )

@@ -304,6 +304,28 @@ def test_regression_tasks_have_squared_error_and_no_sigmoid() -> None:
     torch.testing.assert_close(out[:, 0], raw[:, 0].sigmoid())
 
 
+def test_regressions_are_standardised_and_predicted_in_their_units() -> None:
+    kinds = {"like": "regression", "follow": "regression:log1p"}
+    model = small(kinds=kinds, scales={"like": (100.0, 20.0), "follow": (2.0, 0.5)})
+    logits, labels = torch.randn(4, 3), torch.rand(4, 3).round()
+    labels[:, 1:] = torch.tensor([[80.0, 3.0], [120.0, 0.0], [torch.nan, 9.0], [100.0, -0.5]])
+    wanted = labels.clone()
+    wanted[:, 1] = torch.tensor([-1.0, 1.0, torch.nan, 0.0])
+    wanted[:, 2] = (labels[:, 2].log1p() - 2) / 0.5
+    torch.testing.assert_close(model.standardised(labels), wanted, equal_nan=True)
+    expected = small().loss(logits[:, :1].expand(4, 3), labels[:, :1].expand(4, 3)) / 3
+    expected = expected + F.mse_loss(logits[[0, 1, 3], 1], wanted[[0, 1, 3], 1])
+    expected = expected + F.mse_loss(logits[:, 2], wanted[:, 2])
+    torch.testing.assert_close(model.loss(logits, labels), expected)
+    raw, out = model(ids()).detach(), model.predict(ids())
+    torch.testing.assert_close(out[:, 0], raw[:, 0].sigmoid())
+    torch.testing.assert_close(out[:, 1], raw[:, 1] * 20 + 100)
+    torch.testing.assert_close(out[:, 2], (raw[:, 2] / 2 + 2).exp() - 1)
+    # A model whose labels have no scale has none of their work either.
+    assert small().standardised(labels) is labels
+    assert small(kinds={"like": "regression"}).standardised(labels) is labels
+
+
 def test_missing_labels_and_masks_leave_other_tasks_alone() -> None:
     model = small()
     logits = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
@@ -387,7 +409,18 @@ def test_regularization_of_a_large_table_is_added_up_well() -> None:
         ({"pooling": {"history": "mean"}}, "must name each sequence once"),
         ({"sequences": {"h": 3}, "pooling": "max"}, "pooling 'max' is not mean or sum"),
         ({"kinds": {"clik": "binary"}}, "kinds names 'clik', which is no task"),
-        ({"kinds": {"click": "ranking"}}, "kind 'ranking' is not binary or regression"),
+        ({"kinds": {"click": "ranking"}}, "kind 'ranking' is not one of binary, regression"),
+        ({"scales": {"click": (0, 1)}}, "scales names 'click', which is no regression task"),
+        ({"scales": {"clik": (0, 1)}}, "scales names 'clik', which is no regression task"),
+        (
+            {"kinds": {"click": "regression"}, "scales": {"click": (0, 0)}},
+            r"scales of 'click' are \(0, 0\): give a mean, and a deviation above 0",
+        ),
+        ({"kinds": {"click": "regression"}, "scales": {"click": 3}}, "scales of 'click' are 3"),
+        (
+            {"kinds": {"click": "regression"}, "scales": {"click": (math.nan, 1)}},
+            r"scales of 'click' are \(nan, 1\)",
+        ),
         ({"hidden_activations": "rellu"}, "unknown activation 'rellu'"),
         ({"tasks": "like"}, "tasks is 'like': give a list"),
         ({"numeric": "age"}, "numeric is 'age': give a list"),

@@ -74,6 +74,21 @@ def test_list_of_labels_is_binary_in_order() -> None:
     assert schema.tasks == ("b", "a")
 
 
+def test_a_regression_of_logarithms() -> None:
+    labels = {"a": "binary", "b": "regression:log1p"}
+    for form in ("a,b:regression:log1p", ["a", {"b": "regression:log1p"}], labels):
+        assert Schema.from_dict({"labels": form, "categorical": "c"}).labels == labels
+    assert parse_labels("a:Regression") == {"a": "Regression"}
+    with refused("unknown kind 'Regression', known: binary, regression"):
+        Schema({"a": "Regression"}, ("c",))
+
+
+def test_a_hint_knows_no_case() -> None:
+    assert nearest("STEM", ["stem", "ple"]) == " Did you mean 'stem'?"
+    assert nearest("userid", ["Item", "User_ID"]) == " Did you mean 'User_ID'?"
+    assert nearest("zzz", ["stem"]) == ""
+
+
 @pytest.mark.parametrize(
     "labels",
     [
@@ -179,7 +194,10 @@ def test_damaged_encodings_are_refused(mapping: Any, message: str) -> None:
         ({"labels": []}, "no label: name at least one column in labels."),
         ({"labels": None}, "no label: name at least one column in labels."),
         ({"categorical": []}, "no feature: name columns in categorical, numeric or sequences."),
-        ({"labels": {"y": "binray"}}, "unknown kind 'binray', known: binary, regression. Did you"),
+        (
+            {"labels": {"y": "binray"}},
+            "unknown kind 'binray', known: binary, regression, regress",
+        ),
         ({"labels": "y:regresion"}, "label 'y': unknown kind 'regresion'"),
         ({"labels": {"y": None}}, "label 'y': unknown kind None"),
         ({"labels": ["y", "y"]}, "labels name 'y' twice."),

@@ -38,6 +38,7 @@ def model(name: str = "stem", **options: Any) -> STEMNet:
         numeric=["price"],
         sequences={"seen": "item"},
         kinds={"time": "regression"},
+        scales={"time": (0.5, 0.25)},
         **{**sizes, **options},
     ).double()
 

@@ -262,6 +262,11 @@ class Scripted(nn.Module):
         return self.weight.new_zeros(())
 
 
+def two_rows() -> Dataset:
+    """Twice, one of each class."""
+    return Dataset(torch.ones(4, 1, dtype=torch.int32), labels=torch.tensor([[0.0], [1.0]] * 2))
+
+
 def run_script(
     monkeypatch: pytest.MonkeyPatch, aucs: list[float], **options: object
 ) -> tuple[list[train.EpochRecord], list[float], float]:
@@ -285,7 +290,7 @@ def scripted(
     monkeypatch.setattr(train, "evaluate", lambda *_, **__: result(next(script)))
     monkeypatch.setattr(train, "score", lambda *_: result(0.5))
     model, saved = Scripted(), []
-    data = Dataset(torch.ones(4, 1, dtype=torch.int32), labels=torch.ones(4, 1))
+    data = two_rows()
     records = train.fit(
         model,
         data,
@@ -396,8 +401,7 @@ def test_an_interrupt_leaves_the_best_weights(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(train, "evaluate", evaluate)
     monkeypatch.setattr(train, "score", lambda *_: {"tasks": {"click": {"auc": 0.5}}})
-    model = Scripted()
-    data = Dataset(torch.ones(4, 1, dtype=torch.int32), labels=torch.ones(4, 1))
+    model, data = Scripted(), two_rows()
     settings = TrainingConfig(batch_size=4, learning_rate=1.0, patience=5)
     with pytest.raises(KeyboardInterrupt):
         train.fit(model, data, data, settings)
@@ -471,24 +475,87 @@ def test_undefined_monitor_is_refused_before_training() -> None:
     assert steps == []
 
 
-def test_a_regression_in_units_too_small_or_large_is_warned_of() -> None:
-    data = tiny_data(40, missing=0.2)
+# ---- regression tasks ------------------------------------------------------------------------
+
+
+def timed_data(rows: int = 300, factor: float = 1.0, shift: float = 0.0) -> Dataset:
+    """As ``tiny_data``, with a time for the second label, some of them missing."""
+    data, draw = tiny_data(rows), np.random.default_rng(1)
     assert data.labels is not None
-    data.labels[:, 1] *= 1000
-    model = tiny_model(kinds={"like": "regression"})
-    with pytest.warns(UserWarning, match=r"regression 'like' begins with a loss of \d\.\d+e\+05"):
-        train.fit(model, data, data, config(epochs=1))
-    # None where weights make up for it, and none without another task to drown.
-    train.fit(model, data, data, config(epochs=1, task_weights=(1.0, 1e-6)))
-    train.fit(model, data, data, config(epochs=1, task_weights=(1e6, 1.0)))
-    train.fit(model, data, data, config(epochs=1, task_weights=(0.0, 1.0)))
-    data.labels[:, 1] /= 1e6
-    with pytest.warns(UserWarning, match=r"e-07, .* hardly be learned\. .* or raise its --task-w"):
-        train.fit(model, data, data, config(epochs=1))
-    train.fit(model, data, data, config(epochs=1, task_weights=(1.0, 1e6)))
-    train.fit(model, data, data, config(epochs=1, task_weights=(1.0, 0.0)))
-    model = tiny_model(kinds={"click": "regression", "like": "regression"})
-    train.fit(model, data, data, config(epochs=1, monitor="rmse"))
+    user, item = data.ids.numpy().T
+    time = user % 4 + item % 3 + draw.normal(size=rows)
+    time[draw.random(rows) < 0.2] = np.nan
+    data.labels[:, 1] = torch.from_numpy((time * factor + shift).astype(np.float32))
+    return data
+
+
+def timed_fit(data: Dataset, **options: object) -> tuple[STEMNet, list[train.EpochRecord]]:
+    kind = options.pop("kind", "regression")
+    model = tiny_model(kinds={"like": kind})
+    return model, train.fit(model, data, data, config(epochs=4, patience=4, **options))
+
+
+def test_the_unit_of_a_regression_changes_nothing_but_its_errors() -> None:
+    """A power of two, so that even rounding is the same: bit for bit one training."""
+    seconds, (model, records) = timed_data(factor=4096.0), timed_fit(timed_data())
+    scaled, others = timed_fit(seconds)
+    for ours, theirs in zip(records, others, strict=True):
+        assert ours.loss == theirs.loss
+        assert ours.metrics["tasks"]["click"] == theirs.metrics["tasks"]["click"]
+        for metric, value in ours.metrics["tasks"]["like"].items():
+            assert theirs.metrics["tasks"]["like"][metric] == 4096 * value
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, scaled.state_dict()[name])
+    predictions = [train.predict(each, seconds)[:, 1] for each in (model, scaled)]
+    np.testing.assert_array_equal(predictions[1], 4096 * predictions[0])
+
+
+def test_a_regression_in_seconds_drowns_no_binary_task() -> None:
+    """The training is the one of a column that was standardised by hand."""
+    data = timed_data(factor=1e4, shift=3e4)
+    assert data.labels is not None
+    model, records = timed_fit(data)
+    mean, std = model.config["scales"]["like"]
+    by_hand = data.labels.clone()
+    by_hand[:, 1] = (by_hand[:, 1] - mean) / std
+    _, others = timed_fit(Dataset(data.ids, labels=by_hand, group=data.group))
+    for ours, theirs in zip(records, others, strict=True):
+        assert ours.loss == pytest.approx(theirs.loss, rel=1e-5)
+        auc, other = (r.metrics["tasks"]["click"]["auc"] for r in (ours, theirs))
+        assert auc == pytest.approx(other, abs=1e-4)
+        rmse, other = (r.metrics["tasks"]["like"]["rmse"] for r in (ours, theirs))
+        assert rmse == pytest.approx(other * std, rel=1e-4)
+
+
+def test_a_regression_of_logarithms_is_undone_in_predictions() -> None:
+    data = timed_data()
+    assert data.labels is not None
+    model, _ = timed_fit(data)
+    logs = train.predict(model, data)[:, 1]
+    data.labels[:, 1].expm1_()
+    model, records = timed_fit(data, kind="regression:log1p", monitor="auc")
+    predicted = train.predict(model, data)[:, 1]
+    np.testing.assert_allclose(np.log1p(predicted), logs, rtol=1e-3, atol=1e-4)
+    known = ~data.labels[:, 1].isnan().numpy()
+    error = np.sqrt(np.mean((predicted - data.labels[:, 1].numpy())[known].astype(float) ** 2))
+    assert [r for r in records if r.best][-1].metrics["tasks"]["like"]["rmse"] == pytest.approx(
+        error, rel=1e-6
+    )
+
+
+def test_scales_that_a_model_has_stay() -> None:
+    """As those of a run that is trained on: its weights are made for them."""
+    model, data = tiny_model(kinds={"like": "regression"}, scales={"like": (5, 2)}), timed_data()
+    train.fit(model, data, data, config(epochs=1))
+    assert model.config["scales"] == {"like": [5.0, 2.0]}
+
+    class Own(STEMNet):
+        def loss(self, logits: Tensor, labels: Tensor, **_: object) -> Tensor:
+            return (logits - labels.nan_to_num()).square().mean()
+
+    model = Own({"user": 12, "item": 9}, ["click", "like"], kinds={"like": "regression"}, **TINY)
+    train.fit(model, data, data, config(epochs=1))
+    assert model.config["scales"] == {}
 
 
 # ---- whole runs ----------------------------------------------------------------------------
@@ -643,12 +710,14 @@ def test_a_loss_that_is_not_finite_stops(monkeypatch: pytest.MonkeyPatch, every:
     assert all(torch.equal(best[0][name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_predictions_that_are_not_finite_are_refused() -> None:
+@pytest.mark.parametrize("use", [train.evaluate, train.predict])
+def test_predictions_that_are_not_finite_are_refused(use: Callable[..., object]) -> None:
     model, data = tiny_model(), tiny_data(10)
     with torch.no_grad():
-        next(model.towers.parameters()).fill_(math.nan)
-    with pytest.raises(TrainingError, match="the prediction of click is nan in row 0"):
-        train.evaluate(model, data)
+        model.embedding.weight[model.embedding.tables["user"]][int(data.ids[3, 0])] = math.nan
+    row = int((data.ids[:, 0] == data.ids[3, 0]).nonzero()[0])
+    with pytest.raises(TrainingError, match=f"the prediction of click is nan in row {row}"):
+        use(model, data)
 
 
 def test_evaluation_needs_labels() -> None:
@@ -665,6 +734,22 @@ def test_task_weights_fit_the_tasks() -> None:
         DataError, match=r"task_weights is \[1.0\]: give one for each of click, like"
     ):
         train.fit(tiny_model(), data, data, config(task_weights=(1.0,)))
+
+    with pytest.raises(DataError, match=r"task_weights is \[0.0, 0.0\]: give at least one above 0"):
+        train.fit(tiny_model(), data, data, config(task_weights=(0.0, 0.0)))
+
+
+def test_weights_that_train_nothing_are_refused() -> None:
+    data, steps = tiny_data(20), []
+    for weight, message in (
+        (torch.zeros(20), "every sample weight of the training data is 0"),
+        (torch.arange(20.0) - 19, "the sample weight is -19.0 in row 0"),
+        (torch.ones(20).index_fill(0, torch.tensor([7]), math.nan), "weight is nan in row 7"),
+    ):
+        weighted = Dataset(data.ids, labels=data.labels, weight=weight)
+        with pytest.raises(DataError, match=message):
+            train.fit(tiny_model(), weighted, data, config(), on_step=steps.append)
+    assert steps == []
 
 
 @pytest.mark.parametrize(("rows", "batch_size"), [(65, 64), (20, 1)])
