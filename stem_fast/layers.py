@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from stem_fast import batched, ops, reference
 
+MAX_SEQUENCES = 63  # one bit each in an int64 says which are means
 _NEVER = torch.iinfo(torch.int64).max  # no bad id was seen
 
 
@@ -120,6 +121,8 @@ class EmbeddingArena(nn.Module):
         self.categorical = tuple(vocab_sizes)
         self.numeric = tuple(numeric)
         self.sequences = dict(sequences)
+        if len(sequences) > MAX_SEQUENCES:
+            raise ValueError(f"{len(sequences)} sequences; at most {MAX_SEQUENCES}")
         self.pooling = dict(pooling)
         self.spaces, self.dim = spaces, dim
         own = {name: size for name, size in sequences.items() if isinstance(size, int)}

@@ -228,7 +228,8 @@ class STEMNet(nn.Module):
         lookup, None for a model that takes them as they come."""
         config = self.config
         default = [*config["vocab_sizes"], *config["numeric"], *config["sequences"]]
-        order = [default.index(name) for name in config["fields"]]
+        places = {name: place for place, name in enumerate(default)}
+        order = [places[name] for name in config["fields"]]
         if order != list(range(len(order))):
             put_buffer(self, "order", order, self.embedding.weight)
 

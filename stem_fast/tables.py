@@ -188,9 +188,9 @@ class Table:
             column: value for column, value in self.partitions[file].items() if column in columns
         }
         own = self._names(file) if partition else names
-        stored = [column for column in columns if column not in partition or column in own]
+        stored = dict.fromkeys(c for c in columns if c not in partition or c in own)
         start = 0
-        for batch in self._stored(file, own, stored or own[:1]):
+        for batch in self._stored(file, own, list(stored) or own[:1]):
             batch = pa.record_batch([_wide(each) for each in batch.columns], batch.schema.names)
             for column, value in partition.items():
                 if column in stored:

@@ -393,13 +393,23 @@ def test_regularization_of_a_large_table_is_added_up_well() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"sequences": {f"s{i}": 9 for i in range(64)}}, "64 sequences; at most 63"),
+        ({"embedding_dim": 10**30}, "embedding_dim is 1000000000.*must be at most 65536"),
+        ({"num_layers": 2_000_000_000}, "num_layers is 2000000000, must be at most 1024"),
+        ({"num_specific_experts": 10**30}, "num_specific_experts is 1.*must be at most 64"),
+        ({"tower_hidden_units": [2.0]}, "tower_hidden_units is 2.0, must be a whole number"),
+        ({"hidden_activations": 5}, "hidden_activations is 5, must be the name of one"),
+        ({"net_dropout": "0"}, "net_dropout is '0', must be in"),
+        ({"batch_norm": "no"}, "batch_norm is 'no', must be True or False"),
+        ({"vocab_sizes": {"user": 10**30}}, "the vocabulary of 'user' is 1.*must be at most"),
+        ({"tasks": [5]}, "tasks names 5, a name must be text"),
         ({"embedding_dim": 0}, "embedding_dim is 0, must be at least 1"),
         ({"num_layers": 0}, "num_layers is 0, must be at least 1"),
         ({"num_shared_experts": -1}, "num_shared_experts is -1, must not be negative"),
         ({"num_shared_experts": 0, "num_specific_experts": 0}, "the model has no expert"),
         ({"num_shared_experts": 62}, "65 experts and 4 gates; at most 64 and 16"),
         ({"expert_hidden_units": ()}, "expert_hidden_units is empty"),
-        ({"gate_hidden_units": (4, 0)}, r"gate_hidden_units is \[4, 0\], must be positive"),
+        ({"gate_hidden_units": (4, 0)}, "gate_hidden_units is 0, must be at least 1"),
         ({"net_dropout": 1.0}, r"net_dropout is 1.0, must be in \[0, 1\)"),
         ({"tasks": []}, r"tasks \[\] must be one or more different names"),
         ({"tasks": ["a", "a"]}, "must be one or more different names"),
@@ -427,7 +437,10 @@ def test_regularization_of_a_large_table_is_added_up_well() -> None:
         ({"fields": "user"}, "fields is 'user': give a list"),
         ({"expert_hidden_units": 64}, "expert_hidden_units is 64: give a list"),
         ({"kinds": ["binary"]}, r"kinds is \['binary'\]: give a mapping from names"),
-        ({"vocab_sizes": {"user": 10.5}}, "field 'user': a vocabulary of 10.5 rows"),
+        (
+            {"vocab_sizes": {"user": 10.5}},
+            "the vocabulary of .user. is 10.5, must be a whole number",
+        ),
     ],
 )
 def test_bad_configurations(options: dict[str, Any], message: str) -> None:

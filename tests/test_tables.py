@@ -524,6 +524,40 @@ def test_columns_that_are_not_there(tmp_path: Path) -> None:
         blocks(folder, "x y")
 
 
+class Counted(str):
+    """A name that counts what it is compared with."""
+
+    __slots__ = ()
+    compared = 0
+
+    def __eq__(self, other: object) -> bool:
+        Counted.compared += 1
+        return str.__eq__(self, other)
+
+    __hash__ = str.__hash__
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_names_of_many_columns_are_not_compared_with_each_other(
+    tmp_path: Path, suffix: str
+) -> None:
+    many = 400
+    table = pa.table({f"c{i}": [i, i] for i in range(many)})
+    if suffix == ".csv":
+        pa.csv.write_csv(table, tmp_path / "a.csv")
+    else:
+        pa.parquet.write_table(table, tmp_path / "a.parquet")
+    names = [Counted(name) for name in table.column_names]
+    Counted.compared = 0
+    (block,) = read_blocks(Table(tmp_path / f"a{suffix}"), names, ())
+    for name in names:
+        block.numbers(name)
+    assert Counted.compared < 40 * many
+    names = [Counted(f"{name} x") for name in names]
+    with refused("and 390 more. Did you mean 'c0' for 'c0 x'?"):
+        list(read_blocks(Table(tmp_path / f"a{suffix}"), names, ()))
+
+
 def test_columns_that_stand_twice(tmp_path: Path) -> None:
     path = text(tmp_path / "a.csv", "x,x,y\n1,2,3\n")
     assert values(path, "y") == ["3"]
