@@ -370,6 +370,11 @@ def _read_weights(path: Path, model: STEMNet) -> dict[str, torch.Tensor]:
     except SafetensorError as error:
         raise DataError(f"{path} is not a readable safetensors file: {error}.") from error
     for name, tensor in tensors.items():
+        if tensor.is_floating_point() != wanted[name].is_floating_point():
+            raise DataError(
+                f"{path}: tensor {name} is {tensor.dtype}, config.json asks for "
+                f"{wanted[name].dtype}."
+            )
         # Extremes of a tensor show NaN and infinity without a copy of it.
         for value in tensor.aminmax() if tensor.numel() and tensor.is_floating_point() else ():
             if not value.isfinite():
@@ -386,13 +391,16 @@ def _some(names: list[str]) -> str:
 
 
 def _refuse_mismatch(path: Path, model: STEMNet, encoding: Encoding) -> None:
-    """Ids mean nothing to a model made for other vocabularies, so both sides must agree."""
+    """Ids mean nothing to a model made for other vocabularies, nor outputs to one of other kinds of
+    task, so both sides must agree."""
     config = model.config
     pairs = {
         "tasks": (list(config["tasks"]), list(encoding.schema.tasks)),
         "vocab_sizes": (list(config["vocab_sizes"].items()), list(encoding.vocab_sizes.items())),
         "numeric": (list(config["numeric"]), list(encoding.schema.numeric)),
         "sequences": (dict(config["sequences"]), encoding.sequence_tables),
+        "pooling": (dict(config["pooling"]), encoding.pooling),
+        "kinds": (dict(config["kinds"]), dict(encoding.schema.labels)),
     }
     for key, (ours, theirs) in pairs.items():
         if ours != theirs:

@@ -246,9 +246,12 @@ class Encoding:
             schema = Schema.from_dict(mapping["schema"])
             encoding = cls(
                 schema,
-                {name: list(values) for name, values in mapping["vocabularies"].items()},
-                tuple(float(mean) for mean in mapping["numeric_mean"]),
-                tuple(float(std) for std in mapping["numeric_std"]),
+                {
+                    name: list(_typed(f"the vocabulary of '{name}'", values, list))
+                    for name, values in mapping["vocabularies"].items()
+                },
+                tuple(float(_typed("a mean", x, int, float)) for x in mapping["numeric_mean"]),
+                tuple(float(_typed("a std", x, int, float)) for x in mapping["numeric_std"]),
             )
         except DataError:
             raise
@@ -260,10 +263,22 @@ class Encoding:
             raise DataError("damaged encoding: one mean and std a numeric column are needed.")
         if not all(map(math.isfinite, encoding.numeric_mean + encoding.numeric_std)):
             raise DataError("damaged encoding: a mean or std is not finite.")
+        for name, std in zip(schema.numeric, encoding.numeric_std, strict=True):
+            if std <= 0:
+                raise DataError(f"damaged encoding: the std of '{name}' is {std}, not above 0.")
         for name, values in encoding.vocabularies.items():
             if not all(isinstance(value, str) and is_unicode(value) for value in values):
                 raise DataError(f"damaged encoding: a value of '{name}' is not text.")
+            if len(set(values)) < len(values):
+                raise DataError(f"damaged encoding: a value of '{name}' stands there twice.")
         return encoding
+
+
+def _typed(what: str, value: Any, *kinds: type) -> Any:
+    if type(value) not in kinds:
+        known = " or ".join(kind.__name__ for kind in kinds)
+        raise DataError(f"damaged encoding: {what} is {shown(value)}, expected {known}.")
+    return value
 
 
 def table_owners(schema: Schema) -> dict[str, list[str]]:

@@ -512,8 +512,68 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
         edit_weights(lambda t: t.update({"embedding.weight": torch.ones(3, 4)})),
         r"tensor embedding.weight has shape \[3, 4\], config.json asks for \[4, 4\]",
     ),
+    "type": (
+        edit_weights(lambda t: t.update({"embedding.weight": torch.ones(4, 4).int()})),
+        "tensor embedding.weight is torch.int32, config.json asks for torch.float32",
+    ),
     "vocabulary": (other_vocabulary, "the model's vocab_sizes .* are not the schema's"),
 }
+
+
+@pytest.fixture
+def rich(tmp_path: Path) -> Path:
+    """A run with two of everything, of which one file may have other than the other."""
+    schema = Schema(
+        {"like": "binary", "time": "regression"},
+        categorical=("b", "a"),
+        numeric=("n", "m"),
+        sequences=(SequenceField("s", shares="a"), SequenceField("t", pooling="sum")),
+    )
+    words = {name: ["x", "y"] for name in ("b", "a", "t")}
+    encoding = Encoding(schema, words, (0.0, 1.0), (1.0, 2.0))
+    model = STEMNet(
+        encoding.vocab_sizes,
+        schema.tasks,
+        numeric=schema.numeric,
+        sequences=encoding.sequence_tables,
+        pooling=encoding.pooling,
+        kinds=schema.labels,
+        embedding_dim=2,
+        expert_hidden_units=(3,),
+    )
+    checkpoint.create_run(tmp_path / "rich", model, encoding, TrainingConfig())
+    return tmp_path / "rich"
+
+
+CONTRADICTIONS: dict[str, tuple[str, list[str], object, str]] = {
+    # Shapes of weights don't tell any of these.
+    "kinds": ("config.json", ["kinds"], {"like": "regression", "time": "regression"}, "kinds"),
+    "kind": ("schema.json", ["schema", "labels", "time"], "binary", "kinds"),
+    "tasks": ("config.json", ["tasks"], ["time", "like"], "tasks"),
+    "pooling": ("config.json", ["pooling", "t"], "mean", "pooling"),
+    "poolings": ("schema.json", ["schema", "sequences", "0", "pooling"], "sum", "pooling"),
+    "vocabularies": ("config.json", ["vocab_sizes"], {"a": 4, "b": 4}, "vocab_sizes"),
+    "categorical": ("schema.json", ["schema", "categorical"], ["a", "b"], "vocab_sizes"),
+    "numeric": ("config.json", ["numeric"], ["m", "n"], "numeric"),
+    "table": ("config.json", ["sequences", "s"], "b", "sequences"),
+    "shares": ("schema.json", ["schema", "sequences", "0", "shares"], "b", "sequences"),
+    "sequence": ("config.json", ["sequences"], {"t": "a", "s": 4}, "sequences"),
+}
+
+
+@pytest.mark.parametrize("case", list(CONTRADICTIONS))
+def test_files_that_contradict_each_other(rich: Path, case: str) -> None:
+    file, path, value, word = CONTRADICTIONS[case]
+    checkpoint.load_run(rich)
+    content = json.loads((rich / file).read_text())
+    place = content["config"] if file == "config.json" else content
+    for key in path[:-1]:
+        place = place[int(key) if isinstance(place, list) else key]
+    assert place[path[-1]] != value or isinstance(value, dict)  # of a mapping, the order
+    place[path[-1]] = value
+    (rich / file).write_text(json.dumps(content))
+    with pytest.raises(DataError, match=f"the model's {word} .* are not the schema's"):
+        checkpoint.load_run(rich)
 
 
 @pytest.mark.parametrize("case", list(REFUSALS))

@@ -131,6 +131,8 @@ def test_check_ids(dtype: torch.dtype) -> None:
     sizes = torch.tensor([3, 5, 1], device=DEVICE)
     ids = torch.randint(-2, 7, (300, 3), dtype=dtype, device=DEVICE)
     ids[7, 1] = torch.iinfo(dtype).min
+    if dtype == torch.int64:
+        ids[5, 0], ids[9, 1] = 2**32 + 1, -(2**32) + 2  # the low half is an id inside
     results = []
     for implementation in (lookup.check_ids, reference.check_ids):
         bad = torch.full((3,), torch.iinfo(torch.int64).max, device=DEVICE)

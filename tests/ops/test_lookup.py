@@ -247,3 +247,20 @@ def test_bags_of_no_field_are_none(device: str) -> None:
         grads.append((*found, *torch.autograd.grad([part.sin().sum() for part in found], leaf)))
     for without, with_none in zip(*grads, strict=True):
         assert torch.equal(without, with_none)
+
+
+@devices
+def test_ids_past_32_bits_are_outside(device: str) -> None:
+    """The low half of each is an id inside."""
+    sizes = torch.tensor([3, 5, 1], device=device)
+    ids = torch.tensor([[1, 2, 0], [2**32, 2, -(2**32)], [1, 2**33 + 4, 0]], device=device)
+    never = torch.iinfo(torch.int64).max
+    bad = torch.full((3,), never, device=device)
+    assert ops.check_ids(ids, sizes, bad).tolist() == [[1, 2, 0], [2, 2, 0], [1, 4, 0]]
+    # What is noted is as near as 32 bits come.
+    assert bad.tolist() == [1 << 32 | 2**31 - 1, 2 << 32 | 2**31 - 1, 1 << 32 | 2**31]
+    for place in (3, 5, 7):
+        one = torch.zeros(9, dtype=torch.int64, device=device)
+        one[place] = ids.view(-1)[place]
+        for op in (torch.ops.stem_fast.outside, reference.outside):
+            assert op(one.view(3, 3), sizes).item() == place
