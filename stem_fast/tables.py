@@ -702,20 +702,20 @@ def _spelled(values: pa.Array) -> pa.Array:
     """The text of each value as it stands or as Arrow writes it, null where it means "missing"."""
     texts = values.cast(TEXT)
     if pa.types.is_floating(values.type):
-        texts = _float_texts(values, texts, 1 - 2.0**53, 2.0**53)
+        texts = _float_texts(values, texts)
     return _missing_to_null(texts)
 
 
 def _one_spelling(values: pa.Array, spelled: pa.Array) -> pa.Array:
     """The text that each value is compared by; ``spelled`` is its ``_spelled``."""
     kind = values.type
-    if pa.types.is_floating(kind):
-        return _float_texts(values, spelled)
     if pa.types.is_decimal(kind):
         return _decimal_texts(spelled)
     if pa.types.is_timestamp(kind) and kind.tz is not None:
         spelled = values.cast(pa.timestamp(kind.unit, "UTC")).cast(TEXT)
-    return spelled if pa.types.is_integer(kind) else canonical(spelled)
+    return (
+        spelled if pa.types.is_integer(kind) or pa.types.is_floating(kind) else canonical(spelled)
+    )
 
 
 def canonical(texts: pa.Array) -> pa.Array:
@@ -749,14 +749,12 @@ def _holds(texts: pa.Array, character: str) -> bool:
     return data is not None and bool((np.frombuffer(data, np.uint8) == ord(character)).any())
 
 
-def _float_texts(
-    values: pa.Array, others: pa.Array, low: float = -(2.0**63), high: float = 2.0**64
-) -> pa.Array:
-    """Texts of whole numbers from low to below high as integers, which a column's type turns to
-    floats where it has gaps; ``others`` of all else."""
+def _float_texts(values: pa.Array, others: pa.Array) -> pa.Array:
+    """Texts of whole numbers as integers of 64 bits, which a column's type turns to floats where it
+    has gaps; ``others`` of all else."""
     wide = values.cast(pa.float64())
     whole = pc.equal(pc.floor(wide), wide)
-    whole = pc.and_(whole, pc.and_(pc.greater_equal(wide, low), pc.less(wide, high)))
+    whole = pc.and_(whole, pc.and_(pc.greater_equal(wide, -(2.0**63)), pc.less(wide, 2.0**64)))
     signed = pc.and_(whole, pc.less(wide, 2.0**63))
     texts = pc.if_else(signed, wide.cast(pa.int64(), safe=False).cast(TEXT), others)
     unsigned = pc.and_(whole, pc.invert(signed))
