@@ -11,7 +11,7 @@ import re
 import shlex
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -24,7 +24,7 @@ import torch
 import typer
 from typer.core import TyperGroup
 
-from stem_fast import __version__, checkpoint, data, ops, report, synth
+from stem_fast import __version__, checkpoint, data, ops, report, select, synth
 from stem_fast import train as training
 from stem_fast.config import (
     EMBEDDING_OPTIMIZERS,
@@ -35,8 +35,8 @@ from stem_fast.config import (
 )
 from stem_fast.model import MODELS, STEMNet
 from stem_fast.precision import check as check_precision
-from stem_fast.schema import LARGEST, DataError, Encoding, table_owners
-from stem_fast.tables import refuse_changed, signatures
+from stem_fast.schema import LARGEST, DataError, Encoding, Schema, table_owners
+from stem_fast.tables import Table, refuse_changed, signatures
 
 _SMALLER = (
     "fit a smaller network with a lower --embedding-dim, --expert-hidden-units or "
@@ -436,6 +436,16 @@ def evaluate(
     run: _Run,
     table: Annotated[Path, typer.Option("--data", help="labelled table")],
     json: Annotated[Path | None, typer.Option(help="write the metrics to this file too")] = None,
+    by: Annotated[
+        str | None, typer.Option(help="column: metrics of each of its values too", metavar="COLUMN")
+    ] = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="rows to score: tab=1, date>=20220501, city!=Oslo; several: all hold",
+            metavar="CONDITION",
+        ),
+    ] = None,
     join: _Join = None,
     cache: _Cache = None,
     batch_size: _BatchSize = None,
@@ -443,21 +453,42 @@ def evaluate(
     precision: _Precision = None,
 ) -> None:
     """Score a run on labelled data."""
-    joins = _joins(join)
-    _check_output("--json", json, table, *(Path(each.path) for each in joins))
+    conditions = [select.Where.parse(text) for text in where or ()]
     model, encoding, config = checkpoint.load_run(run, _device(device))
+    schema = encoding.schema
+    more = [*schema.tasks, schema.group, by, *(each.column for each in conditions)]
+    joins = _joins(join, run, table, schema, [name for name in more if name is not None])
+    _check_output("--json", json, table, *(Path(each.path) for each in joins))
     check_precision(precision or config.precision, _device(device))
     with report.console().status(f"evaluating {table}"):
-        rows = data.load(table, encoding, cache=cache, joins=joins, weight=False)
-        result = training.evaluate(
+        before = signatures(table, *(each.path for each in joins))
+        found = rows = data.load(table, encoding, cache=cache, joins=joins, weight=False)
+        values = None
+        if by is not None:
+            values = select.read_columns(table, schema, [by], joins=joins, texts=True)[by]
+        if conditions:
+            chosen = select.matching(table, schema, conditions, joins=joins)
+            rows = rows.take(chosen)
+            values = None if values is None else values.take(pa.array(chosen))
+        refuse_changed(before)
+        predictions = training.predict(
             model,
             rows,
             batch_size=batch_size or config.batch_size,
             device=_device(device),
             precision=precision or config.precision,
         )
-    _print_metrics(result, f"{run} on {table}", encoding.schema.group)
-    _print_unknown(rows)
+        result = training.score(predictions, rows, schema.labels)
+        if values is not None:
+            parts = training.score_by(predictions, rows, schema.labels, values)
+            result["by"] = {"column": by, **parts}
+        if conditions:
+            result["where"] = [str(each) for each in conditions]
+    held = f", {' and '.join(result['where'])}" if conditions else ""
+    _print_metrics(result, f"{run} on {table}{held}", schema.group)
+    if by is not None:
+        report.print_by(result["by"])
+    _print_unknown(found)
     if json is not None:
         checkpoint.save_json(json, result)
 
@@ -467,6 +498,10 @@ def predict(
     run: _Run,
     table: Annotated[Path, typer.Option("--data", help="table; labels are not needed")],
     out: Annotated[Path, typer.Option(help="file to write: .parquet or .csv")],
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(help="columns of the table to copy: user_id,video_id", metavar="A,B"),
+    ] = None,
     join: _Join = None,
     cache: _Cache = None,
     batch_size: _BatchSize = None,
@@ -477,12 +512,27 @@ def predict(
     writers = {".parquet": pyarrow.parquet.write_table, ".csv": pyarrow.csv.write_csv}
     if out.suffix.lower() not in writers:
         raise DataError(f"--out is {out}: name a .parquet or .csv file.")
-    joins = _joins(join)
-    _check_output("--out", out, table, *(Path(each.path) for each in joins))
+    names = [each.strip() for text in keep or () for each in text.split(",") if each.strip()]
     model, encoding, config = checkpoint.load_run(run, _device(device))
+    schema = encoding.schema
+    for name in names:
+        if name in schema.tasks or names.count(name) > 1:
+            other = "a prediction's name too" if name in schema.tasks else "named twice"
+            raise DataError(f"--keep names {name!r}, which is {other}: leave it out.")
+    joins = _joins(join, run, table, schema, names)
+    _check_output("--out", out, table, *(Path(each.path) for each in joins))
     check_precision(precision or config.precision, _device(device))
     with report.console().status(f"predicting {table}"):
+        before = signatures(table, *(each.path for each in joins))
         rows = data.load(table, encoding, cache=cache, joins=joins, labels=False)
+        kept = select.read_columns(table, schema, names, joins=joins) if names else pa.table({})
+        for name in names:
+            if pa.types.is_nested(kept[name].type) and out.suffix.lower() == ".csv":
+                raise DataError(
+                    f"--keep names {name!r}, which holds {kept[name].type}: a .csv has no place "
+                    "for it, name a .parquet file."
+                )
+        refuse_changed(before)
         predictions = training.predict(
             model,
             rows,
@@ -490,7 +540,8 @@ def predict(
             device=_device(device),
             precision=precision or config.precision,
         )
-    columns = dict(zip(encoding.schema.tasks, predictions.T, strict=True))
+    columns = {name: kept[name] for name in names}
+    columns |= {task: pa.array(p) for task, p in zip(schema.tasks, predictions.T, strict=True)}
     with checkpoint.replacing(out) as partial:
         writers[out.suffix.lower()](pa.table(columns), partial)
     report.console().print(f"{len(rows):,} rows of {', '.join(columns)} written to {out}")
@@ -528,8 +579,27 @@ def _check_output(option: str, out: Path | None, *sources: Path) -> None:
     checkpoint.check_output(option, out)
 
 
-def _joins(texts: list[str] | None) -> tuple[data.Join, ...]:
-    return tuple(parse_join("--join", text) for text in texts or ())
+def _joins(
+    texts: list[str] | None, run: Path, table: Path, schema: Schema, more: Sequence[str]
+) -> tuple[data.Join, ...]:
+    """The joins of --join; without one those that the run was made with, where the table lacks a
+    column of the features or of ``more``."""
+    own = checkpoint.read_config(run).get("source", {}).get("join", [])
+    if texts or not own:
+        return tuple(parse_join("--join", text) for text in texts or ())
+    names = Table(table, schema.header, schema.delimiter).names()
+    if {*schema.features, *more} <= set(names):
+        return ()
+    joins = tuple(parse_join("join", text) for text in own)
+    for join in joins:
+        if not Path(join.path).exists():
+            raise DataError(
+                f"{run} was made with --join {join.path}:{join.key}, which is no longer there: "
+                "give --join FILE:KEY."
+            )
+    shown = ", ".join(f"{join.path}:{join.key}" for join in joins)
+    report.console().print(f"joined as in training: {shown}")
+    return joins
 
 
 @app.command()

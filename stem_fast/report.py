@@ -151,6 +151,26 @@ def print_metrics(result: Mapping[str, Any], title: str) -> None:
     out.print(table)
 
 
+def print_by(result: Mapping[str, Any]) -> None:
+    """The table of what ``train.score_by`` gave, under "column": a row a value."""
+    entries = [(e["value"], e) for e in result["values"]]
+    if result["rest"] is not None:
+        entries.append((f"{result['rest']['values']:,} other values", result["rest"]))
+    shown = [
+        (task, metric)
+        for task, values in entries[0][1]["tasks"].items()
+        for metric in values
+        if metric in ("auc", "pcoc", "rmse", "mae")
+    ]
+    table = Table(result["column"], box=box.SIMPLE_HEAD)
+    for name in ("rows", *(f"{task} {metric}" for task, metric in shown)):
+        table.add_column(name, justify="right")
+    for value, entry in entries:
+        cells = (number(entry["tasks"][task][metric]) for task, metric in shown)
+        table.add_row("(missing)" if value is None else value, f"{entry['rows']:,}", *cells)
+    console().print(table)
+
+
 def print_comparison(runs: Mapping[str, tuple[str, Mapping[str, Any]]]) -> None:
     """Runs side by side, from name -> (model, metrics.json): a column a run, a row a task's metric.
 

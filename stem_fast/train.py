@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -28,6 +29,7 @@ from stem_fast.step import train_step as train_step
 
 MIN_DELTA = 1e-6  # an epoch must be better than the best one by this much
 LR_FACTOR, MIN_LR = 0.1, 1e-6  # after an epoch that is not
+BY = 25  # values of a column that are scored one by one
 LOSS_CHECK = 1000  # steps between two looks at the loss: each look waits for the device
 
 
@@ -315,6 +317,32 @@ def score(predictions: np.ndarray, data: Dataset, kinds: Mapping[str, str]) -> d
     if data.labels is None:
         raise DataError("the data was loaded without labels, so it cannot be evaluated.")
     return metrics.evaluate(data.labels.cpu().numpy(), predictions, kinds, data.group)
+
+
+def score_by(
+    predictions: np.ndarray, data: Dataset, kinds: Mapping[str, str], values: pa.ChunkedArray
+) -> dict[str, Any]:
+    """``score`` of the rows of each of the ``BY`` most frequent values [N] (null = missing), most
+    rows first, and of all other rows together.
+
+    Returns {"values": [{"value", "rows", "tasks"}], "rest": None or {"values", "rows", "tasks"}}.
+    """
+    assert data.labels is not None
+    labels = data.labels.cpu().numpy()
+    encoded = values.combine_chunks().dictionary_encode(null_encoding="encode")
+    codes, names = encoded.indices.to_numpy(), encoded.dictionary.to_pylist()
+    order = np.argsort(-np.bincount(codes, minlength=len(names)), kind="stable")
+
+    def part(rows: np.ndarray) -> dict[str, Any]:
+        group = None if data.group is None else data.group[rows]
+        return metrics.evaluate(labels[rows], predictions[rows], kinds, group)
+
+    found = [{"value": names[c], **part(np.flatnonzero(codes == c))} for c in order[:BY]]
+    rest = None
+    if len(order) > BY:
+        others = np.flatnonzero(np.isin(codes, order[BY:]))
+        rest = {"values": len(order) - BY, **part(others)}
+    return {"values": found, "rest": rest}
 
 
 def task_kinds(model: STEMNet) -> dict[str, str]:

@@ -383,7 +383,34 @@ def test_side_tables_are_joined() -> None:
     result = stem_fast("evaluate", "run", "--data", "valid.parquet", "--json", "m.json", *joins)
     assert result.exit_code == 0, result.output
     assert read("m.json") == read("run/metrics.json")
-    refused(stem_fast("evaluate", "run", "--data", "valid.parquet"), "author", "city", "its --join")
+    # Without --join those of the run are taken, from wherever the command runs.
+    source = read("run/config.json")["source"]
+    assert source["join"] == [
+        f"{Path('videos.parquet').absolute()}:video_id",
+        f"{Path('users.parquet').absolute()}:user_id",
+    ]
+    assert source["train"] == str(Path("train.parquet").absolute())
+    Path("m.json").unlink()
+    result = stem_fast("evaluate", "run", "--data", "valid.parquet", "--json", "m.json")
+    assert f"joined as in training: {source['join'][0]}, {source['join'][1]}\n" in result.stdout
+    assert read("m.json") == read("run/metrics.json")
+    by = stem_fast("evaluate", "run", "--data", "valid.parquet", "--by", "city", *joins)
+    assert by.exit_code == 0, by.output
+    # A table that holds their columns itself needs no side table.
+    valid = pq.read_table("valid.parquet")
+    videos, users = valid["video_id"].to_pylist(), valid["user_id"].to_pylist()
+    texts = [names[v].as_py() if v is not None and v < 25 else None for v in videos]
+    valid = valid.append_column("author", pa.array(texts))
+    valid = valid.append_column("city", pa.array([cities[u].as_py() for u in users]))
+    pq.write_table(valid, "whole.parquet")
+    Path("users.parquet").unlink()
+    result = stem_fast("evaluate", "run", "--data", "whole.parquet", "--json", "m.json")
+    assert "joined" not in result.stdout
+    assert read("m.json") == read("run/metrics.json")
+    result = stem_fast("evaluate", "run", "--data", "valid.parquet")
+    refused(result, f"run was made with --join {source['join'][1]}, which is no longer there: give")
+    single = ("--join", "videos.parquet:video_id")
+    refused(stem_fast("evaluate", "run", "--data", "valid.parquet", *single), "no column 'city'")
 
 
 # ---- predict -------------------------------------------------------------------------------
@@ -415,6 +442,143 @@ def test_predict_keeps_the_order_of_rows() -> None:
     first += [videos.index(video) + 1 if video in videos else len(videos) + 1]
     expected = model.predict(torch.tensor([first]))[0].numpy()
     np.testing.assert_allclose([found[task][0].as_py() for task in TASKS], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("out", ["p.parquet", "p.csv"])
+def test_predict_keeps_columns(out: str) -> None:
+    fit()
+    keep = ("--keep", "weight,video_id", "--keep", "age")
+    result = stem_fast("predict", "run", "--data", "valid.parquet", "--out", out, *keep)
+    assert result.exit_code == 0, result.output
+    assert (
+        f"150 rows of weight, video_id, age, {', '.join(TASKS)} written to {out}" in result.stdout
+    )
+    found = pq.read_table(out) if out == "p.parquet" else pyarrow.csv.read_csv(out)
+    assert found.column_names == ["weight", "video_id", "age", *TASKS]
+    valid = pq.read_table("valid.parquet")
+    for name in ("weight", "video_id", "age"):
+        assert found[name].to_pylist() == valid[name].to_pylist()
+    if out == "p.parquet":
+        assert found.schema.field("video_id").type == pa.int64()
+    stem_fast("predict", "run", "--data", "valid.parquet", "--out", f"plain_{out}")
+    plain = pq.read_table("plain_p.parquet") if out == "p.parquet" else None
+    plain = plain or pyarrow.csv.read_csv("plain_p.csv")
+    assert found.select(TASKS).equals(plain)
+
+
+def test_kept_text_is_as_it_stands_there() -> None:
+    """Of a CSV, zeros in front and all, and of every file of a folder."""
+    fit()
+    Path("rows").mkdir()
+    Path("rows/a.csv").write_text("user_id,video_id\n007,1\n7,\n")
+    Path("rows/b.csv").write_text("video_id,user_id\n2.0,08\n")
+    arguments = ("--data", "rows", "--out", "p.parquet", "--keep", "user_id,video_id")
+    result = stem_fast("predict", "run", *arguments)
+    assert result.exit_code == 0, result.output
+    kept = pq.read_table("p.parquet").select(["user_id", "video_id"])
+    assert kept.to_pydict() == {"user_id": ["007", "7", "08"], "video_id": ["1", "", "2.0"]}
+
+
+def test_what_cannot_be_kept_is_refused() -> None:
+    fit()
+    predict = ("predict", "run", "--data", "valid.parquet", "--out", "p.csv", "--keep")
+    refused(
+        stem_fast(*predict, "is_click"), "--keep names 'is_click', which is a prediction's name"
+    )
+    refused(stem_fast(*predict, "age,age"), "--keep names 'age', which is named twice")
+    refused(stem_fast(*predict, "agee"), "no column 'agee'. Did you mean 'age'?")
+    refused(stem_fast(*predict, "seen"), "--keep names 'seen', which holds large_list<")
+    assert not Path("p.csv").exists()
+
+
+def flat(result: dict[str, Any]) -> dict[str, float]:
+    """Rows and metrics, to compare but for the rounding of batches."""
+    tasks = result["tasks"].items()
+    values = {f"{t} {m}": v for t, each in tasks for m, v in each.items() if v is not None}
+    return {"rows": result["rows"], **values}
+
+
+def expected(rows: pa.Table) -> Any:
+    """As ``flat``, of a table of these rows."""
+    pq.write_table(rows, "part.parquet")
+    assert stem_fast("evaluate", "run", "--data", "part.parquet", "--json", "p.json").exit_code == 0
+    return pytest.approx(flat(read("p.json")), rel=1e-5)
+
+
+def test_evaluate_by_a_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "BY", 3)
+    fit()
+    arguments = ("--data", "valid.parquet", "--by", "video_id", "--json", "m.json")
+    result = stem_fast("evaluate", "run", *arguments)
+    assert result.exit_code == 0, result.output
+    found, whole, valid = read("m.json"), read("run/metrics.json"), pq.read_table("valid.parquet")
+    by = found.pop("by")
+    assert found == whole
+    assert by["column"] == "video_id"
+    counts: dict[int | None, int] = {}
+    for value in valid["video_id"].to_pylist():
+        counts[value] = counts.get(value, 0) + 1
+    assert [each["rows"] for each in by["values"]] == sorted(counts.values())[:-4:-1]
+    taken = pa.array(np.zeros(150, bool))
+    for each in by["values"]:
+        value = None if each["value"] is None else int(each["value"])
+        mask = pa.compute.fill_null(pa.compute.equal(valid["video_id"], value or 0), value is None)
+        if value is None:
+            mask = pa.compute.is_null(valid["video_id"])
+        taken = pa.compute.or_(taken, mask)
+        assert flat(each) == expected(valid.filter(mask))
+    rest = by["rest"]
+    assert rest["values"] == len(counts) - 3
+    assert flat(rest) == expected(valid.filter(pa.compute.invert(taken)))
+    assert f"{len(counts) - 3} other values" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("conditions", "kept"),
+    [
+        (["user_id=3"], lambda r: r["user_id"] == 3),
+        (["user_id == 3.0"], lambda r: r["user_id"] == 3),
+        (["user_id!=3"], lambda r: r["user_id"] != 3),
+        (["user_id>=10"], lambda r: r["user_id"] >= 10),  # as numbers: text "9" is above "10"
+        (["user_id<10", "video_id>20"], lambda r: r["user_id"] < 10 and (r["video_id"] or 0) > 20),
+        (["video_id="], lambda r: r["video_id"] is None),
+        (["video_id!="], lambda r: r["video_id"] is not None),
+        (["video_id!=4"], lambda r: r["video_id"] != 4),
+        (["age<=-0.5"], lambda r: r["age"] <= -0.5),
+        (["day>2022-05-01"], lambda r: r["day"] > "2022-05-01"),
+    ],
+)
+def test_evaluate_where(conditions: list[str], kept: Any) -> None:
+    fit(sequence="seen=video_id", numeric="age", epochs=1)
+    valid = pq.read_table("valid.parquet")
+    days = pa.array([f"2022-05-0{1 + i % 3}" for i in range(150)])
+    pq.write_table(valid := valid.append_column("day", days), "valid.parquet")
+    flags = [part for text in conditions for part in ("--where", text)]
+    result = stem_fast("evaluate", "run", "--data", "valid.parquet", *flags, "--json", "m.json")
+    assert result.exit_code == 0, result.output
+    rows = [i for i, row in enumerate(valid.to_pylist()) if kept(row)]
+    assert 0 < len(rows) < 150
+    found = read("m.json")
+    assert len(found.pop("where")) == len(conditions)
+    assert flat(found) == expected(valid.take(pa.array(rows)))
+    assert f"{len(rows)} rows" in result.stdout
+
+
+def test_conditions_that_hold_nowhere_or_are_none_are_refused() -> None:
+    fit(epochs=1)
+    evaluate = ("evaluate", "run", "--data", "valid.parquet", "--where")
+    refused(stem_fast(*evaluate, "user_id"), "--where is 'user_id': give COLUMN=VALUE, or one of")
+    refused(stem_fast(*evaluate, "user_id>"), "--where is 'user_id>': give COLUMN=VALUE")
+    refused(stem_fast(*evaluate, "user_id>99"), "none of its 150 rows has user_id>99.")
+    refused(stem_fast(*evaluate, "userid=1"), "no column 'userid'. Did you mean 'user_id'?")
+    result = stem_fast("evaluate", "run", "--data", "valid.parquet", "--by", "videoid")
+    refused(result, "no column 'videoid'. Did you mean 'video_id'?")
+    valid = pq.read_table("valid.parquet")
+    letters = pa.array(["7"] * 149 + ["x7"])
+    pq.write_table(valid.append_column("code", letters), "valid.parquet")
+    result = stem_fast(*evaluate, "code>5")
+    refused(result, "column 'code', row 149: 'x7' is no number, which --where code>5 compares")
+    assert stem_fast(*evaluate, "code=7").exit_code == 0
 
 
 def test_predict_writes_csv() -> None:
