@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+# `make test TORCH=2.11.0` tests under that release of torch, in an environment beside .venv.
+TESTED := .venv$(TORCH:%=-%)
 FIT := $(BIN)/stem-fast fit --config bench/demo.yaml --overwrite
 
 .PHONY: demo test sanitize bench lint format clean setup
@@ -16,8 +18,8 @@ demo: $(READY)  ## train STEM-Net, single-task and shared-bottom models on made 
 
 # Two tests at a time: threads that wait must not spin. pytest-benchmark, which these need only in
 # processes of their own, warns beside pytest-xdist.
-test: $(READY)  ## all tests
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal -p no:benchmark
+test: $(TESTED)/.ready  ## all tests
+	OMP_WAIT_POLICY=passive $(TESTED)/bin/python -m pytest -n 2 --dist worksteal -p no:benchmark
 
 # A library and a copy of the package of its own. The sanitizer's allocator must be there before
 # Python's, and the C++ runtime whose exceptions it follows; its reports go to the real stderr.
@@ -46,12 +48,20 @@ format: $(READY)
 setup: $(READY)
 
 # torch first: the C++ library is built against the torch that it will run with.
-$(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*)
+$(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.h csrc/*/*)
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch 'setuptools>=77' wheel
 	@echo 'compiling the C++ library: a minute or two, with nvcc some more'
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch $@
 
+# Another torch runs the library that was built with the one of constraints.txt: without a compiler
+# nothing is built.
+.venv-%/.ready: pyproject.toml | $(READY)
+	.venv-$*/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv-$*
+	.venv-$*/bin/python -m pip install --quiet torch==$* 'setuptools>=77' wheel
+	CXX=none .venv-$*/bin/python -m pip install --quiet torch==$* --no-build-isolation -e '.[dev]'
+	touch $@
+
 clean:
-	rm -rf .venv build runs *.egg-info stem_fast/_cpp.* stem_fast/_cuda.*
+	rm -rf .venv .venv-* build runs *.egg-info stem_fast/_cpp.* stem_fast/_cuda.*

@@ -214,6 +214,8 @@ def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
+    if "torch" in found:
+        found["torch"] = torch.__version__  # which says for what CUDA it was built
     return found
 
 

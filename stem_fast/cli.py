@@ -659,6 +659,7 @@ def _machine() -> dict[str, str]:
             rows[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             rows[package] = "not installed"
+    rows["torch"] = torch.__version__  # which says for what CUDA it was built
     capability = torch.backends.cpu.get_cpu_capability()
     rows["cpu"] = f"{capability}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

@@ -123,8 +123,7 @@ class Inference:
 
     def _now(self, ids: Tensor, numeric: Tensor | None, sequences: Sequences | None) -> Tensor:
         """A request without a graph."""
-        with self.lock:
-            self.model.embedding.flush()
+        self.model.embedding.flush()
         return self._run(ids, numeric, sequences)
 
     def _autocast(self, enabled: bool) -> torch.autocast:
@@ -136,8 +135,7 @@ class Inference:
         model = self.model
         with precisions.tf32(self.precision):
             if self.parts is None:
-                # The model is in evaluation mode as long as it predicts.
-                with self.lock, self._autocast(self.precision == "bf16"):
+                with self._autocast(self.precision == "bf16"):
                     return model.predict(ids, numeric, sequences)
             with self._autocast(False):  # the weights are cast already
                 found = model.lookup(ids, numeric, sequences)

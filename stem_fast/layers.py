@@ -9,8 +9,9 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
-from stem_fast import batched, ops, reference
+from stem_fast import batched, ops, parallel, reference
 
 MAX_SEQUENCES = 63  # one bit each in an int64 says which are means
 _NEVER = torch.iinfo(torch.int64).max  # no bad id was seen
@@ -106,6 +107,7 @@ class EmbeddingArena(nn.Module):
     sparse = False
     optimizer: LateRows | None = None
     planned: Tensor | None = None  # rows of the newest plan
+    wrapper: tuple[Any, bool] | None = None  # of the newest forward pass: see stem_fast.parallel
     bounds: Literal["raise", "clamp", "off"] = "raise"
 
     def __init__(
@@ -198,6 +200,8 @@ class EmbeddingArena(nn.Module):
         ids = self._check_ids(ids)
         batch = ids.shape[0]  # len would make a number of a program's symbol
         bags, mean = self._bags(sequences or {}, batch, ids.dtype)
+        wrapped = DistributedDataParallel._active_ddp_module is not None
+        group = parallel.group_of(self) if wrapped else None
         plan = None
         # Exporting walks over the parameters before; a program neither trains nor owes steps.
         if not torch.compiler.is_exporting():
@@ -213,6 +217,8 @@ class EmbeddingArena(nn.Module):
         )
         if len(self.weight):
             both = ops.lookup(self.weight, ids, self.offsets, self.spaces, sums, bags, mean, plan)
+            if group is not None:
+                parallel.reduce_after(self, both[0], group)
         fields = len(self.categorical) + len(self.sequences)
         x, z = (part.unflatten(2, (fields, self.dim)) for part in both)
         if self.numeric_weight is not None:
@@ -284,7 +290,7 @@ class EmbeddingArena(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """What copies are made from: the optimizer is the original's."""
         self.flush()
-        own = "optimizer", "planned"
+        own = "optimizer", "planned", "wrapper"
         kept = {key: value for key, value in self.__dict__.items() if key not in own}
         # It was the optimizer that asked for sparse gradients.
         return kept if self.optimizer is None else kept | {"sparse": False}
@@ -456,6 +462,20 @@ class GroupedBatchNorm(nn.Module):
         return normed.view(batch, groups, units).transpose(0, 1)
 
 
+def in_evaluation(module: nn.Module) -> nn.Module:
+    """The module in evaluation mode: a shallow copy with the same parameters, buffers and hooks.
+
+    The mode of the module itself stays as it is, for other threads may be using it.
+    """
+    module = getattr(module, "_orig_mod", module)  # torch.compile's wrapper calls the original
+    copied = module.__class__.__new__(module.__class__)
+    parts = module._modules.items()
+    children = {name: None if part is None else in_evaluation(part) for name, part in parts}
+    changed = {"training": False, "_modules": children, "_compiled_call_impl": None}
+    copied.__dict__.update(module.__dict__ | changed)
+    return copied
+
+
 def has_batch_norm(model: nn.Module) -> bool:
     """Whether it looks at whole batches: by batch norm, or by Dice, which has one inside."""
     return any(isinstance(module, GroupedBatchNorm) for _, module in parts_of(model))
@@ -573,7 +593,7 @@ class GroupedMLP(nn.Module):
                 isinstance(a, nn.ReLU) for a in after
             ):
                 return []
-            layers.append(batched.Layer(linear.weight, linear.bias, bool(after)))
+            layers.append(batched.Layer(linear.weight, linear.bias, len(after) > 0))
         return layers
 
     def official(self, group: int) -> Iterator[tuple[str, Tensor]]:

@@ -17,7 +17,14 @@ from torch.utils.checkpoint import checkpoint
 from stem_fast import batched, fuxictr, ops, reference
 from stem_fast.experts import expert_mixture
 from stem_fast.inference import Inference
-from stem_fast.layers import EmbeddingArena, GroupedMLP, has_batch_norm, parameters_of, put_buffer
+from stem_fast.layers import (
+    EmbeddingArena,
+    GroupedMLP,
+    has_batch_norm,
+    in_evaluation,
+    parameters_of,
+    put_buffer,
+)
 from stem_fast.schema import KINDS
 
 Sequences = Mapping[str, Tensor | tuple[Tensor, Tensor]]
@@ -109,6 +116,11 @@ class STEMNet(nn.Module):
     The keyword names and defaults are the official code's (``models/STEM.py``,
     ``config/model_config.yaml``).
     """
+
+    # DistributedDataParallel leaves to the arena what is the arena's: see stem_fast.parallel.
+    _ddp_params_and_buffers_to_ignore = tuple(
+        f"embedding.{name}" for name in ("weight", "offsets", "sizes", "bad")
+    )
 
     def __init__(
         self,
@@ -419,7 +431,8 @@ class STEMNet(nn.Module):
         """Probabilities (for regression tasks: values, in units of the labels) [B, T]; arguments as
         for the call.
 
-        Runs in evaluation mode and without autograd, whatever mode the model is in.
+        Runs in evaluation mode and without autograd, whatever mode the model is in, and leaves that
+        as it is: threads may share the model.
         """
         return self._probabilities(self._evaluate(ids, numeric, sequences)[0])
 
@@ -502,14 +515,9 @@ class STEMNet(nn.Module):
     def _evaluate(
         self, ids: Tensor, numeric: Tensor | None, sequences: Sequences | None
     ) -> tuple[Tensor, list[Tensor]]:
-        training = [module for module in self.modules() if module.training]
-        self.eval()
-        try:
-            parts = self.experts, self.gate_mlps, self.towers
-            return self._network(*self.lookup(ids, numeric, sequences), *parts)
-        finally:
-            for module in training:  # parts may have been in evaluation mode before
-                module.training = True
+        groups = self.experts, self.gate_mlps, self.towers
+        parts = (in_evaluation(group) for group in groups)
+        return self._network(*self.lookup(ids, numeric, sequences), *parts)
 
     def loss(
         self,

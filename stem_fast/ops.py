@@ -286,11 +286,16 @@ class _SparseLookup(torch.autograd.Function):
         values = torch.ops.stem_fast.row_gradients(
             grad_x, grad_z, ctx.sums, *plan, ctx.shape[1] // ctx.spaces
         )
-        # A CUDA plan repeats row 0, with zeros.
-        gradient = torch.sparse_coo_tensor(
-            rows[None], values, ctx.shape, is_coalesced=not values.is_cuda, check_invariants=False
-        )
-        return None, gradient, *(None,) * 6
+        return None, sparse_gradient(rows, values, ctx.shape), *(None,) * 6
+
+
+def sparse_gradient(rows: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
+    """The gradient of a table as a sparse tensor, of the rows of a plan and their values."""
+    # A CUDA plan repeats row 0, with zeros.
+    once = not values.is_cuda
+    return torch.sparse_coo_tensor(
+        rows[None], values, shape, is_coalesced=once, check_invariants=False
+    )
 
 
 def mixture(

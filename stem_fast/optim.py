@@ -36,6 +36,7 @@ order.
 from __future__ import annotations
 
 import math
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -232,6 +233,8 @@ class TableOptimizer(torch.optim.Optimizer):
         self._arenas: dict[Tensor, EmbeddingArena] = {}
         self._histories: dict[Tensor, Any] = {}  # History of each table whose rows may miss steps
         self._last: dict[Tensor, Tensor] = {}  # the newest step of each of their rows, int32 [R]
+        # Threads that predict have missed steps made, and none may be made twice.
+        self._lock = threading.RLock()
         groups: list[Any] = [params] if isinstance(params, EmbeddingArena) else list(params)
         super().__init__(groups, defaults)
 
@@ -285,24 +288,26 @@ class TableOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for weight in group["params"]:
-                if weight.grad is not None:
-                    self._update(weight, group, *self._arenas[weight].row_gradients())
+        with self._lock:
+            for group in self.param_groups:
+                for weight in group["params"]:
+                    if weight.grad is not None:
+                        self._update(weight, group, *self._arenas[weight].row_gradients())
         return loss
 
     @torch.no_grad()
     def catch_up(self, weight: Tensor, rows: Tensor | None) -> None:
         """Make the steps that rows [U] of a table (None: all rows) have missed."""
-        history = self._histories.get(weight)
-        if history is None:
-            return
-        # A batch's catch-up is part of every step that a CUDA graph is to make.
-        if history.made or history.hidden or (rows is not None and _captured(weight)):
-            if history.owing:
-                self._run(weight, self._group(weight), rows, None)
-            if rows is None:
-                history.flushed()
+        with self._lock:
+            history = self._histories.get(weight)
+            if history is None:
+                return
+            # A batch's catch-up is part of every step that a CUDA graph is to make.
+            if history.made or history.hidden or (rows is not None and _captured(weight)):
+                if history.owing:
+                    self._run(weight, self._group(weight), rows, None)
+                if rows is None:
+                    history.flushed()
 
     @property
     def made(self) -> int:
@@ -385,17 +390,18 @@ class TableOptimizer(torch.optim.Optimizer):
                         f"{list(due)} is due"
                     )
                 large.append((weight, name, value))
-        self.flush()  # steps owed under the old state
-        super().load_state_dict(state_dict)
-        for group in self.param_groups:  # torch before 2.7 has no decoupled_weight_decay
-            for option, value in self.defaults.items():
-                group.setdefault(option, value)
-        for weight, name, value in large:
-            # torch has cast it to the weight's type.
-            dtype = self._state_dtype(weight, name)
-            self.state[weight][name] = value.to(weight.device, dtype, copy=True).contiguous()
-        self._histories.clear()
-        self._last.clear()
+        with self._lock:
+            self.flush()  # steps owed under the old state
+            super().load_state_dict(state_dict)
+            for group in self.param_groups:  # torch before 2.7 has no decoupled_weight_decay
+                for option, value in self.defaults.items():
+                    group.setdefault(option, value)
+            for weight, name, value in large:
+                # torch has cast it to the weight's type.
+                dtype = self._state_dtype(weight, name)
+                self.state[weight][name] = value.to(weight.device, dtype, copy=True).contiguous()
+            self._histories.clear()
+            self._last.clear()
 
     def _state_dtype(self, weight: Tensor, name: str) -> torch.dtype:
         return torch.promote_types(weight.dtype, torch.float32)

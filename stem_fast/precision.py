@@ -7,6 +7,7 @@ and towers, and the loss are float32, and so are the sums within a product.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -16,6 +17,8 @@ import torch
 from stem_fast.schema import DataError
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp64")
+_switch = threading.Lock()  # of the two below
+_users, _before = 0, ""  # of tf32 at the moment, and what was before the first of them
 
 
 def check(precision: str, device: str | torch.device) -> None:
@@ -52,17 +55,23 @@ def tf32(precision: str) -> Iterator[None]:
     if precision != "tf32":
         yield
         return
+    global _users, _before
     products = torch.backends.cuda.matmul
-    before = products.fp32_precision
-    if before == "tf32":
-        yield
-        return
-    # torch has an older switch too, and refuses to read it while the two differ: this sets both.
-    products.allow_tf32 = True
+    with _switch:
+        if not _users:
+            _before = products.fp32_precision
+            if _before != "tf32":
+                # torch has an older switch too, and refuses to read it while the two differ: this
+                # sets both.
+                products.allow_tf32 = True
+        _users += 1
     try:
         yield
     finally:
-        products.allow_tf32 = False
-        # What it reads as may be what holds for all of torch; that goes on holding.
-        everywhere = torch.backends.fp32_precision  # type: ignore[attr-defined]
-        products.fp32_precision = "none" if before == everywhere else before
+        with _switch:
+            _users -= 1
+            if not _users and _before != "tf32":
+                products.allow_tf32 = False
+                # What it reads as may be what holds for all of torch; that goes on holding.
+                everywhere = torch.backends.fp32_precision  # type: ignore[attr-defined]
+                products.fp32_precision = "none" if _before == everywhere else _before

@@ -223,6 +223,69 @@ def test_autocast_around_it_has_no_part_in_it(
             assert torch.equal(compiled(*given), expected)
 
 
+MODES = {
+    "dropout": {"net_dropout": 0.5},
+    "batch norm": {"batch_norm": True, "net_dropout": 0.2},
+    "dice": {"hidden_activations": "dice", "net_dropout": 0.2},
+}
+
+
+@pytest.mark.parametrize("options", MODES.values(), ids=MODES.keys())
+def test_threads_share_a_model_in_training_mode(options: dict[str, Any]) -> None:
+    """Every way to predict, at once: the answers of the model in evaluation mode, bit for bit, and
+    its mode and running statistics as they were, while predicting too."""
+    model, batch = build("stem", **options)
+    for _ in range(3):
+        model(*batch(20)).sum().backward()  # running statistics of their own
+    model.experts[0].blocks[0].eval()  # a part of it stays as it is
+    given = batch(12)
+    single = copy.deepcopy(model).eval()
+    expected = single.predict(*given)
+    gates = single.gates(*given)[0]
+    modes = [module.training for module in model.modules()]
+    statistics = copy.deepcopy(dict(model.named_buffers()))
+    changed = []
+
+    def look(*_: Any) -> None:
+        if [module.training for module in model.modules()] != modes:
+            changed.append(True)
+
+    for group in (*model.experts, *model.gate_mlps, model.towers):
+        group.blocks[0].register_forward_hook(look)
+    shared = [model.compile_inference() for _ in range(2)]
+
+    def predictions(n: int) -> list[torch.Tensor]:
+        ways = model.predict, shared[n % 2], model.compile_inference(), shared[(n + 1) % 2]
+        return [predict(*given) for predict in ways]
+
+    close = {"rtol": 1e-5, "atol": 1e-6} if shared[0].parts else {"rtol": 0, "atol": 0}
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(predictions, n) for n in range(12)]
+        seen = [pool.submit(model.gates, *given) for _ in range(4)]
+        for each in asked:
+            first, *others = each.result()
+            assert torch.equal(first, expected)
+            for other in others:
+                torch.testing.assert_close(other, expected, **close)
+                assert torch.equal(other, others[0])
+        for each in seen:
+            assert torch.equal(each.result()[0], gates)
+    assert not changed
+    assert [module.training for module in model.modules()] == modes
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, statistics[name]), name
+
+
+def test_a_compiled_part_predicts_in_evaluation_mode() -> None:
+    model, batch = build("stem", net_dropout=0.5)
+    given = batch(6)
+    expected = model.predict(*given)
+    model.towers.compile(backend="eager")
+    model.gate_mlps[0] = torch.compile(model.gate_mlps[0], backend="eager")
+    assert model.training
+    assert torch.equal(model.predict(*given), expected)
+
+
 def test_what_is_wrong_is_refused() -> None:
     model, batch = build("stem")
     ids, *rest = batch(3)

@@ -6,8 +6,10 @@ import copy
 import io
 import math
 import pickle
+import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest import mock
 
@@ -433,6 +435,27 @@ def test_a_table_at_rest_is_what_dense_adam_has(read: Callable[[EmbeddingArena],
     behind = ours.weight.detach().clone()
     assert not torch.allclose(behind, theirs.weight, rtol=1e-9, atol=1e-14)
     torch.testing.assert_close(read(ours).detach(), theirs.weight.detach(), rtol=1e-9, atol=1e-14)
+
+
+def test_threads_that_read_a_table_make_no_step_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = [arena(), arena()]
+    for table in tables:
+        train(table, adams(1e-4, False)[0](table), batches(20))
+    tables[0].flush()
+    make, running, ever = optim.ExactAdam._run, [], []
+
+    def run(*arguments: Any) -> None:
+        running.append(1)
+        time.sleep(0.02)  # in which all others come as far
+        ever.append(len(running))
+        make(*arguments)
+        running.pop()
+
+    monkeypatch.setattr(optim.ExactAdam, "_run", run)
+    with ThreadPoolExecutor(4) as pool:
+        for each in [pool.submit(_read, tables[1]) for _ in range(4)]:
+            assert torch.equal(each.result(), tables[0].weight)
+    assert ever == [1]
 
 
 def test_loaded_weights_are_not_moved_by_steps_of_the_past() -> None:

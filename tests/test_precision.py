@@ -39,6 +39,17 @@ def test_users_of_the_older_switch_can_go_on_reading_it(before: bool) -> None:
     assert products.allow_tf32 == before
 
 
+def test_requests_side_by_side_share_the_switch() -> None:
+    """The first to end leaves it on for the other."""
+    one, other = tf32("tf32"), tf32("tf32")
+    one.__enter__()
+    other.__enter__()
+    one.__exit__(None, None, None)
+    assert products.fp32_precision == "tf32"
+    other.__exit__(None, None, None)
+    assert products.fp32_precision == "none"
+
+
 def test_an_error_within_switches_back() -> None:
     with pytest.raises(ValueError, match="within"), tf32("tf32"):
         raise ValueError("within")

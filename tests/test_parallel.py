@@ -1,0 +1,118 @@
+"""DistributedDataParallel of a model: two ranks beside one process, and what is refused."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from stem_fast import optim
+
+pytestmark = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="torch without gloo"
+)
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Tensor]]]:
+    """What each rank has in the end, of each case."""
+    folder = tmp_path_factory.mktemp("ranks")
+    lines = [[sys.executable, ranks.__file__, str(rank), str(folder)] for rank in range(2)]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if sys.platform == "linux":
+        variables["GLOO_SOCKET_IFNAME"] = "lo"  # where a machine's name says nothing
+    processes = [
+        subprocess.Popen(line, env=variables, stderr=subprocess.PIPE, text=True) for line in lines
+    ]
+    try:
+        errors = [process.communicate(timeout=240)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], errors
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", ranks.CASES)
+def test_ranks_end_alike_and_as_one_process(
+    name: str, both: list[dict[str, dict[str, Tensor]]]
+) -> None:
+    """From different weights, of batches of different sizes and some of no rows."""
+    case = ranks.CASES[name]
+    one, other = (each[name] for each in both)
+    expected = ranks.train(case, ranks.build(case, 0), None)
+    assert one.keys() == other.keys() == expected.keys()
+    close = 1e-6 if case.dtype == torch.float32 else 1e-12
+    for key, value in expected.items():
+        assert torch.equal(one[key], other[key]), key
+        torch.testing.assert_close(one[key], value, rtol=close, atol=close, msg=key)
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process."""
+    dist.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    yield
+    dist.destroy_process_group()
+
+
+class Holder(nn.Module):
+    """A model within a module of a user's."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *inputs: Any) -> Tensor:
+        return self.model(*inputs)
+
+
+def test_a_module_that_holds_the_model_says_what_is_the_arenas(alone: None) -> None:
+    case = ranks.CASES["adam"]
+    *inputs, _ = ranks.batch(case, 0, 0, 0)
+    holder = Holder(ranks.build(case, 0))
+    DistributedDataParallel(holder)(*inputs).sum().backward()  # DDP's own, while it is dense
+    dense = holder.model.embedding.weight.grad
+    assert dense is not None
+    optim.ExactAdam(holder.model.embedding)
+    with pytest.raises(RuntimeError, match=r"reduces model\.embedding\.weight, whose g"):
+        DistributedDataParallel(holder)(*inputs)
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+        holder, ["model.embedding.weight"]
+    )
+    holder.zero_grad()
+    DistributedDataParallel(holder)(*inputs).sum().backward()
+    torch.testing.assert_close(holder.model.embedding.weight.grad.to_dense(), dense)
+
+
+def test_ranks_with_fewer_batches_are_refused(alone: None) -> None:
+    case = ranks.CASES["adam"]
+    model = ranks.build(case, 0)
+    *inputs, _ = ranks.batch(case, 0, 0, 0)
+    wrapped = DistributedDataParallel(model)
+    with pytest.raises(RuntimeError, match="give every rank as many batches"), wrapped.join():
+        wrapped(*inputs)
+
+
+def test_another_model_within_a_forward_pass_is_left_alone(alone: None) -> None:
+    """As a teacher's is."""
+    case = ranks.CASES["adam"]
+    teacher, model = ranks.build(case, 0), ranks.build(case, 1)
+    *inputs, _ = ranks.batch(case, 0, 0, 0)
+    taught = []
+    model.register_forward_pre_hook(lambda *_: taught.append(teacher(*inputs)))
+    DistributedDataParallel(model)(*inputs).sum().backward()
+    assert teacher.embedding.wrapper[1] is False
+    assert model.embedding.wrapper[1] is True
