@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -23,6 +23,7 @@ from stem_fast.layers import (
     has_batch_norm,
     in_evaluation,
     parameters_of,
+    parts_of,
     put_buffer,
 )
 from stem_fast.schema import KINDS
@@ -118,8 +119,9 @@ class STEMNet(nn.Module):
     """
 
     # DistributedDataParallel leaves to the arena what is the arena's: see stem_fast.parallel.
-    _ddp_params_and_buffers_to_ignore = tuple(
-        f"embedding.{name}" for name in ("weight", "offsets", "sizes", "bad")
+    _ddp_params_and_buffers_to_ignore = (
+        "order",
+        *(f"embedding.{name}" for name in ("weight", "offsets", "sizes", "bad")),
     )
 
     def __init__(
@@ -518,6 +520,19 @@ class STEMNet(nn.Module):
         groups = self.experts, self.gate_mlps, self.towers
         parts = (in_evaluation(group) for group in groups)
         return self._network(*self.lookup(ids, numeric, sequences), *parts)
+
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """As torch's; the table's rows may still lack steps, which would else be made at every
+        forward pass of DistributedDataParallel with batch norm."""
+        start = f"{prefix}." if prefix else ""
+        seen = set()
+        for before, part in parts_of(self, start) if recurse else [(start, self)]:
+            for name, buffer in part._buffers.items():
+                if buffer is not None and not (remove_duplicate and buffer in seen):
+                    seen.add(buffer)
+                    yield before + name, buffer
 
     def loss(
         self,

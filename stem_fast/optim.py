@@ -298,16 +298,22 @@ class TableOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def catch_up(self, weight: Tensor, rows: Tensor | None) -> None:
         """Make the steps that rows [U] of a table (None: all rows) have missed."""
-        with self._lock:
-            history = self._histories.get(weight)
-            if history is None:
-                return
-            # A batch's catch-up is part of every step that a CUDA graph is to make.
-            if history.made or history.hidden or (rows is not None and _captured(weight)):
-                if history.owing:
-                    self._run(weight, self._group(weight), rows, None)
-                if rows is None:
-                    history.flushed()
+        if torch.compiler.is_compiling():  # dynamo traces no lock, in one thread at a time
+            self._catch_up(weight, rows)
+        else:
+            with self._lock:
+                self._catch_up(weight, rows)
+
+    def _catch_up(self, weight: Tensor, rows: Tensor | None) -> None:
+        history = self._histories.get(weight)
+        if history is None:
+            return
+        # A batch's catch-up is part of every step that a CUDA graph is to make.
+        if history.made or history.hidden or (rows is not None and _captured(weight)):
+            if history.owing:
+                self._run(weight, self._group(weight), rows, None)
+            if rows is None:
+                history.flushed()
 
     @property
     def made(self) -> int:

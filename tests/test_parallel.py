@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from stem_fast import optim
+from stem_fast import STEMNet, optim
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="torch without gloo"
@@ -104,6 +104,18 @@ def test_ranks_with_fewer_batches_are_refused(alone: None) -> None:
     wrapped = DistributedDataParallel(model)
     with pytest.raises(RuntimeError, match="give every rank as many batches"), wrapped.join():
         wrapped(*inputs)
+
+
+def test_no_pass_makes_the_steps_of_all_rows(alone: None) -> None:
+    """Nor does that which broadcasts the buffers of batch norm."""
+    model = STEMNet({"f": 20}, ["click"], expert_hidden_units=(4,), batch_norm=True)
+    assert dict(model.named_buffers()).keys() == dict(nn.Module.named_buffers(model)).keys()
+    optimizer = optim.ExactAdam(model.embedding)
+    wrapped = DistributedDataParallel(model)
+    for step in range(1, 4):
+        wrapped(torch.randint(1, 20, (5, 1))).sum().backward()
+        optimizer.step()
+        assert optimizer.made == step
 
 
 def test_another_model_within_a_forward_pass_is_left_alone(alone: None) -> None:
