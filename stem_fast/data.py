@@ -644,6 +644,7 @@ def _encode(
     groups = _Groups()
     for i in range(len(schema.sequences)):
         writer.append(f"sequence{i}_offsets", np.zeros(1, np.int64))
+    sizes = encoding.vocab_sizes  # made anew by each look at it
     for block in blocks:
         for i, match in enumerate(block.matches):
             if i == len(keys):
@@ -652,7 +653,7 @@ def _encode(
         ids = np.empty((len(block), len(schema.categorical)), np.int32)
         for i, name in enumerate(schema.categorical):
             distinct = block.distinct(name, block.column(name))
-            unknown = encoding.vocab_sizes[name] - 1
+            unknown = sizes[name] - 1
             ids[:, i] = vocabularies[name].ids(len(block), distinct, unknown, seen[name])
         writer.append("ids", ids)
         if standards:
