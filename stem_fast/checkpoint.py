@@ -314,6 +314,13 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def but_for_the_seed(path: Path, config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
+    """The same text for runs of one model, training, encoding and number of validation rows."""
+    training = {key: value for key, value in config["training"].items() if key != "seed"}
+    schema = read_json(path / SCHEMA)
+    return json.dumps([config["model"], config["config"], training, schema, metrics["rows"]])
+
+
 def read_metrics(path: Path) -> dict[str, Any]:
     """The checked metrics.json of the run folder PATH."""
     result = read_json(path / METRICS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -171,20 +172,26 @@ def print_by(result: Mapping[str, Any]) -> None:
     console().print(table)
 
 
-def print_comparison(runs: Mapping[str, tuple[str, Mapping[str, Any]]]) -> None:
-    """Runs side by side, from name -> (model, metrics.json): a column a run, a row a task's metric.
+def print_comparison(columns: Mapping[str, tuple[str, Sequence[Mapping[str, Any]]]]) -> None:
+    """Runs side by side, from name -> (model, each seed's metrics.json): a column a run, or the
+    mean ± standard deviation of one run's seeds; a row a task's metric.
 
     The best values of each row are marked with a star, judged by the digits that are shown, where
-    at least two runs have the metric.
+    at least two columns have the metric; with them those that are no further away than the larger
+    deviation of the two, one run's being taken for as large as the largest of the row.
     """
-    results = [result for _, result in runs.values()]
-    table = Table("task", "metric", box=box.SIMPLE_HEAD, caption="* best of the row")
-    for name, (model, _) in runs.items():
-        table.add_column(name if name == model else f"{name}\n({model})", justify="right")
+    results = [result for _, each in columns.values() for result in each]
+    seeds = any(len(each) > 1 for _, each in columns.values())
+    caption = "* best of the row" + (", or a standard deviation from it" if seeds else "")
+    table = Table("task", "metric", box=box.SIMPLE_HEAD, caption=caption)
+    for name, (model, each) in columns.items():
+        about = [] if name == model else [model]
+        about += [f"{len(each)} seeds"] if len(each) > 1 else []
+        table.add_column(f"{name}\n({', '.join(about)})" if about else name, justify="right")
     for task in dict.fromkeys(task for result in results for task in result["tasks"]):
-        of_task = [result["tasks"].get(task, {}) for result in results]
-        for metric in dict.fromkeys(metric for values in of_task for metric in values):
-            table.add_row(task, metric, *_starred(metric, [v.get(metric) for v in of_task]))
+        for metric in dict.fromkeys(m for result in results for m in result["tasks"].get(task, {})):
+            cells = [_spread(task, metric, each) for _, each in columns.values()]
+            table.add_row(task, metric, *_starred(metric, cells))
         table.add_section()
     out = console()
     out.print(table)
@@ -194,19 +201,48 @@ def print_comparison(runs: Mapping[str, tuple[str, Mapping[str, Any]]]) -> None:
         out.print(f"note: the runs were validated on different data ({counts} rows).")
 
 
-def _starred(metric: str, values: Sequence[float | None]) -> list[Text]:
-    """Each value as text; of two or more defined ones the best in bold and with a star."""
-    texts = [number(value) for value in values]
+Spread = tuple[float | None, float | None]
+
+
+def spreads(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Task -> metric -> "mean" and "std" over runs, None where one of them lacks it."""
+    return {
+        task: {
+            metric: dict(zip(("mean", "std"), _spread(task, metric, results), strict=True))
+            for metric in values
+        }
+        for task, values in results[0]["tasks"].items()
+    }
+
+
+def _spread(task: str, metric: str, results: Sequence[Mapping[str, Any]]) -> Spread:
+    """Mean and standard deviation (of a sample; None of one) of a metric over runs; None where one
+    of them lacks it."""
+    values = [result["tasks"].get(task, {}).get(metric) for result in results]
+    if None in values:
+        return None, None
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def _starred(metric: str, cells: Sequence[Spread]) -> list[Text]:
+    """Each cell as text; of two or more defined ones the best, and what is as good within its
+    spread, in bold and with a star."""
+    texts = [number(mean) for mean, _ in cells]
     # Judged as printed, so that of two equal numbers never one alone is marked.
     costs = [
-        math.inf if value is None else _cost(metric, float(text))
-        for value, text in zip(values, texts, strict=True)
+        math.inf if mean is None else _cost(metric, float(text))
+        for (mean, _), text in zip(cells, texts, strict=True)
     ]
-    best = min(costs) if sum(map(math.isfinite, costs)) > 1 else -math.inf
-    return [
-        Text(f"{text} *", style="bold") if cost == best else Text(f"{text}  ")
-        for text, cost in zip(texts, costs, strict=True)
-    ]
+    widest = max((std for _, std in cells if std is not None), default=0.0)
+    widths = [widest if std is None else std for _, std in cells]
+    best = costs.index(min(costs))
+    several = sum(map(math.isfinite, costs)) > 1
+    found = []
+    for (mean, std), text, cost, width in zip(cells, texts, costs, widths, strict=True):
+        star = several and mean is not None and cost - costs[best] <= max(width, widths[best])
+        text = text if std is None else f"{text} ± {number(std)}"
+        found.append(Text(f"{text} *", style="bold") if star else Text(f"{text}  "))
+    return found
 
 
 def _cost(metric: str, value: float) -> float:

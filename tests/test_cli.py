@@ -1019,6 +1019,36 @@ def test_compare_marks_the_best() -> None:
     assert "validated on different data (8, 9 rows)" in stem_fast("compare", "a", "b").stdout
 
 
+def test_compare_takes_seeds_together() -> None:
+    """As mean and deviation, of which no lucky seed is starred."""
+    aucs = {"s_1": 0.70, "s_2": 0.74, "s_3": 0.72, "other": 0.725, "worse": 0.6}
+    for name, auc in aucs.items():
+        seed = int(name[-1]) if name[-1].isdigit() else 1
+        more = {"learning_rate": {"other": 0.02, "worse": 0.03}.get(name, 0.01)}
+        fit(name, epochs=1, seed=seed, device="cpu", **more)
+        result = {"rows": 9, "tasks": {"like": {"auc": auc, "gauc": None if seed == 2 else 0.5}}}
+        Path(name, "metrics.json").write_text(json.dumps(result))
+    result = stem_fast("compare", *aucs, "--json", "c.json")
+    assert result.exit_code == 0, result.output
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert ["s", "other", "worse"] in lines
+    assert "(stem, 3 seeds)" in result.stdout
+    rows = [line for line in lines if line[:1] == ["like"]]
+    assert rows[0] == ["like", "auc", "0.72000", "±", "0.02000", "*", "0.72500", "*", "0.60000"]
+    assert rows[1] == ["like", "gauc", "-", "0.50000", "*", "0.50000", "*"]
+    assert "or a standard deviation from it" in result.stdout
+    written = read("c.json")
+    assert written["seeds"]["s"]["runs"] == ["s_1", "s_2", "s_3"]
+    found = written["seeds"]["s"]["tasks"]["like"]
+    assert found["auc"] == pytest.approx({"mean": 0.72, "std": 0.02})
+    assert found["gauc"] == {"mean": None, "std": None}
+    assert list(written["runs"]) == list(aucs)
+    # Other settings of the encoding make another run.
+    fit("s_3", epochs=1, seed=3, min_count=3, overwrite=True, device="cpu")
+    shown = stem_fast("compare", "s_1", "s_2", "s_3").stdout
+    assert ["s", "s_3"] in [line.split() for line in shown.splitlines()]
+
+
 def test_synth_then_fit() -> None:
     result = stem_fast("synth", "--out", "data", "--rows", 300, "--valid-rows", 100, "--seed", 3)
     assert result.exit_code == 0, result.output
