@@ -29,6 +29,8 @@ TARGET = ("TORCH_TARGET_VERSION", "0x020B000000000000")  # 2.11
 ARCHITECTURES = ("8.0", "9.0", "10.0")
 SANITIZE = os.environ.get("STEM_FAST_SANITIZE") == "1"
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+# Errors that torch's headers raise name their file: not by where it lies on this machine.
+NO_PATHS = tuple(f"-fmacro-prefix-map={each}/=" for each in (Path.cwd(), *include_paths()))
 
 
 def find_nvcc() -> str | None:
@@ -85,6 +87,7 @@ class Build(BuildExtension.with_options(no_python_abi_suffix=True)):  # type: ig
             *("-Xcompiler=-Wall,-Wextra", f"--threads={min(4, os.cpu_count() or 1)}"),
             *(f"-D{name}={value}" for name, value in extension.define_macros),
             *(f"-isystem={folder}" for folder in include_paths()),
+            *(f"-Xcompiler={flag}" for flag in NO_PATHS),
             *architecture_flags(nvcc),
             *extension.sources,
             *(f"-L{folder}" for folder in library_paths()),
@@ -122,10 +125,11 @@ def extensions() -> list[Extension]:
         CppExtension(
             "stem_fast._cpp",
             sources("cpu", "cpp"),
-            depends=sources("cpu", "h"),
+            depends=[*sources("", "h"), *sources("cpu", "h")],
             define_macros=[TARGET],
             extra_compile_args=[
                 *("-std=c++20", "-O3", "-fno-math-errno", "-Wall", "-Wextra"),
+                *NO_PATHS,
                 *(["-O1", "-g1", "-fno-omit-frame-pointer", *SANITIZERS] if SANITIZE else []),
             ],
             extra_link_args=SANITIZERS if SANITIZE else [],
@@ -143,7 +147,7 @@ def extensions() -> list[Extension]:
     cuda = Extension(
         "stem_fast._cuda",
         sources("cuda", "cu"),
-        depends=sources("cuda", "cuh"),
+        depends=[*sources("", "h"), *sources("cuda", "cuh")],
         define_macros=[TARGET, ("USE_CUDA", "1")],
         py_limited_api=True,
     )

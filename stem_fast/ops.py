@@ -301,28 +301,35 @@ def sparse_gradient(rows: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
 def mixture(
     y: Tensor,
     logits: Tensor,
-    see: Sequence[int],
-    learn: Sequence[int],
+    see: Sequence[int | Sequence[int]],
+    learn: Sequence[int | Sequence[int]],
     *,
     relu: bool = False,
 ) -> Tensor:
     """The AFTB gated mixture with its asymmetric backward; see :func:`reference.mixture`.
+
+    A mask may be a list of a 0 or 1 for each expert, too.
 
     At most 64 experts and 16 gates. The logits are taken in y's type; softmax and sums are in
     float32 (float64 for float64). With ``relu``, y is what ReLUs have left, and its gradient is
     that before them: zero where they are off.
 
     Raises:
-        ValueError: no expert, gate or output, or too many.
-        RuntimeError: shapes that don't fit.
+        ValueError: shapes or masks that don't fit; no expert, gate or output, or too many.
+        RuntimeError: a mask too many or too few.
     """
+    if y.dim() != 3 or logits.dim() != 3 or logits.shape[1:] != (y.shape[1], y.shape[0]):
+        raise ValueError(
+            "mixture: expected y [E, B, H] and logits [K, B, E], got y "
+            f"{list(y.shape)} and logits {list(logits.shape)}"
+        )
     if not (0 < len(y) <= MAX_EXPERTS and 0 < len(logits) <= MAX_GATES and y.shape[2]):
         raise ValueError(
-            f"mixture: y {list(y.shape)} and logits {list(logits.shape)}; 1 to {MAX_EXPERTS} "
-            f"experts, 1 to {MAX_GATES} gates and a width above 0 are due"
+            f"mixture: y [E, B, H] is {list(y.shape)} and logits [K, B, E] {list(logits.shape)}, "
+            f"expected 1 to {MAX_EXPERTS} experts, 1 to {MAX_GATES} gates and a width above 0"
         )
     # Autocast can leave gates and experts in different types.
-    arguments = y, logits.to(y.dtype), signed(see), signed(learn)
+    arguments = y, logits.to(y.dtype), signed(see, len(y)), signed(learn, len(y))
     if transformed():
         assert not relu  # nobody runs step by step and asks for it
         return reference.mixture(*arguments)
@@ -346,9 +353,20 @@ class _ReLUMixture(torch.autograd.Function):
         return *back(grad, *ctx.saved_tensors, *ctx.masks, True), None, None
 
 
-def signed(masks: Sequence[int]) -> list[int]:
-    """Masks as the int64 of the same bits: expert 63 is the sign."""
-    return [mask - (mask >> 63 << 64) for mask in masks]
+def signed(masks: Sequence[int | Sequence[int]], experts: int = MAX_EXPERTS) -> list[int]:
+    """Masks, or lists of a 0 or 1 for each expert, as the int64 of the same bits: expert 63 is the
+    sign. Raises ValueError for a list of another length or with other numbers."""
+    found = []
+    for k, mask in enumerate(masks):
+        if not isinstance(mask, int):
+            if len(mask) != experts or not all(bit in (0, 1) for bit in mask):
+                raise ValueError(
+                    f"the mask of gate {k} is {mask}, expected a 0 or 1 for each of {experts} "
+                    "experts, or an int of such bits"
+                )
+            mask = sum(1 << e for e, bit in enumerate(mask) if bit)
+        found.append(mask - (mask >> 63 << 64))
+    return found
 
 
 def _mixture_fake(y: Tensor, logits: Tensor, see: list[int], learn: list[int]) -> Tensor:

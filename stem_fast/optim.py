@@ -38,7 +38,8 @@ from __future__ import annotations
 import math
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -235,7 +236,7 @@ class TableOptimizer(torch.optim.Optimizer):
         self._last: dict[Tensor, Tensor] = {}  # the newest step of each of their rows, int32 [R]
         # Threads that predict have missed steps made, and none may be made twice.
         self._lock = threading.RLock()
-        groups: list[Any] = [params] if isinstance(params, EmbeddingArena) else list(params)
+        groups: list[Any] = list(params) if isinstance(params, Iterable) else [params]
         super().__init__(groups, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -248,12 +249,13 @@ class TableOptimizer(torch.optim.Optimizer):
     def add_param_group(self, group: dict[str, Any]) -> None:
         """Adds arenas with options of their own: ``{"params": arena or arenas, "lr": ...}``."""
         given = group["params"]
-        arenas = [given] if isinstance(given, EmbeddingArena) else list(given)
+        arenas = list(given) if isinstance(given, Iterable) else [given]
         for arena in arenas:
             if not isinstance(arena, EmbeddingArena):
                 raise TypeError(
-                    f"{type(self).__name__} trains embedding arenas (model.embedding), not "
-                    f"{type(arena).__name__}; give other parameters to an optimizer of torch"
+                    f"{type(self).__name__} trains embedding arenas, got {type(arena).__name__}: "
+                    "give it model.embedding of a STEMNet, or EmbeddingArena({'id': rows}, (), {}, "
+                    "{}, 1, dim) in place of an nn.Embedding; and to an optimizer of torch all else"
                 )
         _check(self.defaults | group)
         super().add_param_group(group | {"params": [arena.weight for arena in arenas]})
@@ -376,6 +378,7 @@ class TableOptimizer(torch.optim.Optimizer):
                 has no sparse form here; nothing is loaded then.
         """
         for number, group in enumerate(state_dict["param_groups"]):
+            _check(self.defaults | group)
             for option in TORCHS_ALONE:
                 if group.get(option):
                     raise ValueError(
@@ -738,11 +741,16 @@ def _options(like: Tensor, *options: float | Tensor) -> Tensor:
 
 
 def _check(options: Mapping[str, Any]) -> None:
-    """Raises ValueError for a hyperparameter out of range, as torch's optimizers do."""
+    """Raises ValueError for a hyperparameter out of range."""
     for name in ("lr", "eps", "weight_decay", "momentum"):
         value = options.get(name, 0.0)
-        if not isinstance(value, Tensor) and not value >= 0:
-            raise ValueError(f"{name} is {value}, must be at least 0")
-    for number, beta in enumerate(options.get("betas", ())):
-        if not 0 <= beta < 1:
-            raise ValueError(f"betas[{number}] is {beta}, must be from 0 to below 1")
+        if isinstance(value, Tensor) and value.numel() == 1:
+            value = value.item()
+        if not isinstance(value, Real) or not 0 <= float(value) < math.inf:
+            raise ValueError(f"{name} is {value!r}, expected a finite number of at least 0")
+    betas = options.get("betas", (0.9, 0.999))
+    if not isinstance(betas, Sequence) or len(betas) != 2:
+        raise ValueError(f"betas is {betas!r}, expected two numbers")
+    for number, beta in enumerate(betas):
+        if not isinstance(beta, Real | Tensor) or not 0 <= float(beta) < 1:
+            raise ValueError(f"betas[{number}] is {beta!r}, expected a number from 0 to below 1")

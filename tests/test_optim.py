@@ -874,8 +874,18 @@ def test_every_optimizer_resumes_and_takes_dense_gradients(
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda a: optim.ExactAdam([a.weight]), TypeError, "not Parameter"),
+        (lambda a: optim.ExactAdam([a.weight]), TypeError, "got Parameter: give it model"),
+        (
+            lambda a: optim.SGD(torch.nn.Embedding(3, 2)),
+            TypeError,
+            "got Embedding: give it model.e",
+        ),
         (lambda a: optim.ExactAdam(a, lr=-1.0), ValueError, "lr is -1.0"),
+        (lambda a: optim.Adagrad(a, lr=math.inf), ValueError, "lr is inf, expected a finite"),
+        (lambda a: optim.ExactAdam(a, lr=torch.tensor(math.nan)), ValueError, "lr is nan"),
+        (lambda a: optim.ExactAdam(a, lr="1"), ValueError, "lr is '1', expected a finite"),
+        (lambda a: optim.ExactAdam(a, weight_decay=math.inf), ValueError, "weight_decay is inf"),
+        (lambda a: optim.ExactAdam(a, betas=(0.9,)), ValueError, "expected two numbers"),
         (lambda a: optim.ExactAdam(a, betas=(0.9, 1.0)), ValueError, r"betas\[1\] is 1.0"),
         (lambda a: optim.SGD(a, momentum=-0.5), ValueError, "momentum is -0.5"),
     ],
@@ -883,6 +893,13 @@ def test_every_optimizer_resumes_and_takes_dense_gradients(
 def test_what_is_refused(make: Make, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make(arena())
+
+
+def test_options_of_a_state_are_checked() -> None:
+    state = optim.ExactAdam(arena()).state_dict()
+    state["param_groups"][0]["betas"] = (0.9,)
+    with pytest.raises(ValueError, match="expected two numbers"):
+        optim.ExactAdam(arena()).load_state_dict(state)
 
 
 def test_states_that_do_not_fit_are_refused() -> None:

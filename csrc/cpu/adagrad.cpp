@@ -8,7 +8,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <cmath>
 #include <cstdint>
@@ -83,11 +82,11 @@ void adagrad_rows(const Tensor& weight, const Tensor& sum, const std::optional<T
                   const Tensor& grad_in, const Tensor& options_in, double eps) {
   const Rows rows("adagrad_rows", weight, rows_in, grad_in);
   const int64_t size = weight.size(0), width = weight.size(1);
-  STD_TORCH_CHECK((sum.dim() == 1 || (sum.dim() == 2 && sum.size(1) == width)) &&
+  STEM_FAST_CHECK((sum.dim() == 1 || (sum.dim() == 2 && sum.size(1) == width)) &&
                       sum.size(0) == size,
                   "adagrad_rows: sum must be [", size, "] or [", size, ", ", width, "]");
-  STD_TORCH_CHECK(sum.is_contiguous(), "adagrad_rows: what is changed in place must be contiguous");
-  STD_TORCH_CHECK(options_in.numel() == 2 && options_in.scalar_type() == ScalarType::Double,
+  STEM_FAST_CHECK(sum.is_contiguous(), "adagrad_rows: what is changed in place must be contiguous");
+  STEM_FAST_CHECK(options_in.numel() == 2 && options_in.scalar_type() == ScalarType::Double,
                   "adagrad_rows: options must be float64 [2]");
   if (width == 0) return;
   const Tensor options = torch::stable::contiguous(options_in);

@@ -8,7 +8,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <array>
@@ -437,9 +436,9 @@ void adam_rows(const Tensor& weight, const Tensor& exp_avg, const Tensor& exp_av
   for (const Tensor* state : {&exp_avg, &exp_avg_sq}) {
     check_state("adam_rows", "exp_avg and exp_avg_sq", weight, *state);
   }
-  STD_TORCH_CHECK(exp_avg_sq.element_size() >= 4, "adam_rows: exp_avg_sq must be float32 or float64");
+  STEM_FAST_CHECK(exp_avg_sq.element_size() >= 4, "adam_rows: exp_avg_sq must be float32 or float64");
   const Steps steps("adam_rows", weight, last, steps_in, kColumns, clock);
-  STD_TORCH_CHECK(leaps_in.dim() == 2 && leaps_in.size(1) == kLeapColumns &&
+  STEM_FAST_CHECK(leaps_in.dim() == 2 && leaps_in.size(1) == kLeapColumns &&
                       leaps_in.size(0) >= kPolynomials + steps_in.size(0) / kLeap &&
                       leaps_in.scalar_type() == ScalarType::Double,
                   "adam_rows: leaps must be float64 [", static_cast<int64_t>(kPolynomials),
@@ -522,19 +521,19 @@ void extend(const double* before, double* own, double lr, double beta1, double b
 // A new line of the table of steps; see reference.adam_schedule.
 void adam_schedule(const Tensor& steps, const Tensor& clock, const Tensor& options, double beta1,
                    double beta2, double eps, bool decoupled, bool l2) {
-  STD_TORCH_CHECK(steps.dim() == 2 && steps.size(1) == kColumns && steps.is_contiguous() &&
+  STEM_FAST_CHECK(steps.dim() == 2 && steps.size(1) == kColumns && steps.is_contiguous() &&
                       steps.scalar_type() == ScalarType::Double,
                   "adam_schedule: steps must be contiguous float64 [N, ",
                   static_cast<int64_t>(kColumns), "]");
-  STD_TORCH_CHECK(clock.numel() == 2 && clock.is_contiguous() &&
+  STEM_FAST_CHECK(clock.numel() == 2 && clock.is_contiguous() &&
                       clock.scalar_type() == ScalarType::Long,
                   "adam_schedule: clock must be contiguous int64 [2]");
-  STD_TORCH_CHECK(options.numel() == 2 && options.is_contiguous() &&
+  STEM_FAST_CHECK(options.numel() == 2 && options.is_contiguous() &&
                       options.scalar_type() == ScalarType::Double,
                   "adam_schedule: options must be contiguous float64 [2]");
   auto* now = static_cast<int64_t*>(clock.mutable_data_ptr());
   const int64_t line = now[1] + 1 - now[0];
-  STD_TORCH_CHECK(line > 0 && line < steps.size(0), "adam_schedule: line ", line,
+  STEM_FAST_CHECK(line > 0 && line < steps.size(0), "adam_schedule: line ", line,
                   " of a table of ", steps.size(0));
   const auto* option = static_cast<const double*>(options.const_data_ptr());
   const double t = static_cast<double>(++now[1]), root2 = std::sqrt(beta2);

@@ -2,16 +2,18 @@
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 #include <iterator>
+#include <limits>
 #include <map>
 #include <mutex>
 #include <unordered_map>
+
+#include "../check.h"
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -66,7 +68,7 @@ class Pool {
       give_up(0);
       block = std::aligned_alloc(unit, bytes);
     }
-    STD_TORCH_CHECK(block != nullptr, "out of memory: ", bytes, " bytes");
+    STEM_FAST_CHECK(block != nullptr, "empty_kept: not enough memory for ", bytes, " bytes");
 #ifdef __linux__
     if (unit == kHugePage) madvise(block, bytes, MADV_HUGEPAGE);
 #endif
@@ -122,15 +124,21 @@ void huge_pages(const torch::stable::Tensor& table) {
 
 torch::stable::Tensor empty_kept(const torch::stable::Tensor& like,
                                  const std::vector<int64_t>& sizes, size_t least) {
-  size_t bytes = like.element_size();
   std::vector<int64_t> strides(sizes.size());
-  int64_t stride = 1;
+  int64_t stride = 1, bytes;
+  bool empty = false, overflows = false;
   for (size_t i = sizes.size(); i-- > 0;) {
+    STEM_FAST_CHECK(sizes[i] >= 0, "empty_kept: size ", i, " is ", sizes[i], ", must not be negative");
     strides[i] = stride;
-    stride *= std::max<int64_t>(sizes[i], 1);
-    bytes *= sizes[i];
+    empty |= sizes[i] == 0;
+    overflows |= __builtin_mul_overflow(stride, std::max<int64_t>(sizes[i], 1), &stride);
   }
-  if (bytes < least) return torch::stable::new_empty(like, sizes);
+  overflows |= __builtin_mul_overflow(stride, static_cast<int64_t>(like.element_size()), &bytes);
+  // The pool rounds up.
+  STEM_FAST_CHECK(!overflows && bytes <= std::numeric_limits<int64_t>::max() - int64_t{kHugePage},
+                  "empty_kept: not enough memory for 2^63 bytes");
+  if (empty) bytes = 0;
+  if (bytes < static_cast<int64_t>(least)) return torch::stable::new_empty(like, sizes);
   return torch::stable::from_blob(pool().take(bytes), sizes, strides, like.device(),
                                   like.scalar_type(), [](void* block) { pool().give_back(block); });
 }

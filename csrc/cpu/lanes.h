@@ -4,13 +4,14 @@
 
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+
+#include "../check.h"
 
 #ifdef __SSE2__
 #include <emmintrin.h>
@@ -132,6 +133,6 @@ void for_type(torch::headeronly::ScalarType type, const char* op, const F& run) 
     case ScalarType::Float: return run(float());
     case ScalarType::BFloat16: return run(torch::headeronly::BFloat16());
     case ScalarType::Half: return run(torch::headeronly::Half());
-    default: STD_TORCH_CHECK(false, op, ": a float64, float32, bfloat16 or float16 tensor is due");
+    default: STEM_FAST_CHECK(false, op, ": a float64, float32, bfloat16 or float16 tensor is due");
   }
 }

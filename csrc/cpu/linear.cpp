@@ -6,7 +6,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -88,16 +87,16 @@ Tensor grouped_linear(const Tensor& x_in, const std::vector<int64_t>& reads, con
   const Tensor x = torch::stable::contiguous(x_in), weight = torch::stable::contiguous(weight_in),
                bias = torch::stable::contiguous(bias_in);
   const auto networks = static_cast<int64_t>(reads.size());
-  STD_TORCH_CHECK(x.dim() == 3 && weight.dim() == 3 && bias.dim() == 2 &&
+  STEM_FAST_CHECK(x.dim() == 3 && weight.dim() == 3 && bias.dim() == 2 &&
                       x.size(2) == weight.size(2) && bias.size(0) == weight.size(0) &&
                       bias.size(1) == weight.size(1) && networks <= weight.size(0),
                   "grouped_linear: x must be [N, B, I], weight [E, O, I] and bias [E, O], with at "
                   "most E reads");
-  STD_TORCH_CHECK(x.scalar_type() == weight.scalar_type() &&
+  STEM_FAST_CHECK(x.scalar_type() == weight.scalar_type() &&
                       x.scalar_type() == bias.scalar_type(),
                   "grouped_linear: x, weight and bias must have one type");
   for (const int64_t read : reads) {
-    STD_TORCH_CHECK(read >= 0 && read < x.size(0), "grouped_linear: reads must name one of the ",
+    STEM_FAST_CHECK(read >= 0 && read < x.size(0), "grouped_linear: reads must name one of the ",
                     x.size(0), " inputs; one is ", read);
   }
   const Sizes s{x.size(1), x.size(2), weight.size(1), relu};

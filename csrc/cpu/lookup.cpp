@@ -15,7 +15,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <atomic>
@@ -248,7 +247,7 @@ void for_ids(const Tensor& ids, const F& run) {
   if (ids.scalar_type() == ScalarType::Int) {
     run(static_cast<const int32_t*>(ids.const_data_ptr()));
   } else {
-    STD_TORCH_CHECK(ids.scalar_type() == ScalarType::Long, "lookup: ids must be int32 or int64");
+    STEM_FAST_CHECK(ids.scalar_type() == ScalarType::Long, "lookup: ids must be int32 or int64");
     run(static_cast<const int64_t*>(ids.const_data_ptr()));
   }
 }
@@ -265,23 +264,23 @@ struct Batch {
       : ids(torch::stable::contiguous(ids_in)),
         offsets(torch::stable::contiguous(offsets_in)),
         mean(static_cast<uint64_t>(mean_in)) {
-    STD_TORCH_CHECK(ids.dim() == 2 && offsets.dim() == 1 && offsets.size(0) == ids.size(1),
+    STEM_FAST_CHECK(ids.dim() == 2 && offsets.dim() == 1 && offsets.size(0) == ids.size(1),
                     "lookup: ids must be [B, F] and offsets [F]");
-    STD_TORCH_CHECK(offsets.scalar_type() == ScalarType::Long, "lookup: offsets must be int64");
+    STEM_FAST_CHECK(offsets.scalar_type() == ScalarType::Long, "lookup: offsets must be int64");
     batch = ids.size(0), fields = ids.size(1), sequences = 0;
     if (bags_in.empty()) return;
-    STD_TORCH_CHECK(bags_in.size() <= 3 && bags_in.size() >= 2 && bags_in[0].dim() == 1 &&
+    STEM_FAST_CHECK(bags_in.size() <= 3 && bags_in.size() >= 2 && bags_in[0].dim() == 1 &&
                         bags_in[1].dim() == 2 && bags_in[1].size(1) == batch + 1 &&
                         bags_in[1].scalar_type() == ScalarType::Long,
                     "lookup: bags must be rows [n], int64 bounds [S, B+1] and perhaps weights [n]");
-    STD_TORCH_CHECK(bags_in[0].scalar_type() == ids.scalar_type(),
+    STEM_FAST_CHECK(bags_in[0].scalar_type() == ids.scalar_type(),
                     "lookup: the rows of bags must have the type of ids");
     for (const Tensor& part : bags_in) bags.push_back(torch::stable::contiguous(part));
     sequences = bags[1].size(0);
-    STD_TORCH_CHECK(sequences <= 64, "lookup: at most 64 sequence fields");
+    STEM_FAST_CHECK(sequences <= 64, "lookup: at most 64 sequence fields");
     const int64_t n = bags[0].size(0);
     if (bags.size() == 3) {
-      STD_TORCH_CHECK(bags[2].dim() == 1 && bags[2].size(0) == n,
+      STEM_FAST_CHECK(bags[2].dim() == 1 && bags[2].size(0) == n,
                       "lookup: the weights of bags must be [n], n = ", n);
       bags[2] = torch::stable::to(bags[2], ScalarType::Double);
     }
@@ -290,7 +289,7 @@ struct Batch {
       for (int64_t b = 0; b <= batch; ++b) {
         const int64_t at = s * (batch + 1) + b;
         const int64_t low = at ? bounds[at - 1] : 0, bound = bounds[at];
-        STD_TORCH_CHECK(low <= bound && bound <= n, "lookup: bound ", bound, " of bag field ", s,
+        STEM_FAST_CHECK(low <= bound && bound <= n, "lookup: bound ", bound, " of bag field ", s,
                         " at row ", b, " must be in ", low, "..", n);
       }
     }
@@ -307,9 +306,9 @@ struct Batch {
 };
 
 Sums masks(const std::vector<int64_t>& sums, int64_t spaces) {
-  STD_TORCH_CHECK(spaces <= 64 && sums.size() <= 64, "lookup: at most 64 spaces and 64 sums");
+  STEM_FAST_CHECK(spaces <= 64 && sums.size() <= 64, "lookup: at most 64 spaces and 64 sums");
   for (const int64_t mask : sums) {
-    STD_TORCH_CHECK(mask > 0 && (spaces > 62 || mask >> spaces == 0),
+    STEM_FAST_CHECK(mask > 0 && (spaces > 62 || mask >> spaces == 0),
                     "lookup: a sum must name some of the ", spaces, " spaces; it is ", mask);
   }
   return {sums.begin(), sums.end()};
@@ -319,7 +318,7 @@ std::tuple<Tensor, Tensor> lookup(const Tensor& weight_in, const Tensor& ids_in,
                                   const Tensor& offsets_in, int64_t spaces,
                                   const std::vector<int64_t>& sums_in,
                                   const std::vector<Tensor>& bags_in, int64_t mean) {
-  STD_TORCH_CHECK(weight_in.dim() == 2 && spaces > 0 && weight_in.size(1) % spaces == 0,
+  STEM_FAST_CHECK(weight_in.dim() == 2 && spaces > 0 && weight_in.size(1) % spaces == 0,
                   "lookup: weight must be [R, G*D] with G = ", spaces);
   const Tensor weight = torch::stable::contiguous(weight_in);
   const Batch in(ids_in, offsets_in, bags_in, mean);
@@ -345,9 +344,9 @@ std::tuple<Tensor, Tensor> lookup(const Tensor& weight_in, const Tensor& ids_in,
           });
       if (const int64_t at = bad; at >= 0) {
         const int64_t ids_read = s.batch * s.fields;
-        STD_TORCH_CHECK(at >= ids_read, "lookup: id ", ids[at], " of field ", at % s.fields,
+        STEM_FAST_CHECK(at >= ids_read, "lookup: id ", ids[at], " of field ", at % s.fields,
                         " at row ", at / s.fields, " is outside the arena of ", s.rows, " rows");
-        STD_TORCH_CHECK(false, "lookup: row ", bags.rows[at - ids_read], " at ", at - ids_read,
+        STEM_FAST_CHECK(false, "lookup: row ", bags.rows[at - ids_read], " at ", at - ids_read,
                         " of the bags is outside the arena of ", s.rows, " rows");
       }
     });
@@ -359,7 +358,7 @@ std::tuple<Tensor, Tensor> lookup(const Tensor& weight_in, const Tensor& ids_in,
 Tensor outside(const Tensor& ids_in, const Tensor& sizes_in) {
   const Tensor ids = torch::stable::contiguous(ids_in);
   const Tensor sizes = torch::stable::contiguous(sizes_in);
-  STD_TORCH_CHECK(ids.dim() == 2 && sizes.dim() == 1 && sizes.size(0) == ids.size(1) &&
+  STEM_FAST_CHECK(ids.dim() == 2 && sizes.dim() == 1 && sizes.size(0) == ids.size(1) &&
                       sizes.scalar_type() == ScalarType::Long,
                   "outside: ids must be [B, F] and sizes int64 [F]");
   const Tensor found = torch::stable::new_empty(ids, {}, ScalarType::Long);
@@ -403,7 +402,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_plan(const Tensor& ids_in, const 
   const int64_t columns = in.fields + in.sequences, ids_read = in.batch * in.fields;
   const int64_t n = in.bags.empty() ? 0 : in.bags[0].size(0);
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-  STD_TORCH_CHECK(in.batch * columns <= kMost && ids_read + n <= kMost,
+  STEM_FAST_CHECK(in.batch * columns <= kMost && ids_read + n <= kMost,
                   "row_plan: at most ", kMost, " ids and places a batch");
   // An item is a row and, below it, the number of its occurrence.
   std::vector<uint64_t> items;
@@ -412,7 +411,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_plan(const Tensor& ids_in, const 
   std::vector<double> factors(n);
   uint64_t top = 0;
   const auto add = [&](int64_t row, int64_t occurrence) {
-    STD_TORCH_CHECK(row >= 0 && row <= std::numeric_limits<uint32_t>::max(), "row_plan: row ", row,
+    STEM_FAST_CHECK(row >= 0 && row <= std::numeric_limits<uint32_t>::max(), "row_plan: row ", row,
                     " is outside every arena");
     top = std::max<uint64_t>(top, row);
     items.push_back(static_cast<uint64_t>(row) << 32 | static_cast<uint64_t>(occurrence));
@@ -477,7 +476,7 @@ Tensor reduce_rows(const Tensor& grad_x_in, const Tensor& grad_z_in,
                    const Tensor& sources_in, const Tensor& scales_in, int64_t dim,
                    const Tensor* rows, int64_t table) {
   const auto count = static_cast<int64_t>(sums_in.size());
-  STD_TORCH_CHECK(grad_x_in.dim() == 3 && grad_z_in.dim() == 3 && dim > 0 &&
+  STEM_FAST_CHECK(grad_x_in.dim() == 3 && grad_z_in.dim() == 3 && dim > 0 &&
                       grad_x_in.size(2) % dim == 0 && grad_z_in.size(0) == count &&
                       grad_z_in.size(1) == grad_x_in.size(1) &&
                       grad_z_in.size(2) == grad_x_in.size(2) &&
@@ -489,7 +488,7 @@ Tensor reduce_rows(const Tensor& grad_x_in, const Tensor& grad_z_in,
   const Tensor sources = torch::stable::contiguous(sources_in);
   const Tensor scales = torch::stable::contiguous(scales_in);
   const int64_t m = sources.numel(), unique = segments.numel() - 1;
-  STD_TORCH_CHECK(segments.scalar_type() == ScalarType::Int &&
+  STEM_FAST_CHECK(segments.scalar_type() == ScalarType::Int &&
                       sources.scalar_type() == ScalarType::Int &&
                       scales.scalar_type() == ScalarType::Double && unique >= 0 &&
                       (scales.numel() == 0 || scales.numel() == m),
@@ -504,7 +503,7 @@ Tensor reduce_rows(const Tensor& grad_x_in, const Tensor& grad_z_in,
   for (size_t k = 0; k < sums.size(); ++k) {
     for (int64_t g = 0; g < s.spaces; ++g) plan.in[g] |= (sums[k] >> g & 1) << k;
   }
-  STD_TORCH_CHECK(plan.segments[0] >= 0 && plan.segments[unique] <= m &&
+  STEM_FAST_CHECK(plan.segments[0] >= 0 && plan.segments[unique] <= m &&
                       std::is_sorted(plan.segments, plan.segments + unique + 1) &&
                       std::all_of(plan.sources, plan.sources + m,
                                   [&](int32_t at) { return at >= 0 && at < s.batch * s.fields; }),
@@ -546,7 +545,7 @@ Tensor lookup_backward(const Tensor& grad_x, const Tensor& grad_z, const std::ve
   const auto [rows, segments, sources, scales] = row_plan(ids, offsets, bags, mean);
   const int64_t columns = ids.size(1) + (bags.empty() ? 0 : bags[1].size(0));
   const int64_t unique = rows.size(0);
-  STD_TORCH_CHECK(
+  STEM_FAST_CHECK(
       unique == 0 || static_cast<const int64_t*>(rows.const_data_ptr())[unique - 1] < table,
       "lookup_backward: an id is outside the arena of ", table, " rows");
   return reduce_rows(grad_x, grad_z, sums, segments, sources, scales,

@@ -9,7 +9,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <cmath>
@@ -67,12 +66,12 @@ class Batch {
     const auto fits = [&](const Tensor& each) {
       return each.dim() == 2 && each.size(0) == rows && each.size(1) == tasks;
     };
-    STD_TORCH_CHECK(fits(logits) && fits(labels) &&
+    STEM_FAST_CHECK(fits(logits) && fits(labels) &&
                         static_cast<int64_t>(regression.size()) == tasks,
                     op, ": logits and labels must be [B, T], with T kinds of tasks");
-    STD_TORCH_CHECK(!mask || (fits(*mask) && mask->scalar_type() == ScalarType::Bool), op,
+    STEM_FAST_CHECK(!mask || (fits(*mask) && mask->scalar_type() == ScalarType::Bool), op,
                     ": the mask must be bool [", rows, ", ", tasks, "]");
-    STD_TORCH_CHECK(!weights || (weights->dim() == 1 && weights->size(0) == rows), op,
+    STEM_FAST_CHECK(!weights || (weights->dim() == 1 && weights->size(0) == rows), op,
                     ": the weights of samples must be [", rows, "]");
     if (labels.scalar_type() != sums()) labels_ = torch::stable::to(labels, sums());
     if (mask) mask_ = *mask;
@@ -123,7 +122,7 @@ std::tuple<Tensor, Tensor> task_losses(const Tensor& logits, const Tensor& label
                                        const std::optional<Tensor>& sample_weights,
                                        const std::optional<Tensor>& counts) {
   const Batch batch("task_losses", logits, labels, regression, mask, sample_weights);
-  STD_TORCH_CHECK(!counts || (counts->dim() == 1 && counts->size(0) == batch.tasks &&
+  STEM_FAST_CHECK(!counts || (counts->dim() == 1 && counts->size(0) == batch.tasks &&
                               counts->scalar_type() == ScalarType::Long),
                   "task_losses: counts must be int64 [", batch.tasks, "]");
   Tensor means = torch::stable::new_empty(logits, {batch.tasks}, batch.sums());
@@ -167,7 +166,7 @@ Tensor task_losses_backward(const Tensor& grad, const Tensor& logits, const Tens
                             const std::optional<Tensor>& mask,
                             const std::optional<Tensor>& sample_weights, const Tensor& divisors) {
   const Batch batch("task_losses_backward", logits, labels, regression, mask, sample_weights);
-  STD_TORCH_CHECK(grad.dim() == 1 && grad.size(0) == batch.tasks && divisors.dim() == 1 &&
+  STEM_FAST_CHECK(grad.dim() == 1 && grad.size(0) == batch.tasks && divisors.dim() == 1 &&
                       divisors.size(0) == batch.tasks && grad.scalar_type() == batch.sums() &&
                       divisors.scalar_type() == ScalarType::Long && divisors.is_contiguous(),
                   "task_losses_backward: the gradient must be [", batch.tasks,

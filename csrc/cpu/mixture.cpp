@@ -14,7 +14,6 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
@@ -306,22 +305,24 @@ std::vector<uint64_t> bits(const std::vector<int64_t>& masks) {
 
 // Itself where each plane [B, n] is contiguous, else a copy.
 Tensor planes(const Tensor& t) {
-  STD_TORCH_CHECK(t.dim() == 3, "mixture: y, logits and the gradient have three dimensions");
+  STEM_FAST_CHECK(t.dim() == 3,
+                  "mixture: expected y [E, B, H], logits [K, B, E] and the gradient [K, B, H], got a "
+                  "tensor of ", t.dim(), " dimensions");
   const bool whole = t.stride(2) == 1 && t.stride(1) == t.size(2);
   return whole ? t : torch::stable::contiguous(t);
 }
 
 Sizes check(const Tensor& y, const Tensor& logits, const std::vector<int64_t>& see,
             const std::vector<int64_t>& learn) {
-  STD_TORCH_CHECK(logits.size(1) == y.size(1) && logits.size(2) == y.size(0),
+  STEM_FAST_CHECK(logits.size(1) == y.size(1) && logits.size(2) == y.size(0),
                   "mixture: y must be [E, B, H] and logits [K, B, E]");
-  STD_TORCH_CHECK(y.scalar_type() == logits.scalar_type(),
+  STEM_FAST_CHECK(y.scalar_type() == logits.scalar_type(),
                   "mixture: y and logits must have the same type");
   const Sizes s{y.size(0), logits.size(0), y.size(1), y.size(2), y.stride(0), logits.stride(0), 0};
-  STD_TORCH_CHECK(s.experts > 0 && s.experts <= kMaxExperts && s.gates > 0 && s.gates <= kMaxGates,
+  STEM_FAST_CHECK(s.experts > 0 && s.experts <= kMaxExperts && s.gates > 0 && s.gates <= kMaxGates,
                   "mixture: 1 to ", kMaxExperts, " experts and 1 to ", kMaxGates, " gates");
   const auto gates = static_cast<size_t>(s.gates);
-  STD_TORCH_CHECK(see.size() == gates && learn.size() == gates,
+  STEM_FAST_CHECK(see.size() == gates && learn.size() == gates,
                   "mixture: see and learn need a mask for each of ", s.gates, " gates");
   return s;
 }
@@ -351,7 +352,7 @@ std::tuple<Tensor, Tensor> mixture_backward(const Tensor& grad_in, const Tensor&
                                             const std::vector<int64_t>& learn_in, bool relu) {
   const Tensor grad = planes(grad_in), y = planes(y_in), logits = planes(logits_in);
   Sizes s = check(y, logits, see_in, learn_in);
-  STD_TORCH_CHECK(grad.size(0) == s.gates && grad.size(1) == s.batch && grad.size(2) == s.width &&
+  STEM_FAST_CHECK(grad.size(0) == s.gates && grad.size(1) == s.batch && grad.size(2) == s.width &&
                       grad.scalar_type() == y.scalar_type(),
                   "mixture: the gradient must be [K, B, H] of y's type");
   s.grad_stride = grad.stride(0);
@@ -376,7 +377,7 @@ std::tuple<Tensor, Tensor> mixture_expert_backward(const std::vector<Tensor>& gr
                                                    const std::vector<int64_t>& learn_in,
                                                    int64_t e) {
   const Tensor y = torch::stable::contiguous(y_in), p = torch::stable::contiguous(p_in);
-  STD_TORCH_CHECK(y.dim() == 2 && p.dim() == 3 && p.size(1) == y.size(0) && e >= 0 &&
+  STEM_FAST_CHECK(y.dim() == 2 && p.dim() == 3 && p.size(1) == y.size(0) && e >= 0 &&
                       e < p.size(2) && p.size(2) <= kMaxExperts && p.size(0) <= kMaxGates &&
                       static_cast<int64_t>(grads_in.size()) == p.size(0) &&
                       learn_in.size() == grads_in.size(),
@@ -384,7 +385,7 @@ std::tuple<Tensor, Tensor> mixture_expert_backward(const std::vector<Tensor>& gr
   const Sizes s{p.size(2), p.size(0), y.size(0), y.size(1), 0, 0, 0};
   std::vector<Tensor> grads;
   for (const Tensor& grad : grads_in) {
-    STD_TORCH_CHECK(grad.dim() == 2 && grad.size(0) == s.batch && grad.size(1) == s.width &&
+    STEM_FAST_CHECK(grad.dim() == 2 && grad.size(0) == s.batch && grad.size(1) == s.width &&
                         grad.scalar_type() == y.scalar_type(),
                     "mixture: each gradient must be [B, H] of y's type");
     grads.push_back(torch::stable::contiguous(grad));
@@ -395,7 +396,7 @@ std::tuple<Tensor, Tensor> mixture_expert_backward(const std::vector<Tensor>& gr
   for_type(y.scalar_type(), "mixture", [&](auto zero) {
     using T = decltype(zero);
     const ScalarType sum = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
-    STD_TORCH_CHECK(p.scalar_type() == sum, "mixture: p must be float32, for float64 y float64");
+    STEM_FAST_CHECK(p.scalar_type() == sum, "mixture: p must be float32, for float64 y float64");
     const T* pointers[kMaxGates];
     for (int64_t k = 0; k < s.gates; ++k) {
       pointers[k] = static_cast<const T*>(grads[k].const_data_ptr());

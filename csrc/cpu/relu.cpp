@@ -5,7 +5,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -117,12 +116,12 @@ ENTRY(torch::headeronly::Half)
 
 Tensor relu_backward(Tensor grad, const Tensor& y_in, std::optional<Tensor> transposed) {
   const Tensor y = torch::stable::contiguous(y_in);
-  STD_TORCH_CHECK(grad.dim() == 2 && y.dim() == 2 && grad.size(0) == y.size(0) &&
+  STEM_FAST_CHECK(grad.dim() == 2 && y.dim() == 2 && grad.size(0) == y.size(0) &&
                       grad.size(1) == y.size(1) && grad.scalar_type() == y.scalar_type(),
                   "relu_backward: the gradient and y must be [B, H] of one type");
-  STD_TORCH_CHECK(grad.is_contiguous(), "relu_backward: the gradient must be contiguous");
+  STEM_FAST_CHECK(grad.is_contiguous(), "relu_backward: the gradient must be contiguous");
   const int64_t batch = y.size(0), width = y.size(1);
-  STD_TORCH_CHECK(!transposed || (transposed->dim() == 2 && transposed->size(0) == width &&
+  STEM_FAST_CHECK(!transposed || (transposed->dim() == 2 && transposed->size(0) == width &&
                                   transposed->size(1) == batch && transposed->is_contiguous() &&
                                   transposed->scalar_type() == y.scalar_type()),
                   "relu_backward: transposed must be contiguous, [H, B], of the gradient's type");

@@ -6,7 +6,6 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <cstdint>
@@ -74,7 +73,7 @@ struct Table {
 // Raises for the first of `count` rows that is outside a table of `size`.
 inline void check_rows(const char* op, const int64_t* rows, int64_t count, int64_t size) {
   for (int64_t u = 0; u < count; ++u) {
-    STD_TORCH_CHECK(rows[u] >= 0 && rows[u] < size, op, ": row ", rows[u], " at ", u,
+    STEM_FAST_CHECK(rows[u] >= 0 && rows[u] < size, op, ": row ", rows[u], " at ", u,
                     " is outside the table of ", size, " rows");
   }
 }
@@ -87,13 +86,16 @@ class Rows {
   Rows(const char* op, const torch::stable::Tensor& weight,
        const std::optional<torch::stable::Tensor>& rows,
        const std::optional<torch::stable::Tensor>& grad) {
-    STD_TORCH_CHECK(weight.dim() == 2, op, ": weight must be [R, W]");
-    STD_TORCH_CHECK(weight.is_contiguous(), op, ": what is changed in place must be contiguous");
-    STD_TORCH_CHECK(!rows || (rows->dim() == 1 && rows->scalar_type() ==
+    STEM_FAST_CHECK(weight.dim() == 2, op, ": weight must be [R, W]");
+    STEM_FAST_CHECK(weight.is_contiguous(), op, ": what is changed in place must be contiguous");
+    for (const auto* each : {&weight, grad ? &*grad : &weight}) {
+      for_type(each->scalar_type(), op, [](auto) {});
+    }
+    STEM_FAST_CHECK(!rows || (rows->dim() == 1 && rows->scalar_type() ==
                                                       torch::headeronly::ScalarType::Long),
                     op, ": rows must be int64 [U]");
     count = rows ? rows->numel() : weight.size(0);
-    STD_TORCH_CHECK(!grad || (grad->dim() == 2 && grad->size(0) == count &&
+    STEM_FAST_CHECK(!grad || (grad->dim() == 2 && grad->size(0) == count &&
                               grad->size(1) == weight.size(1)),
                     op, ": grad must be [", count, ", ", weight.size(1), "]");
     if (rows) {
@@ -121,11 +123,12 @@ class Rows {
 // Raises unless an optimizer's state is a table as weight.
 inline void check_state(const char* op, const char* names, const torch::stable::Tensor& weight,
                         const torch::stable::Tensor& state) {
-  STD_TORCH_CHECK(state.dim() == 2 && state.size(0) == weight.size(0) &&
+  STEM_FAST_CHECK(state.dim() == 2 && state.size(0) == weight.size(0) &&
                       state.size(1) == weight.size(1),
                   op, ": ", names, " must be as weight, [", weight.size(0), ", ", weight.size(1),
                   "]");
-  STD_TORCH_CHECK(state.is_contiguous(), op, ": what is changed in place must be contiguous");
+  STEM_FAST_CHECK(state.is_contiguous(), op, ": what is changed in place must be contiguous");
+  for_type(state.scalar_type(), op, [](auto) {});
 }
 
 // The steps that rows may have missed, from a table with a line for each; the newest of every row.
@@ -137,11 +140,11 @@ class Steps {
   Steps(const char* op, const torch::stable::Tensor& weight, const torch::stable::Tensor& newest,
         const torch::stable::Tensor& steps, int64_t columns, const torch::stable::Tensor& clock) {
     using torch::headeronly::ScalarType;
-    STD_TORCH_CHECK(newest.dim() == 1 && newest.size(0) == weight.size(0) &&
+    STEM_FAST_CHECK(newest.dim() == 1 && newest.size(0) == weight.size(0) &&
                         newest.scalar_type() == ScalarType::Int,
                     op, ": last must be int32 [", weight.size(0), "]");
-    STD_TORCH_CHECK(newest.is_contiguous(), op, ": what is changed in place must be contiguous");
-    STD_TORCH_CHECK(steps.dim() == 2 && steps.size(1) == columns &&
+    STEM_FAST_CHECK(newest.is_contiguous(), op, ": what is changed in place must be contiguous");
+    STEM_FAST_CHECK(steps.dim() == 2 && steps.size(1) == columns &&
                         steps.scalar_type() == ScalarType::Double && clock.numel() == 2 &&
                         clock.scalar_type() == ScalarType::Long,
                     op, ": steps must be float64 [N, ", columns, "] and clock int64 [2]");
@@ -150,7 +153,7 @@ class Steps {
     const torch::stable::Tensor times = torch::stable::contiguous(clock);
     const auto* time = static_cast<const int64_t*>(times.const_data_ptr());
     base = time[0], now = time[1];
-    STD_TORCH_CHECK(base >= 0 && now >= base && now - base < steps.size(0), op, ": the table has ",
+    STEM_FAST_CHECK(base >= 0 && now >= base && now - base < steps.size(0), op, ": the table has ",
                     steps.size(0), " lines for steps ", base, " to ", now);
   }
 

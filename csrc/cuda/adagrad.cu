@@ -113,11 +113,11 @@ void adagrad_rows(const Tensor& weight, const Tensor& sum, const std::optional<T
                   const Tensor& grad, const Tensor& options_in, double eps) {
   const Rows rows("adagrad_rows", weight, rows_in, grad);
   const int64_t size = weight.size(0), width = weight.size(1);
-  STD_TORCH_CHECK((sum.dim() == 1 || (sum.dim() == 2 && sum.size(1) == width)) &&
+  STEM_FAST_CHECK((sum.dim() == 1 || (sum.dim() == 2 && sum.size(1) == width)) &&
                       sum.size(0) == size,
                   "adagrad_rows: sum must be [", size, "] or [", size, ", ", width, "]");
   check_state("adagrad_rows", "sum", sum, weight);
-  STD_TORCH_CHECK(options_in.numel() == 2 && options_in.scalar_type() == ScalarType::Double,
+  STEM_FAST_CHECK(options_in.numel() == 2 && options_in.scalar_type() == ScalarType::Double,
                   "adagrad_rows: options must be float64 [2]");
   check_device("adagrad_rows", weight, {options_in});
   if (rows.count == 0 || width == 0) return;

@@ -352,18 +352,18 @@ void adam_rows(const Tensor& weight, const Tensor& exp_avg, const Tensor& exp_av
   const Rows rows("adam_rows", weight, rows_in, grad);
   const int64_t size = weight.size(0), width = weight.size(1);
   for (const Tensor* state : {&exp_avg, &exp_avg_sq}) {
-    STD_TORCH_CHECK(state->dim() == 2 && state->size(0) == size && state->size(1) == width,
+    STEM_FAST_CHECK(state->dim() == 2 && state->size(0) == size && state->size(1) == width,
                     "adam_rows: exp_avg and exp_avg_sq must be as weight, [", size, ", ", width,
                     "]");
   }
-  STD_TORCH_CHECK(exp_avg_sq.scalar_type() == (weight.scalar_type() == ScalarType::Double
+  STEM_FAST_CHECK(exp_avg_sq.scalar_type() == (weight.scalar_type() == ScalarType::Double
                                                    ? ScalarType::Double
                                                    : ScalarType::Float),
                   "adam_rows: exp_avg_sq must be float32, of a float64 weight float64");
-  STD_TORCH_CHECK(exp_avg.is_contiguous() && exp_avg_sq.is_contiguous(),
+  STEM_FAST_CHECK(exp_avg.is_contiguous() && exp_avg_sq.is_contiguous(),
                   "adam_rows: what is changed in place must be contiguous");
   check_steps("adam_rows", weight, last, steps_in, kColumns, clock_in);
-  STD_TORCH_CHECK(leaps_in.dim() == 2 && leaps_in.size(1) == kLeapColumns &&
+  STEM_FAST_CHECK(leaps_in.dim() == 2 && leaps_in.size(1) == kLeapColumns &&
                       leaps_in.size(0) >= kPolynomials + steps_in.size(0) / kLeap &&
                       leaps_in.scalar_type() == ScalarType::Double,
                   "adam_rows: leaps must be float64 [", static_cast<int64_t>(kPolynomials),
@@ -384,7 +384,7 @@ void adam_rows(const Tensor& weight, const Tensor& exp_avg, const Tensor& exp_av
     };
     if (state == ScalarType::BFloat16) return with(BFloat16());
     if (state == weight.scalar_type()) return with(T());
-    STD_TORCH_CHECK(state == ScalarType::Float,
+    STEM_FAST_CHECK(state == ScalarType::Float,
                     "adam_rows: exp_avg must be bfloat16, float32 or of weight's type");
     with(float());
   });

@@ -13,7 +13,6 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <cuda_runtime.h>
@@ -23,6 +22,8 @@
 #include <initializer_list>
 #include <type_traits>
 #include <vector>
+
+#include "../check.h"
 
 namespace stem_fast {
 
@@ -108,14 +109,14 @@ void for_type(ScalarType type, const char* op, const F& run) {
     case ScalarType::Float: return run(float());
     case ScalarType::BFloat16: return run(BFloat16());
     case ScalarType::Half: return run(Half());
-    default: STD_TORCH_CHECK(false, op, ": the type must be float64, or a 32 or 16 bit float");
+    default: STEM_FAST_CHECK(false, op, ": the type must be float64, or a 32 or 16 bit float");
   }
 }
 
 // A kernel follows pointers on its own device only.
 inline void check_device(const char* op, const Tensor& first, const std::vector<Tensor>& others) {
   for (const Tensor& other : others) {
-    STD_TORCH_CHECK(other.get_device_index() == first.get_device_index(), op,
+    STEM_FAST_CHECK(other.get_device_index() == first.get_device_index(), op,
                     ": tensors on different devices");
   }
 }
@@ -141,7 +142,7 @@ void launch(const char* op, void (*kernel)(Parameters...), dim3 grid, dim3 block
   config.stream = static_cast<cudaStream_t>(stream);
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
   if (error != cudaSuccess) cudaGetLastError();  // else who asks next is told of it again
-  STD_TORCH_CHECK(error == cudaSuccess, op, ": the kernel was not launched: ",
+  STEM_FAST_CHECK(error == cudaSuccess, op, ": the kernel was not launched: ",
                   cudaGetErrorString(error));
 }
 

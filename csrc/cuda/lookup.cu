@@ -347,18 +347,18 @@ __global__ void __launch_bounds__(kThreads)
 
 Ids typed(const Tensor& ids, const char* op) {
   const bool wide = ids.scalar_type() == ScalarType::Long;
-  STD_TORCH_CHECK(wide || ids.scalar_type() == ScalarType::Int, op,
+  STEM_FAST_CHECK(wide || ids.scalar_type() == ScalarType::Int, op,
                   ": ids must be int32 or int64");
   return {ids.const_data_ptr(), wide};
 }
 
 Sums masks(const std::vector<int64_t>& sums, int64_t spaces) {
-  STD_TORCH_CHECK(spaces <= kMaxSpaces && sums.size() <= kMaxSums, "lookup: at most ", kMaxSpaces,
+  STEM_FAST_CHECK(spaces <= kMaxSpaces && sums.size() <= kMaxSums, "lookup: at most ", kMaxSpaces,
                   " spaces and ", kMaxSums, " sums");
   Sums found{static_cast<int>(sums.size()), {}};
   for (size_t k = 0; k < sums.size(); ++k) {
     found.masks[k] = static_cast<uint64_t>(sums[k]);
-    STD_TORCH_CHECK(found.masks[k] && (spaces == 64 || found.masks[k] >> spaces == 0),
+    STEM_FAST_CHECK(found.masks[k] && (spaces == 64 || found.masks[k] >> spaces == 0),
                     "lookup: a sum must name some of the ", spaces, " spaces; it is ", sums[k]);
   }
   return found;
@@ -366,7 +366,7 @@ Sums masks(const std::vector<int64_t>& sums, int64_t spaces) {
 
 // A kernel counts slots and ids in 32 bits, as the row plan does.
 void check_count(int64_t count, const char* op) {
-  STD_TORCH_CHECK(count <= std::numeric_limits<int32_t>::max(), op, ": at most ",
+  STEM_FAST_CHECK(count <= std::numeric_limits<int32_t>::max(), op, ": at most ",
                   std::numeric_limits<int32_t>::max(), " slots a batch; there are ", count);
 }
 
@@ -379,12 +379,12 @@ std::tuple<Tensor, Tensor> lookup(const Tensor& weight_in, const Tensor& ids_in,
                                   const Tensor& offsets_in, int64_t spaces,
                                   const std::vector<int64_t>& sums,
                                   const std::vector<Tensor>& bags_in, int64_t mean) {
-  STD_TORCH_CHECK(weight_in.dim() == 2 && spaces > 0 && weight_in.size(1) % spaces == 0,
+  STEM_FAST_CHECK(weight_in.dim() == 2 && spaces > 0 && weight_in.size(1) % spaces == 0,
                   "lookup: weight must be [R, G*D] with G = ", spaces);
-  STD_TORCH_CHECK(ids_in.dim() == 2 && offsets_in.dim() == 1 &&
+  STEM_FAST_CHECK(ids_in.dim() == 2 && offsets_in.dim() == 1 &&
                       offsets_in.size(0) == ids_in.size(1),
                   "lookup: ids must be [B, F] and offsets [F]");
-  STD_TORCH_CHECK(offsets_in.scalar_type() == ScalarType::Long, "lookup: offsets must be int64");
+  STEM_FAST_CHECK(offsets_in.scalar_type() == ScalarType::Long, "lookup: offsets must be int64");
   check_device("lookup", weight_in, {ids_in, offsets_in});
   check_device("lookup", weight_in, bags_in);
   const DeviceGuard guard(weight_in.get_device_index());
@@ -396,17 +396,17 @@ std::tuple<Tensor, Tensor> lookup(const Tensor& weight_in, const Tensor& ids_in,
   std::vector<Tensor> bags;
   for (const Tensor& part : bags_in) bags.push_back(torch::stable::contiguous(part));
   if (!bags.empty()) {
-    STD_TORCH_CHECK(bags.size() <= 3 && bags.size() >= 2 && bags[0].dim() == 1 &&
+    STEM_FAST_CHECK(bags.size() <= 3 && bags.size() >= 2 && bags[0].dim() == 1 &&
                         bags[1].dim() == 2 && bags[1].size(1) == batch + 1 &&
                         bags[1].scalar_type() == ScalarType::Long,
                     "lookup: bags must be rows [n], int64 bounds [S, B+1] and perhaps weights [n]");
-    STD_TORCH_CHECK(bags[0].scalar_type() == ids.scalar_type(),
+    STEM_FAST_CHECK(bags[0].scalar_type() == ids.scalar_type(),
                     "lookup: the rows of bags must have the type of ids");
     sequences = bags[1].size(0);
-    STD_TORCH_CHECK(sequences <= 64, "lookup: at most 64 sequence fields");
+    STEM_FAST_CHECK(sequences <= 64, "lookup: at most 64 sequence fields");
   }
   if (bags.size() == 3) {
-    STD_TORCH_CHECK(bags[2].dim() == 1 && bags[2].size(0) == bags[0].size(0),
+    STEM_FAST_CHECK(bags[2].dim() == 1 && bags[2].size(0) == bags[0].size(0),
                     "lookup: the weights of bags must be [n], n = ", bags[0].size(0));
     if (bags[2].scalar_type() != ScalarType::Double) {
       bags[2] = torch::stable::to(bags[2], ScalarType::Float);
@@ -419,7 +419,7 @@ std::tuple<Tensor, Tensor> lookup(const Tensor& weight_in, const Tensor& ids_in,
       weight, {static_cast<int64_t>(sums.size()), batch, columns * dim});
   const Sums named = masks(sums, spaces);
   if (x.numel() == 0) return {x, z};
-  STD_TORCH_CHECK(weight.size(0) > 0, "lookup: the arena has no rows");
+  STEM_FAST_CHECK(weight.size(0) > 0, "lookup: the arena has no rows");
 
   for_type(weight.scalar_type(), "lookup", [&](auto zero) {
     using T = decltype(zero);
@@ -465,15 +465,15 @@ std::tuple<Tensor, Tensor> lookup(const Tensor& weight_in, const Tensor& ids_in,
 Tensor row_gradients(const Tensor& grad_x_in, const Tensor& grad_z_in,
                      const std::vector<int64_t>& sums, const Tensor& segments_in,
                      const Tensor& sources_in, const Tensor& scales_in, int64_t dim) {
-  STD_TORCH_CHECK(grad_x_in.dim() == 3 && dim > 0 && grad_x_in.size(2) % dim == 0,
+  STEM_FAST_CHECK(grad_x_in.dim() == 3 && dim > 0 && grad_x_in.size(2) % dim == 0,
                   "row_gradients: grad_x must be [G, B, C*D] with D = ", dim);
-  STD_TORCH_CHECK(grad_z_in.dim() == 3 &&
+  STEM_FAST_CHECK(grad_z_in.dim() == 3 &&
                       grad_z_in.size(0) == static_cast<int64_t>(sums.size()) &&
                       grad_z_in.size(1) == grad_x_in.size(1) &&
                       grad_z_in.size(2) == grad_x_in.size(2) &&
                       grad_z_in.scalar_type() == grad_x_in.scalar_type(),
                   "row_gradients: grad_z must be [K, B, C*D] of grad_x's type, K = ", sums.size());
-  STD_TORCH_CHECK(segments_in.dim() == 1 && segments_in.size(0) > 0 && sources_in.dim() == 1 &&
+  STEM_FAST_CHECK(segments_in.dim() == 1 && segments_in.size(0) > 0 && sources_in.dim() == 1 &&
                       scales_in.dim() == 1 && segments_in.scalar_type() == ScalarType::Int &&
                       sources_in.scalar_type() == ScalarType::Int &&
                       scales_in.scalar_type() == ScalarType::Double &&
@@ -527,7 +527,7 @@ Tensor row_gradients(const Tensor& grad_x_in, const Tensor& grad_z_in,
 }
 
 Tensor check_ids(const Tensor& ids_in, const Tensor& sizes_in, const Tensor& bad) {
-  STD_TORCH_CHECK(ids_in.dim() == 2 && sizes_in.dim() == 1 && bad.dim() == 1 &&
+  STEM_FAST_CHECK(ids_in.dim() == 2 && sizes_in.dim() == 1 && bad.dim() == 1 &&
                       sizes_in.size(0) == ids_in.size(1) && bad.size(0) == ids_in.size(1) &&
                       sizes_in.scalar_type() == ScalarType::Long &&
                       bad.scalar_type() == ScalarType::Long,

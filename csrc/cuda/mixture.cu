@@ -286,18 +286,18 @@ Mixture<T> arguments(const Tensor& y, const Tensor& logits, const std::vector<in
 
 void check(const Tensor& y, const Tensor& logits, const std::vector<int64_t>& see,
            const std::vector<int64_t>& learn) {
-  STD_TORCH_CHECK(y.dim() == 3 && logits.dim() == 3 && logits.size(1) == y.size(1) &&
+  STEM_FAST_CHECK(y.dim() == 3 && logits.dim() == 3 && logits.size(1) == y.size(1) &&
                       logits.size(2) == y.size(0),
                   "mixture: y must be [E, B, H] and logits [K, B, E]");
-  STD_TORCH_CHECK(y.scalar_type() == logits.scalar_type(),
+  STEM_FAST_CHECK(y.scalar_type() == logits.scalar_type(),
                   "mixture: y and logits must have the same type");
   const int64_t gates = logits.size(0);
-  STD_TORCH_CHECK(y.size(0) <= kMaxExperts && gates <= kMaxGates, "mixture: at most ", kMaxExperts,
+  STEM_FAST_CHECK(y.size(0) <= kMaxExperts && gates <= kMaxGates, "mixture: at most ", kMaxExperts,
                   " experts and ", kMaxGates, " gates");
   const auto masks = static_cast<size_t>(gates);
-  STD_TORCH_CHECK(see.size() == masks && learn.size() == masks,
+  STEM_FAST_CHECK(see.size() == masks && learn.size() == masks,
                   "mixture: see and learn need a mask for each of ", gates, " gates");
-  STD_TORCH_CHECK(y.size(2) <= INT32_MAX, "mixture: experts are too wide");
+  STEM_FAST_CHECK(y.size(2) <= INT32_MAX, "mixture: experts are too wide");
 }
 
 Tensor mixture(const Tensor& y_in, const Tensor& logits_in, const std::vector<int64_t>& see,
@@ -333,7 +333,7 @@ std::tuple<Tensor, Tensor> mixture_backward(const Tensor& grad_in, const Tensor&
                                             const std::vector<int64_t>& see,
                                             const std::vector<int64_t>& learn, bool relu) {
   check(y_in, logits_in, see, learn);
-  STD_TORCH_CHECK(grad_in.dim() == 3 && grad_in.size(0) == logits_in.size(0) &&
+  STEM_FAST_CHECK(grad_in.dim() == 3 && grad_in.size(0) == logits_in.size(0) &&
                       grad_in.size(1) == y_in.size(1) && grad_in.size(2) == y_in.size(2) &&
                       grad_in.scalar_type() == y_in.scalar_type(),
                   "mixture: the gradient must be [K, B, H] of y's type");

@@ -16,12 +16,12 @@ class Rows {
 
   Rows(const char* op, const Tensor& weight, const std::optional<Tensor>& rows,
        const std::optional<Tensor>& grad) {
-    STD_TORCH_CHECK(weight.dim() == 2, op, ": weight must be [R, W]");
-    STD_TORCH_CHECK(weight.is_contiguous(), op, ": what is changed in place must be contiguous");
-    STD_TORCH_CHECK(!rows || (rows->dim() == 1 && rows->scalar_type() == ScalarType::Long), op,
+    STEM_FAST_CHECK(weight.dim() == 2, op, ": weight must be [R, W]");
+    STEM_FAST_CHECK(weight.is_contiguous(), op, ": what is changed in place must be contiguous");
+    STEM_FAST_CHECK(!rows || (rows->dim() == 1 && rows->scalar_type() == ScalarType::Long), op,
                     ": rows must be int64 [U]");
     count = rows ? rows->size(0) : weight.size(0);
-    STD_TORCH_CHECK(!grad || (grad->dim() == 2 && grad->size(0) == count &&
+    STEM_FAST_CHECK(!grad || (grad->dim() == 2 && grad->size(0) == count &&
                               grad->size(1) == weight.size(1) &&
                               grad->scalar_type() == weight.scalar_type()),
                     op, ": grad must be [", count, ", ", weight.size(1), "] of weight's type");
@@ -52,20 +52,20 @@ inline void check_state(const char* op, const char* name, const Tensor& state,
                         const Tensor& weight) {
   const ScalarType type =
       weight.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  STD_TORCH_CHECK(state.scalar_type() == type, op, ": ", name,
+  STEM_FAST_CHECK(state.scalar_type() == type, op, ": ", name,
                   " must be float32, of a float64 weight float64");
-  STD_TORCH_CHECK(state.is_contiguous(), op, ": what is changed in place must be contiguous");
+  STEM_FAST_CHECK(state.is_contiguous(), op, ": what is changed in place must be contiguous");
   check_device(op, weight, {state});
 }
 
 // Raises where the steps that rows may have missed are not as the kernels take them.
 inline void check_steps(const char* op, const Tensor& weight, const Tensor& last,
                         const Tensor& steps, int64_t columns, const Tensor& clock) {
-  STD_TORCH_CHECK(last.dim() == 1 && last.size(0) == weight.size(0) &&
+  STEM_FAST_CHECK(last.dim() == 1 && last.size(0) == weight.size(0) &&
                       last.scalar_type() == ScalarType::Int,
                   op, ": last must be int32 [", weight.size(0), "]");
-  STD_TORCH_CHECK(last.is_contiguous(), op, ": what is changed in place must be contiguous");
-  STD_TORCH_CHECK(steps.dim() == 2 && steps.size(1) == columns &&
+  STEM_FAST_CHECK(last.is_contiguous(), op, ": what is changed in place must be contiguous");
+  STEM_FAST_CHECK(steps.dim() == 2 && steps.size(1) == columns &&
                       steps.scalar_type() == ScalarType::Double && clock.numel() == 2 &&
                       clock.scalar_type() == ScalarType::Long,
                   op, ": steps must be float64 [N, ", columns, "] and clock int64 [2]");

@@ -102,7 +102,7 @@ void sgd_rows(const Tensor& weight, const std::optional<Tensor>& momentum_buffer
               const std::optional<Tensor>& grad, const Tensor& steps_in, const Tensor& clock_in) {
   const Rows rows("sgd_rows", weight, rows_in, grad);
   const int64_t size = weight.size(0), width = weight.size(1);
-  STD_TORCH_CHECK(!momentum_buffer || (momentum_buffer->dim() == 2 &&
+  STEM_FAST_CHECK(!momentum_buffer || (momentum_buffer->dim() == 2 &&
                                        momentum_buffer->size(0) == size &&
                                        momentum_buffer->size(1) == width),
                   "sgd_rows: momentum_buffer must be as weight, [", size, ", ", width, "]");

@@ -106,6 +106,27 @@ def test_mixture_refuses_other_sizes(experts: int, gates: int, width: int) -> No
         ops.mixture(y, logits, [1] * gates, [1] * gates)
 
 
+def test_mixture_names_its_shapes() -> None:
+    y, logits = torch.zeros(3, 4, 2), torch.zeros(2, 5, 3)
+    message = r"y \[E, B, H\] and logits \[K, B, E\], got y \[3, 4, 2\] and logits \[2, 5, 3\]"
+    for wrong in (logits, logits[0]):
+        with pytest.raises(ValueError, match=message if wrong is logits else "got y"):
+            ops.mixture(y, wrong, [7, 7], [7, 7])
+
+
+def test_masks_may_be_lists() -> None:
+    y, logits = torch.randn(3, 4, 2, requires_grad=True), torch.randn(2, 4, 3)
+    lists, numbers = [[1, 1, 0], [True, False, True]], [0b011, 0b101]
+    learn = [[0, 1, 0], [1, 0, 1]], [0b010, 0b101]
+    found = [ops.mixture(y, logits, *masks) for masks in ((lists, learn[0]), (numbers, learn[1]))]
+    grads = [torch.autograd.grad(out.square().sum(), y)[0] for out in found]
+    assert torch.equal(*found)
+    assert torch.equal(*grads)
+    for wrong in ([1, 0], [1, 0, 2]):
+        with pytest.raises(ValueError, match="expected a 0 or 1 for each of 3 experts"):
+            ops.mixture(y, logits, [wrong, wrong], numbers)
+
+
 @devices
 def test_a_logit_that_is_not_a_number_shows(device: str) -> None:
     op = torch.ops.stem_fast

@@ -188,6 +188,30 @@ def test_buffers_are_used_again_but_never_while_in_use() -> None:
     assert take().data_ptr() == place
 
 
+@cpp
+def test_errors_begin_with_the_op() -> None:
+    """Not with a path of the machine that built the library."""
+    op, table = torch.ops.stem_fast, torch.zeros(3, 2)
+    options = torch.zeros(2, dtype=torch.float64)
+    for call, message in (
+        (lambda: op.empty_kept(table, [2**62 + 2**24]), "empty_kept: not enough memory"),
+        (lambda: op.empty_kept(table, [2**40, 2**40]), "empty_kept: not enough memory"),
+        (lambda: op.empty_kept(table, [2**45]), "empty_kept: not enough memory"),
+        (lambda: op.empty_kept(table, [3, -1]), "empty_kept: size 1 is -1, must not be negative"),
+        (
+            lambda: op.adagrad_rows(table, table, torch.tensor([5]), table[:1], options, 1e-8),
+            "adagrad_rows: row 5 at 0 is outside the table of 3 rows",
+        ),
+        (
+            lambda: op.adagrad_rows(table.int(), table, None, table, options, 1e-8),
+            "adagrad_rows: a float64, float32, bfloat16 or float16 tensor is due",
+        ),
+        (lambda: op.mixture(table, table, [1], [1]), r"mixture: expected y \[E, B, H\]"),
+    ):
+        with pytest.raises(RuntimeError, match=f"^{message}"):
+            call()
+
+
 def backends_in_a_process(**environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", "import stem_fast, json; print(json.dumps(stem_fast.backends()))"],
