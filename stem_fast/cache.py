@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -19,6 +21,7 @@ from stem_fast.schema import DataError
 
 META = "meta.json"
 DAY = 24 * 3600.0
+NAME = re.compile("[0-9a-f]{40}")  # of an entry that ``data.load`` makes
 
 
 def cache_root(cache: str | Path | None = None) -> Path:
@@ -37,6 +40,7 @@ def read_entry(entry: Path) -> dict[str, np.ndarray] | None:
     """
     arrays: dict[str, np.ndarray] = {}
     try:
+        held = _Held(entry)
         checksums = json.loads((entry / META).read_text())
         if {f"{name}.npy" for name in checksums} != {file.name for file in entry.glob("*.npy")}:
             return None
@@ -46,9 +50,79 @@ def read_entry(entry: Path) -> dict[str, np.ndarray] | None:
                 return None
             # Mode "c" gives private pages: torch warns about memory that it may not write.
             arrays[name] = np.load(file, mmap_mode="c", allow_pickle=False)
+            arrays[name].held = held  # type: ignore[attr-defined]
+        with contextlib.suppress(OSError):  # of a cache that this user may only read
+            os.utime(entry)
     except (OSError, ValueError, AttributeError, TypeError, EOFError, RecursionError):
         return None
     return arrays or None
+
+
+class _Held:
+    """A shared lock on a folder, as long as this object lives (or its process does)."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = os.open(folder, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(self.file, fcntl.LOCK_SH)
+        if not os.path.samestat(os.fstat(self.file), os.stat(folder)):
+            raise FileNotFoundError(f"{folder} was removed")
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError, OSError):
+            os.close(self.file)
+
+
+class Entry(NamedTuple):
+    """One data set in the cache."""
+
+    path: Path
+    size: int  # bytes
+    used: float  # when it was last read or made, in seconds since 1970
+
+
+def entries(root: Path) -> list[Entry]:
+    """What ``root`` holds, that longest unused first; other files and folders are not looked at."""
+    found = []
+    for path in root.glob("*") if root.is_dir() else ():
+        if NAME.fullmatch(path.name):
+            with contextlib.suppress(OSError):  # another process removes it
+                size = sum(file.stat().st_size for file in path.iterdir())
+                found.append(Entry(path, size, path.stat().st_mtime))
+    return sorted(found, key=lambda entry: entry.used)
+
+
+def evict(root: Path, limit: float) -> list[Entry]:
+    """Remove entries, that longest unused first, until at most ``limit`` bytes are left, and return
+    them. What a process has open, here or elsewhere, stays, whatever the limit."""
+    found, removed = entries(root), []
+    total = sum(entry.size for entry in found)
+    for entry in found:
+        if total <= limit:
+            break
+        if _remove(entry.path):
+            removed.append(entry)
+            total -= entry.size
+    return removed
+
+
+def _remove(folder: Path) -> bool:
+    """Whether the folder could be removed: not while it is held."""
+    try:
+        file = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # In one step out of every reader's sight.
+        away = tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent)
+        os.rename(folder, away)
+        shutil.rmtree(away, ignore_errors=True)
+    except OSError:
+        return False
+    finally:
+        os.close(file)
+    return True
 
 
 def _checksum(file: Path) -> int:

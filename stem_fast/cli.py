@@ -25,6 +25,7 @@ import typer
 from typer.core import TyperGroup
 
 from stem_fast import __version__, checkpoint, data, ops, report, select, synth
+from stem_fast import cache as caching
 from stem_fast import train as training
 from stem_fast.config import (
     EMBEDDING_OPTIMIZERS,
@@ -32,6 +33,7 @@ from stem_fast.config import (
     TrainingConfig,
     fit_settings,
     parse_join,
+    parse_size,
 )
 from stem_fast.model import MODELS, STEMNet
 from stem_fast.precision import check as check_precision
@@ -141,6 +143,10 @@ _Cache = Annotated[
     Path | None,
     _flag(_DATA, "folder for encoded data", default="$STEM_FAST_CACHE, ~/.cache/stem_fast"),
 ]
+_CacheLimit = Annotated[
+    str | None,
+    _flag(_DATA, "size such as 10GB: remove cached data, that longest unused first, beyond it"),
+]
 _Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
 _Run = Annotated[Path, typer.Argument(metavar="RUN", help="run folder, made by fit --out")]
 _Precision = Annotated[
@@ -166,6 +172,7 @@ def fit(
     overwrite: Annotated[_Bool, _flag(_DATA, "replace a run", "--overwrite", metavar="")] = None,
     join: _Join = None,
     cache: _Cache = None,
+    cache_limit: _CacheLimit = None,
     labels: Annotated[
         _List, _flag(_COLUMNS, "tasks (needed): is_click,watch_time:regression", metavar="A,B")
     ] = None,
@@ -302,6 +309,7 @@ def _fit(settings: FitSettings) -> None:
             data.load(path, encoding, cache=settings.cache, joins=settings.joins, weight=weight)
             for path, weight in ((settings.train, True), (settings.valid, False))
         )
+        _trim(settings.cache, settings.cache_limit)
         # A vocabulary of what was there before does not suit what is encoded by it.
         refuse_changed(before)
     owners = table_owners(schema)
@@ -448,11 +456,13 @@ def evaluate(
     ] = None,
     join: _Join = None,
     cache: _Cache = None,
+    cache_limit: _CacheLimit = None,
     batch_size: _BatchSize = None,
     device: _Device = "auto",
     precision: _Precision = None,
 ) -> None:
     """Score a run on labelled data."""
+    limit = None if cache_limit is None else parse_size("--cache-limit", cache_limit)
     conditions = [select.Where.parse(text) for text in where or ()]
     model, encoding, config = checkpoint.load_run(run, _device(device))
     schema = encoding.schema
@@ -463,6 +473,7 @@ def evaluate(
     with report.console().status(f"evaluating {table}"):
         before = signatures(table, *(each.path for each in joins))
         found = rows = data.load(table, encoding, cache=cache, joins=joins, weight=False)
+        _trim(cache, limit)
         values = None
         if by is not None:
             values = select.read_columns(table, schema, [by], joins=joins, texts=True)[by]
@@ -504,6 +515,7 @@ def predict(
     ] = None,
     join: _Join = None,
     cache: _Cache = None,
+    cache_limit: _CacheLimit = None,
     batch_size: _BatchSize = None,
     device: _Device = "auto",
     precision: _Precision = None,
@@ -512,6 +524,7 @@ def predict(
     writers = {".parquet": pyarrow.parquet.write_table, ".csv": pyarrow.csv.write_csv}
     if out.suffix.lower() not in writers:
         raise DataError(f"--out is {out}: name a .parquet or .csv file.")
+    limit = None if cache_limit is None else parse_size("--cache-limit", cache_limit)
     names = [each.strip() for text in keep or () for each in text.split(",") if each.strip()]
     model, encoding, config = checkpoint.load_run(run, _device(device))
     schema = encoding.schema
@@ -525,6 +538,7 @@ def predict(
     with report.console().status(f"predicting {table}"):
         before = signatures(table, *(each.path for each in joins))
         rows = data.load(table, encoding, cache=cache, joins=joins, labels=False)
+        _trim(cache, limit)
         kept = select.read_columns(table, schema, names, joins=joins) if names else pa.table({})
         for name in names:
             if pa.types.is_nested(kept[name].type) and out.suffix.lower() == ".csv":
@@ -600,6 +614,36 @@ def _joins(
     shown = ", ".join(f"{join.path}:{join.key}" for join in joins)
     report.console().print(f"joined as in training: {shown}")
     return joins
+
+
+def _trim(cache: Path | None, limit: float | None) -> None:
+    """Keeps the cache within --cache-limit; what is in use, as this command's data, stays."""
+    if limit is not None:
+        caching.evict(caching.cache_root(cache), limit)
+
+
+cache_app = typer.Typer(help="What encoded data the cache holds.", invoke_without_command=True)
+app.add_typer(cache_app, name="cache")
+
+
+@cache_app.callback()
+def list_cache(context: typer.Context, cache: _Cache = None) -> None:
+    """List the data sets in the cache: sizes, and when each was last used. `clear` removes them."""
+    context.obj = root = caching.cache_root(cache)
+    if context.invoked_subcommand is None:
+        found = caching.entries(root)
+        report.print_cache(str(root), found)
+
+
+@cache_app.command("clear")
+def clear_cache(context: typer.Context) -> None:
+    """Remove all cached data that no process uses."""
+    removed = caching.evict(context.obj, -1)
+    left = len(caching.entries(context.obj))
+    size = sum(entry.size for entry in removed) / 1e9
+    rest = f"; {left} in use stay" if left else ""
+    said = f"{len(removed)} data sets, {size:.3f} GB, removed from {context.obj}{rest}"
+    report.console().print(said)
 
 
 @app.command()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,6 +117,14 @@ def parse_join(key: str, value: Any) -> Join:
     return Join(Path(path), column)
 
 
+def parse_size(key: str, value: Any) -> float:
+    """Bytes: "10GB", "500MB", "1.5 TB", or a number of them."""
+    found = re.fullmatch(r"\s*([0-9.]{1,20})\s*([KMGT]?)B?\s*", str(value), re.IGNORECASE)
+    if found is None or isinstance(value, bool) or found[1].count(".") > 1 or found[1] == ".":
+        raise _refuse(key, value, "a size such as 10GB or 500MB")
+    return float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " ")
+
+
 _POSITIVE = _number("a number above 0", lambda x: x > 0)
 _NOT_NEGATIVE = _number("a number of at least 0", lambda x: x >= 0)
 _COUNT = _integer(1)
@@ -126,6 +135,7 @@ _FILES: dict[str, Check] = {
     "valid": _path,
     "join": _list_of(parse_join),
     "cache": _path,
+    "cache_limit": parse_size,
     "out": _path,
     "overwrite": _boolean,
     "device": _text,
@@ -219,6 +229,7 @@ class FitSettings:
     training: TrainingConfig
     joins: tuple[Join, ...] = ()
     cache: Path | None = None
+    cache_limit: float | None = None  # bytes
     device: str = "auto"
     overwrite: bool = False
 

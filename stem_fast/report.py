@@ -6,6 +6,7 @@ import math
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 from rich import box
@@ -23,6 +24,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from stem_fast.cache import Entry
 from stem_fast.train import EpochRecord
 
 PIPED_WIDTH = 200  # of tables in a pipe or file, which has no width of its own
@@ -250,6 +252,20 @@ def _cost(metric: str, value: float) -> float:
     if metric == "pcoc":
         return abs(value - 1)
     return -value if metric in ("auc", "gauc") else value
+
+
+def print_cache(root: str, entries: Sequence[Entry]) -> None:
+    """A row a data set of the cache, that longest unused first, and the whole."""
+    table = Table("data set", box=box.SIMPLE_HEAD)
+    for name in ("MB", "last used"):
+        table.add_column(name, justify="right")
+    for path, size, used in entries:
+        when = datetime.fromtimestamp(used).isoformat(" ", "minutes")
+        table.add_row(path.name, f"{size / 1e6:,.1f}", when)
+    out, total = console(), sum(entry.size for entry in entries)
+    if entries:
+        out.print(table)
+    out.print(f"{root} holds {len(entries)} data sets, {total / 1e9:.3f} GB")
 
 
 def print_pairs(rows: Mapping[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -14,8 +15,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from stem_fast.cache import DAY, META, Writer, cache_root, read_entry, write_entry
+from stem_fast.cache import (
+    DAY,
+    META,
+    Writer,
+    cache_root,
+    entries,
+    evict,
+    read_entry,
+    write_entry,
+)
 from stem_fast.schema import DataError
 
 
@@ -227,3 +238,68 @@ def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert cache_root() == Path("/mine")
     assert cache_root(tmp_path) == tmp_path
     assert cache_root("") == Path("/mine")
+
+
+# ---- eviction ------------------------------------------------------------------------------
+
+
+def named(root: Path, letter: str, used: float, size: int = 1000) -> Path:
+    path = root / (letter * 40)
+    with write_entry(path) as writer:
+        writer.append("a", np.zeros(size, np.int8))
+    os.utime(path, (used, used))
+    return path
+
+
+def test_the_longest_unused_goes_first(tmp_path: Path) -> None:
+    paths = {
+        letter: named(tmp_path, letter, used)
+        for letter, used in zip("abcd", (30, 10, 20, 40), strict=True)
+    }
+    (tmp_path / "mine").mkdir()
+    found = entries(tmp_path)
+    assert [entry.path for entry in found] == [paths[letter] for letter in "bcad"]
+    size = found[0].size
+    assert size == sum(file.stat().st_size for file in paths["b"].iterdir()) > 1000
+    read_entry(paths["b"])  # which makes it the newest
+    gc.collect()
+    assert evict(tmp_path, 4 * size) == []
+    removed = evict(tmp_path, 2.5 * size)
+    assert [entry.path for entry in removed] == [paths["c"], paths["a"]]
+    assert {path.name[0] for path in tmp_path.iterdir()} == {"b", "d", "m"}
+    assert read_entry(paths["b"]) is not None
+
+
+USING = """
+import sys
+from pathlib import Path
+from stem_fast.cache import read_entry
+arrays = read_entry(Path(sys.argv[1]))
+print("read", flush=True)
+sys.stdin.readline()
+print(arrays["a"].sum())
+"""
+
+
+def test_an_entry_in_use_stays(tmp_path: Path) -> None:
+    """By another process, and by this one as long as one of its arrays, or a view, is there."""
+    used, mine, other = (named(tmp_path, letter, i) for i, letter in enumerate("abc"))
+    command = [sys.executable, "-c", USING, str(used)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as user:
+        assert user.stdin is not None
+        assert user.stdout is not None
+        assert user.stdout.readline() == "read\n"
+        view = torch.from_numpy(arrays(mine)["a"])[10:]
+        gc.collect()
+        assert [entry.path for entry in evict(tmp_path, -1)] == [other]
+        user.stdin.write("\n")
+        user.stdin.flush()
+        assert user.stdout.readline() == "0\n"
+    assert view.sum() == 0
+    assert [entry.path for entry in evict(tmp_path, -1)] == [used]
+    del view
+    gc.collect()
+    assert [entry.path for entry in evict(tmp_path, -1)] == [mine]
+    assert list(tmp_path.iterdir()) == []

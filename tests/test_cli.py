@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import io
 import json
@@ -1047,6 +1048,32 @@ def test_compare_takes_seeds_together() -> None:
     fit("s_3", epochs=1, seed=3, min_count=3, overwrite=True, device="cpu")
     shown = stem_fast("compare", "s_1", "s_2", "s_3").stdout
     assert ["s", "s_3"] in [line.split() for line in shown.splitlines()]
+
+
+def test_the_cache_is_listed_limited_and_cleared() -> None:
+    def names() -> list[str]:
+        return sorted(path.name for path in Path("cache").iterdir())
+
+    assert "cache holds 0 data sets, 0.000 GB" in stem_fast("cache").stdout
+    fit(epochs=1)
+    assert len(names()) == 2
+    Path("cache/notes.txt").write_text("not an entry")
+    shown = stem_fast("cache").stdout
+    assert "cache holds 2 data sets, 0.000 GB" in shown
+    assert all(name in shown for name in names() if name != "notes.txt")
+    gc.collect()  # the data of fit
+    # What a command reads stays, whatever the limit.
+    evaluate = ("evaluate", "run", "--data", "valid.parquet")
+    assert stem_fast(*evaluate, "--cache-limit", "1GB").exit_code == 0
+    assert len(names()) == 3
+    assert stem_fast(*evaluate, "--cache-limit", "0").exit_code == 0
+    assert len(names()) == 2
+    gc.collect()
+    result = stem_fast("cache", "clear")
+    assert "1 data sets, 0.000 GB, removed from " in result.stdout
+    assert names() == ["notes.txt"]
+    refused(stem_fast(*evaluate, "--cache-limit", "much"), "--cache-limit is 'much': give a size")
+    refused(fit(ok=False, cache_limit="1..5GB"), "--cache-limit is '1..5GB': give a size such as")
 
 
 def test_synth_then_fit() -> None:
