@@ -65,11 +65,10 @@ SCHEMAS = {
     "task_losses_backward": "(Tensor grad, Tensor logits, Tensor labels, int[] regression,"
     " Tensor? mask, Tensor? sample_weights, Tensor divisors) -> Tensor",
     "adam_rows": "(Tensor(a!) weight, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) last,"
-    " Tensor? rows, Tensor? grad, Tensor steps, Tensor leaps, Tensor clock, float beta1,"
-    " float beta2, float eps, bool decoupled, bool l2) -> ()",
+    " Tensor? rows, Tensor? grad, Tensor steps, Tensor clock, float beta1, float beta2,"
+    " float eps, bool decoupled, bool l2) -> ()",
     "adam_schedule": "(Tensor(a!) steps, Tensor(b!) clock, Tensor options, float beta1,"
     " float beta2, float eps, bool decoupled, bool l2) -> ()",
-    "adam_leap": "(Tensor steps, Tensor(a!) leaps, Tensor clock, float beta1, float beta2) -> ()",
     "sgd_rows": "(Tensor(a!) weight, Tensor(b!)? momentum_buffer, Tensor(c!) last, Tensor? rows,"
     " Tensor? grad, Tensor steps, Tensor clock) -> ()",
     "adagrad_rows": "(Tensor(a!) weight, Tensor(b!) sum, Tensor? rows, Tensor grad, Tensor options,"
@@ -485,7 +484,7 @@ def _adam_rows_fake(*arguments: Any) -> None:
     """Everything is changed in place."""
 
 
-_adam_schedule_fake = _adam_leap_fake = _sgd_rows_fake = _adagrad_rows_fake = _adam_rows_fake
+_adam_schedule_fake = _sgd_rows_fake = _adagrad_rows_fake = _adam_rows_fake
 
 
 def _mixture_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -589,7 +588,7 @@ def _load_triton(without: Sequence[str] = ()) -> str:
             (linear, ("bias_relu", "relu_backward", "expert_mixture_inference")),
             (linear, ("grouped_linear", "grouped_linear_backward")),
             (loss, ("task_losses", "task_losses_backward")),
-            (adam, ("adam_rows", "adam_schedule", "adam_leap")),
+            (adam, ("adam_rows", "adam_schedule")),
             (sgd, ("sgd_rows",)),
             (adagrad, ("adagrad_rows",)),
         ):

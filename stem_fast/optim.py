@@ -16,21 +16,12 @@ coefficients are the central moments of x_j under the weights a_j: seven numbers
 kept by :class:`Schedule`. Where the series is not exact to rounding (the first 200 steps of a
 training) the sum is made term by term.
 
-With L2 a row that misses steps has the gradient ``weight_decay * w``. A weight that was never
-trained is its first value times a number that depends on that value's size, which
-:func:`stem_fast.reference.new_rows` keeps: in float32, where the weights are small enough, such a
-row makes all steps at once. Any other makes them in registers until nothing moves any more: in
-float32 sixteen at a time (a *leap*), where what is left out stays below 1e-5 of the largest entry,
-else one by one, as in float64 always. With ``c = lr_j / (sqrt(v) x_j + eps)`` held at its mean over
-the leap and ``z = c * weight_decay``,
-sixteen steps are the 16th power of
-
-    (w, m) -> (w - c m', m'),   m' = beta1 m + (1 - beta1) weight_decay w
-
-whose entries are polynomials in z. How c changes within the leap enters to first order: the
-largest terms by sums over its steps that :class:`Schedule` keeps, as it does of x_j, the others by
-c's slope and a third polynomial. How weight_decay changes (clipping scales it) enters to second
-order.
+With L2 a row that misses steps has the gradient ``weight_decay * w`` at each of them. In float32 a
+weight that no gradient has touched makes them all at once: it is its first value times a number
+that depends on that value's size, whose series :func:`stem_fast.reference.new_rows` keeps. Any
+other makes them one by one, in registers, until nothing moves any more. No step is approximated:
+clipping changes ``weight_decay`` at every step, and where ``sqrt(v)`` is not far above eps a weight
+moves by a tenth of itself in one.
 """
 
 from __future__ import annotations
@@ -42,16 +33,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from stem_fast import ops, reference
+from stem_fast import ops
 from stem_fast.layers import EmbeddingArena
-from stem_fast.reference import LEAP, POLYNOMIALS
+from stem_fast.reference.adam import COLUMNS
 
-TERMS = 8  # of a polynomial of leaps; what is left out is below float32's rounding
-LEAP_COLUMNS = 22
 TORCHS_ALONE = ("amsgrad", "maximize", "nesterov", "dampening", "lr_decay")  # options
 
 
@@ -87,7 +75,7 @@ class History:
 class Schedule(History):
     """What every step since the last flush did, as the table that ``adam_rows`` reads.
 
-    ``steps`` is float64 [N, 17]. Line i, of step ``t = base + i``, holds in columns
+    ``steps`` is float64 [N, 29]. Line i, of step ``t = base + i``, holds in columns
 
     0  ``lr / (1 - beta1^t)``
     1  ``1 / sqrt(1 - beta2^t)``
@@ -96,25 +84,8 @@ class Schedule(History):
        a step for which there is no line
     4 .. 10  for rows that made step t and none since, the sums over j of ``a_j * (x_j - x_1)^p``,
        p = 0 .. 6, decoupled: of ``a_j`` over the product up to there
-    4 .. 16  with L2, in their place: what :func:`stem_fast.reference.new_rows` makes of rows that
-       were not trained by step t; 16 is 2^100 where that is not known
-
-    ``leaps`` is float64 [3 + N // 16, 22]. Lines 0 .. 2 hold the coefficients of
-    :func:`leap_polynomials`; line ``3 + i // 16`` tells of the steps ``base + i + 1 ..
-    base + i + 16``, with x_j as for a row that made step ``base + i``, in columns
-
-    0       the mean x of the x_j under the weights s_j = lr_j / (1 - beta1^j), as every mean here
-    1, 2    the sums of s_j and of ``s_j d_j^2``, ``d_j = x_j / x - 1``, over 16
-    3 .. 6  the sums of ``beta1^j s_j d_j^p``, p = 0 .. 3, less what c at its mean has of them
-    7 .. 10 the same with what m has of gradients weight_decay since the leap began for beta1^j
-    11      the mean of weight_decay
-    12      what m ends with of such gradients, less what a constant one leaves
-    13      the mean of weight_decay^2
-    14      the largest ``|d_j|``; infinite where no leap is known
-    15, 16  the slopes a step of s_j, as part of its mean, and of d_j
-    17      the largest ``|s_j / mean - 1|``
-    18 .. 21  what weight_decay, where it changes, adds to the second order in c: to w (times c^2)
-            and m (times -c) from w, then from m
+    4 .. 28  with L2, in their place: what :func:`stem_fast.reference.new_rows` makes of rows that
+       were not trained by step t, 28 the growth of those series
     """
 
     def __init__(
@@ -131,12 +102,8 @@ class Schedule(History):
         # What decoupled decay leaves of a weight, since base and in the last step, as far as the
         # host knows.
         self.left, self.factor = 1.0, 1.0
-        size = _lines(device), 5 + 3 * reference.SERIES
-        self.steps = torch.zeros(size, dtype=torch.float64, device=device)
+        self.steps = torch.zeros(_lines(device), COLUMNS, dtype=torch.float64, device=device)
         self.steps[0, 3] = 1
-        size = POLYNOMIALS + len(self.steps) // LEAP, LEAP_COLUMNS
-        self.leaps = torch.full(size, math.inf, dtype=torch.float64, device=device)
-        self.leaps[:POLYNOMIALS, :TERMS] = torch.tensor(leap_polynomials(betas[0]))
         self.l2 = False  # whether coupled weight decay was above 0 in one of them
 
     def advance(self, lr: float | Tensor, weight_decay: float | Tensor) -> None:
@@ -147,16 +114,11 @@ class Schedule(History):
         self.l2 |= not self.decoupled and (isinstance(weight_decay, Tensor) or weight_decay != 0)
         if self.made >= len(self.steps):
             self.steps = torch.cat([self.steps, torch.zeros_like(self.steps)])
-            more = torch.full_like(self.leaps[POLYNOMIALS:], math.inf)
-            self.leaps = torch.cat([self.leaps, more])
         torch.ops.stem_fast.adam_schedule(
             self.steps, self.clock, options, *self.betas, self.eps, self.decoupled, self.l2
         )
         if self.clock.is_cuda:  # a CUDA graph does not count its steps
             torch._assert_async(self.steps[0, 3], "flush the table: its schedule is full")
-        # Nor does the host know there which step ends a leap.
-        if self.l2 and (self.made % LEAP == 0 or self.clock.is_cuda):
-            torch.ops.stem_fast.adam_leap(self.steps, self.leaps, self.clock, *self.betas)
 
     def replayed(self) -> None:
         super().replayed()
@@ -187,30 +149,8 @@ class Schedule(History):
         self.left = 1.0
         self.steps[0].zero_()
         self.steps[0, 3].fill_(1)
-        self.leaps[POLYNOMIALS:].fill_(math.inf)
         # The steps of a CUDA graph are L2's if that of its capture was.
         self.l2 = self.l2 and self.clock.is_cuda
-
-
-def leap_polynomials(beta1: float) -> list[list[float]]:
-    """Coefficients [3, 8] of the polynomials in z that make sixteen steps with L2.
-
-    With m scaled by c and a for 1 - beta1, k steps take (w, m) to
-    ``(P_k w - beta1 U_k m, a z U_k w + R_k m)``, where ``P_k = R_k + a (1 - z) U_k``. The first two
-    are U and R of 16 steps. If c is a little larger in step k, w ends lower by as large a part of m
-    after step k, times P of the steps that are left, and m by the same with ``a z U``. Of a part b
-    that rises by one a step and is zero in the middle, that is by ``beta1 B m - z beta1 B w`` and
-    ``z (beta1 B m + a z B w)``, with ``B = a sum_k b_k U_{16-k} U_k``, the third.
-    """
-    new = 1 - beta1
-    one = np.eye(LEAP)[0]
-    u = [0 * one, one]
-    for k in range(1, LEAP):
-        u.append((1 + beta1) * u[k] - new * np.append(0, u[k][:-1]) - beta1 * u[k - 1])
-    rises = np.arange(1, LEAP + 1) - (LEAP + 1) / 2
-    products = [np.convolve(u[LEAP - k], u[k])[:TERMS] for k in range(1, LEAP + 1)]
-    found = u[LEAP][:TERMS], beta1 * (u[LEAP] - u[LEAP - 1])[:TERMS], new * rises @ products
-    return [each.tolist() for each in found]
 
 
 class TableOptimizer(torch.optim.Optimizer):
@@ -492,7 +432,6 @@ class ExactAdam(TableOptimizer):
             rows,
             values,
             schedule.steps,
-            schedule.leaps,
             schedule.clock,
             *schedule.betas,
             schedule.eps,

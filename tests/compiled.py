@@ -80,7 +80,7 @@ def sources() -> dict[str, tuple[ASTSource, int]]:
             tensors = dict.fromkeys(("weight", "grad"), name)
             tensors |= dict.fromkeys(("exp_avg", "exp_avg_sq"), "*fp32")
             tensors |= {"last": "*i32", "rows": "*i64", "clock": "*i64"}
-            tensors |= dict.fromkeys(("steps", "leaps"), "*fp64")
+            tensors["steps"] = "*fp64"
             table = torch.empty(9, width, dtype=dtype, device="meta")
             constants = adam._constants(table, 0.9, 0.999, 1e-8, False, l2, grads)
             warps = constants.pop("num_warps")
@@ -97,10 +97,6 @@ def sources() -> dict[str, tuple[ASTSource, int]]:
             warps = constants.pop("num_warps")
             code = source(adam._adam_schedule, tensors, constants)
             found[f"_adam_schedule beta1={beta1} decoupled={decoupled} l2={l2}"] = code, warps
-        constants = adam._leap_constants(0.9, 0.999)
-        warps = constants.pop("num_warps")
-        tensors = {"steps": "*fp64", "leaps": "*fp64", "clock": "*i64"}
-        found["_adam_leap beta1=0.9"] = source(adam._adam_leap, tensors, constants), warps
         for width, grads, flag in ((48, False, True), (48, True, False), (576, True, True)):
             tensors = dict.fromkeys(("weight", "grad"), name)
             tensors |= dict.fromkeys(("momentum_buffer", "sums"), "*fp32")

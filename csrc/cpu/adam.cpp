@@ -28,42 +28,29 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // Columns of the table of steps. With L2 there are series of kSeries terms in place of the moments.
-constexpr int kSeries = 4, kPowers = 7;
+constexpr int kSeries = 8, kPowers = 7;
 enum Column {
-  kSize, kRoot, kDecay, kLeft, kMoments, kNew = kMoments, kSteep = kNew + 3 * kSeries, kColumns
+  kSize, kRoot, kDecay, kLeft, kMoments, kNew = kMoments, kGrowth = kNew + 3 * kSeries, kColumns
 };
-// Steps of a leap. The table of leaps begins with a line of coefficients for each polynomial.
-constexpr int64_t kLeap = 16;
-enum Polynomial { kU, kR, kBent, kPolynomials };
-constexpr int64_t kTerms = 8;
-enum LeapColumn {
-  kX, kMean, kBend, kFast, kPull = kFast + 4, kL2 = kPull + 4, kLate, kSquare, kRange, kSlope,
-  kSlopeX, kUneven, kSecond, kLeapColumns = kSecond + 4
-};
-// Up to kWake, times the weight, these series are exact; kSteepest is the most that is kept of it,
-// kUnknown in its place where they are not known.
-constexpr double kWake = 0.04, kSteepest = 1e6, kUnknown = 0x1p100;
+// Up to this growth times the weight, those series are exact to float32's rounding; kUnknown stands in
+// its place where they are not known. See reference.new_rows.
+constexpr double kConverged = 0.5, kUnknown = 0x1p100;
 // Momentum of which so little is left moves nothing: 2^-60.
 constexpr double kSpent = 0x1p-60;
+// Steps with L2 after which a row is looked at again: it may have been pulled to nothing.
+constexpr int64_t kLook = 16;
 
 struct Job {
   Table weight, exp_avg, exp_avg_sq;
   int32_t* last;
   const int64_t* rows;  // nullptr: all
   const Table* grad;    // nullptr: none
-  const double *steps, *leaps;
+  const double* steps;
   int64_t base, now, width;
   double beta1, beta2, log1, log2, eps;  // log1, log2: of beta1 and beta2, to base 2
-  double keep;                           // what a leap leaves of v
   bool decoupled, l2;
 
-  float terms[kPolynomials][kTerms];  // of leaps, which float64 does not make
-
   const double* step(int64_t t) const { return steps + (t - base) * kColumns; }
-  // Of the steps t + 1 .. t + kLeap.
-  const double* leap(int64_t t) const {
-    return leaps + (kPolynomials + (t - base) / kLeap) * kLeapColumns;
-  }
 };
 
 // The three of a row, in the type of sums.
@@ -107,7 +94,7 @@ struct Part {
 // One step with the gradients g (nullptr: zeros).
 template <typename A, typename V = typename Lanes<A>::type>
 INLINE void make_step(const Job& job, const double* step, const A* g, Part<A>& part) {
-  const A beta2 = job.beta2, new1 = 1 - job.beta1, new2 = 1 - job.beta2, eps = job.eps;
+  const A new1 = 1 - job.beta1, new2 = 1 - job.beta2, eps = job.eps;
   const A size = step[kSize], scale = step[kRoot];
   const A decay = job.decoupled ? 0 : step[kDecay], kept = job.decoupled ? step[kDecay] : 1;
   for (int i = 0; i < Part<A>::n; ++i) {
@@ -118,131 +105,74 @@ INLINE void make_step(const Job& job, const double* step, const A* g, Part<A>& p
       grad += own;
     }
     part.m[i] += (grad - part.m[i]) * new1;
-    part.v[i] = part.v[i] * beta2 + new2 * grad * grad;
+    // Not as beta2 * v, whose rounding is the same at every step and adds up.
+    part.v[i] += (grad * grad - part.v[i]) * new2;
     part.w[i] = part.w[i] * kept - size * part.m[i] / (root(part.v[i]) * scale + eps);
   }
 }
 
-// The terms `from` and on of a polynomial in z, over z to the power `from`.
-template <int from, typename A, typename V>
-INLINE V polynomial(const A* terms, V z) {
-  V sum = terms[kTerms - 1] + V{};
-  for (int p = kTerms - 2; p >= from; --p) sum = terms[p] + z * sum;
-  return sum;
-}
+// The series of weights that no gradient has touched, at the end of the steps base + 1 .. `to`.
+template <typename A>
+struct NewRows {
+  A growth;                 // infinite where nothing is known
+  A terms[3][kSeries], left;  // of w, m and v, in units of the growth; what is left of v's that was
 
-// kLeap steps with gradients decay * w at once, if what it leaves out is small: whether it was.
-// In three loops, short enough that the processor works on all of a loop's turns at a time.
-template <typename A, typename V = typename Lanes<A>::type>
-INLINE bool leap(const Job& job, const double* line, Part<A>& part) {
-  constexpr int n = Part<A>::n;
-  const A beta1 = job.beta1, new1 = 1 - job.beta1, keep = job.keep, eps = job.eps;
-  const auto& terms = job.terms;
-  A c[kLeapColumns];
-  for (int i = 0; i < kLeapColumns; ++i) c[i] = line[i];
-  const A *fast = c + kFast, *pull = c + kPull, *second = c + kSecond;
-  const A gain = A(0.5) * (1 - job.keep) * c[kSquare], l2 = c[kL2];
-  V f[n], h[n], rate[n], own[n], slope[n], u[n], du[n], dr[n], db[n];
-  auto exact = part.w[0] == part.w[0];
-  for (int i = 0; i < n; ++i) {
-    const V gained = gain * part.w[i] * part.w[i], middle = part.v[i] + gained;
-    const V s = root(middle) * c[kX];
-    f[i] = 1 / (s + eps);
-    h[i] = s * f[i];
-    rate[i] = f[i] * (c[kMean] + h[i] * h[i] * c[kBend]);
-    // How the rate bends by what v gains, and altogether.
-    own[i] = h[i] * gained / (middle + std::numeric_limits<A>::min()) * A(-1.0 / kLeap);
-    slope[i] = own[i] + c[kSlope] - h[i] * c[kSlopeX];
+  NewRows(const Job& job, int64_t to) {
+    const double* line = job.step(to);
+    const bool known = line[kGrowth] < kUnknown;
+    growth = known ? line[kGrowth] : std::numeric_limits<A>::infinity();
+    double unit = 1;
+    for (int p = 0; known && p < kSeries; ++p, unit /= std::max(line[kGrowth], 1e-30)) {
+      for (int i = 0; i < 3; ++i) terms[i][p] = line[kNew + i * kSeries + p] * unit;
+    }
+    left = std::exp2(job.log2 * static_cast<double>(to - job.base));
   }
-  for (int i = 0; i < n; ++i) {
-    const V z = rate[i] * l2;
-    du[i] = polynomial<1>(terms[kU], z);
-    dr[i] = polynomial<1>(terms[kR], z);
-    db[i] = z * polynomial<1>(terms[kBent], z);
-    u[i] = terms[kU][0] + z * du[i];
-  }
-  Part<A> next;
-  for (int i = 0; i < n; ++i) {
-    const V w = part.w[i], m = part.m[i], v = part.v[i], z = rate[i] * l2, r = rate[i];
-    const V bent = own[i] * terms[kBent][0] + slope[i] * db[i];
-    const V late = z * slope[i] * (terms[kBent][0] + db[i]);
-    const V w_of_m = beta1 * r * (u[i] + bent) +
-                     f[i] * (fast[0] - h[i] * (fast[1] - h[i] * (fast[2] - h[i] * fast[3]))) -
-                     r * r * second[2];
-    const V w_of_w = z * (dr[i] + new1 * (du[i] - u[i]) + beta1 * bent) -
-                     f[i] * (pull[0] - h[i] * (pull[1] - h[i] * (pull[2] - h[i] * pull[3]))) +
-                     r * r * second[0];
-    const V m_of_m = terms[kR][0] + z * dr[i] - beta1 * late - r * second[3];
-    const V m_of_w = l2 * new1 * (u[i] - late) + c[kLate] - r * second[1];
-    const V to = w + (w * w_of_w - m * w_of_m);
-    next.w[i] = to;
-    next.m[i] = w * m_of_w + m * m_of_m;
-    next.v[i] = keep * v + gain * (w * w + w * to + to * to) * A(2.0 / 3);
-    const V from_w = w < 0 ? -w : w, to_w = to < 0 ? -to : to;
-    const V most = from_w > to_w ? from_w : to_w, least = most > c[kMean] ? most : c[kMean] + V{};
-    const V range = h[i] * c[kRange], all = range - kLeap * own[i] + c[kUneven];
-    const V bend = A(200) * z * z, share = h[i] > bend ? h[i] : bend;
-    exact &= (range * range <= A(1e-3)) &
-             (gain * most * most * share <= A(1e-4) * (v + gain * w * w)) &
-             (all * all * z * most <= A(1e-6) * least) & (z <= A(0.2));
-  }
-  if (any(!exact)) return false;
-  part = next;
-  return true;
-}
 
-template <typename A, typename V>
-INLINE V series(const A* c, V size) {
-  return c[0] + size * (c[1] + size * (c[2] + size * c[3]));
-}
+  // Makes these steps of a part that has made none, if its m and v are zero (v need not be where the
+  // weight is: such a weight stays) and its weights small enough: whether it did.
+  template <typename V = typename Lanes<A>::type>
+  INLINE bool run(Part<A>& part) const {
+    if (!(growth <= std::numeric_limits<A>::max())) return false;
+    auto known = part.w[0] == part.w[0];
+    for (int i = 0; i < Part<A>::n; ++i) {
+      const V w = part.w[i], size = w < 0 ? -w : w;
+      known &= (part.m[i] == 0) & ((part.v[i] == 0) | (w == 0)) & (size * growth <= A(kConverged));
+    }
+    if (any(~known)) return false;
+    for (int i = 0; i < Part<A>::n; ++i) {
+      const V w = part.w[i], size = (w < 0 ? -w : w) * growth;
+      part.w[i] = w * value(0, size);
+      part.m[i] = w * value(1, size);
+      part.v[i] = part.v[i] * left + w * w * value(2, size);
+    }
+    return true;
+  }
 
-// Steps base + 1 .. `to` with gradients decay * w, where m and v are zero before: whether they were,
-// and w is small enough. A weight that is zero stays, whatever v is.
-template <typename A, typename V = typename Lanes<A>::type>
-INLINE bool wake(const Job& job, int64_t to, Part<A>& part) {
-  const double* line = job.step(to);
-  if (!(line[kSteep] <= kSteepest)) return false;
-  A c[3 * kSeries];
-  for (int i = 0; i < 3 * kSeries; ++i) c[i] = line[kNew + i];
-  const A steep = line[kSteep];
-  auto known = part.w[0] == part.w[0];
-  for (int i = 0; i < Part<A>::n; ++i) {
-    const V w = part.w[i], size = w < 0 ? -w : w;
-    known &= (part.m[i] == 0) & ((part.v[i] == 0) | (w == 0)) & (size * steep <= A(kWake));
+ private:
+  template <typename V>
+  INLINE V value(int series, V size) const {
+    V sum = terms[series][kSeries - 1] + V{};
+    for (int p = kSeries - 2; p >= 0; --p) sum = terms[series][p] + size * sum;
+    return sum;
   }
-  if (any(~known)) return false;
-  const A left = std::exp2(job.log2 * static_cast<double>(to - job.base));
-  for (int i = 0; i < Part<A>::n; ++i) {
-    const V w = part.w[i], size = w < 0 ? -w : w;
-    part.w[i] = w * series(c, size);
-    part.m[i] = w * series(c + kSeries, size);
-    part.v[i] = part.v[i] * left + w * w * series(c + 2 * kSeries, size);
-  }
-  return true;
-}
+};
 
 // Steps `from` + 1 .. `to` with gradients decay * w.
 template <typename A, typename V = typename Lanes<A>::type>
-INLINE void replay(const Job& job, int64_t from, int64_t to, Part<A>& part) {
-  // float64 wants more digits than a series or a leap has.
+INLINE void replay(const Job& job, const NewRows<A>& fresh, int64_t from, int64_t to,
+                   Part<A>& part) {
+  // float64 wants more digits than the series have.
   if constexpr (std::is_same_v<A, float>) {
-    if (from == job.base && wake(job, to, part)) return;
+    if (from == job.base && fresh.run(part)) return;
   }
   for (int64_t t = from; t < to;) {
-    const bool aligned = (t - job.base) % kLeap == 0;
-    if ((aligned || t == from) && part.gone()) {
+    if (((t - job.base) % kLook == 0 || t == from) && part.gone()) {
       const A left = std::exp2(job.log2 * static_cast<double>(to - t));
       for (int i = 0; i < Part<A>::n; ++i) {
         part.w[i] = part.m[i] = V{};
         part.v[i] *= left;
       }
       return;
-    }
-    if constexpr (std::is_same_v<A, float>) {
-      if (aligned && t + kLeap <= to && leap(job, job.leap(t), part)) {
-        t += kLeap;
-        continue;
-      }
     }
     make_step<A>(job, job.step(++t), nullptr, part);
   }
@@ -364,6 +294,7 @@ INLINE void run(const Job& job, int64_t begin, int64_t end) {
   A* grad = first + 3 * room;
   const int64_t due = job.grad ? job.now - 1 : job.now;
   Ages<A> ages(job, due);
+  const NewRows<A> fresh(job, job.l2 ? due : job.base);
   for (int64_t u = begin; u < end; ++u) {
     const int64_t at = job.rows ? job.rows[u] : u;
     if (job.rows && at == 0) continue;
@@ -388,7 +319,6 @@ INLINE void run(const Job& job, int64_t begin, int64_t end) {
       job.weight.read(at, row.w);
       job.exp_avg.read(at, row.m);
       job.exp_avg_sq.read(at, row.v);
-      std::fill(row.v + row.width, row.v + room, A(1));  // else they would refuse a leap
     }
     const A* own = grad;
     if (job.grad) {
@@ -405,7 +335,7 @@ INLINE void run(const Job& job, int64_t begin, int64_t end) {
       if (missed) {
         coast(job, made, due, *missed, part);
       } else if (made < due) {
-        replay(job, made, due, part);
+        replay(job, fresh, made, due, part);
       }
       if (job.grad) make_step<A>(job, job.step(job.now), own + column, part);
       part.write(row, column);
@@ -429,30 +359,22 @@ MULTIVERSION void run_entry(const Job& job, int64_t begin, int64_t end, double) 
 
 void adam_rows(const Tensor& weight, const Tensor& exp_avg, const Tensor& exp_avg_sq,
                const Tensor& last, const std::optional<Tensor>& rows_in,
-               const std::optional<Tensor>& grad_in, const Tensor& steps_in,
-               const Tensor& leaps_in, const Tensor& clock, double beta1, double beta2, double eps,
-               bool decoupled, bool l2) {
+               const std::optional<Tensor>& grad_in, const Tensor& steps_in, const Tensor& clock,
+               double beta1, double beta2, double eps, bool decoupled, bool l2) {
   const Rows rows("adam_rows", weight, rows_in, grad_in);
   for (const Tensor* state : {&exp_avg, &exp_avg_sq}) {
     check_state("adam_rows", "exp_avg and exp_avg_sq", weight, *state);
   }
   STEM_FAST_CHECK(exp_avg_sq.element_size() >= 4, "adam_rows: exp_avg_sq must be float32 or float64");
   const Steps steps("adam_rows", weight, last, steps_in, kColumns, clock);
-  STEM_FAST_CHECK(leaps_in.dim() == 2 && leaps_in.size(1) == kLeapColumns &&
-                      leaps_in.size(0) >= kPolynomials + steps_in.size(0) / kLeap &&
-                      leaps_in.scalar_type() == ScalarType::Double,
-                  "adam_rows: leaps must be float64 [", static_cast<int64_t>(kPolynomials),
-                  " + N / ", kLeap, ", ", static_cast<int64_t>(kLeapColumns), "]");
-  const Tensor leaps = torch::stable::contiguous(leaps_in);
   const int64_t width = weight.size(1);
-  Job job{{weight, width},
+  const Job job{{weight, width},
           {exp_avg, width},
           {exp_avg_sq, width},
           steps.last,
           rows.named(),
           rows.grad(),
           steps.table(),
-          static_cast<const double*>(leaps.const_data_ptr()),
           steps.base,
           steps.now,
           width,
@@ -461,15 +383,8 @@ void adam_rows(const Tensor& weight, const Tensor& exp_avg, const Tensor& exp_av
           std::log2(beta1),
           std::log2(beta2),
           eps,
-          std::pow(beta2, kLeap),
           decoupled,
-          l2,
-          {}};
-  for (int i = 0; i < kPolynomials; ++i) {
-    for (int p = 0; p < kTerms; ++p) {
-      job.terms[i][p] = static_cast<float>(job.leaps[i * kLeapColumns + p]);
-    }
-  }
+          l2};
   for_type(weight.scalar_type(), "adam_rows", [&](auto zero) {
     torch::stable::parallel_for(0, rows.count, kGrain, [&](int64_t begin, int64_t end) {
       const FlushToZero mode;
@@ -488,34 +403,55 @@ Terms product(const Terms& a, const Terms& b) {
   return found;
 }
 
-// The series of a weight that was never trained after one more step; see reference.new_rows.
-void extend(const double* before, double* own, double lr, double beta1, double beta2, double eps) {
-  const double decay = own[kDecay];
-  Terms w, m, v, grad, q{};
+// The series of weights that no gradient has touched after one more step; see reference.new_rows.
+void extend(const double* before, double* own, double beta1, double beta2, double eps) {
+  const double decay = own[kDecay], rate = own[kSize] / eps;
+  Terms w, m, v, grad, root{}, q{}, inverse{1};
   for (int i = 0; i < kSeries; ++i) {
     w[i] = before[i], grad[i] = decay * w[i];
     m[i] = beta1 * before[kSeries + i] + (1 - beta1) * grad[i];
   }
   const Terms squares = product(grad, grad);
   for (int i = 0; i < kSeries; ++i) v[i] = beta2 * before[2 * kSeries + i] + (1 - beta2) * squares[i];
-  // Of sqrt(v) over eps, one term later: it comes with a factor |w|.
-  const double s0 = std::sqrt(v[0]), twice = s0 > 0 ? 2 * s0 : 1, s1 = v[1] / twice;
-  q = {0, s0, s1, (v[2] - s1 * s1) / twice};
-  for (double& term : q) term *= own[kRoot] / eps;
-  const Terms q2 = product(q, q), q3 = product(q2, q);
-  Terms inverse{1};
-  for (int i = 1; i < kSeries; ++i) inverse[i] = q2[i] - q[i] - q3[i];
-  const Terms moved = product(m, inverse);
-  for (int i = 0; i < kSeries; ++i) {
-    own[kNew + i] = w[i] - own[kSize] / eps * moved[i];
-    own[kNew + kSeries + i] = m[i];
-    own[kNew + 2 * kSeries + i] = v[i];
+  // The root of v. Over eps it comes with a factor |W|: its terms are those of one place later.
+  root[0] = std::sqrt(v[0]);
+  const double twice = root[0] > 0 ? 2 * root[0] : 1;
+  for (int p = 1; p < kSeries - 1; ++p) {
+    double rest = v[p];
+    for (int i = 1; i < p; ++i) rest -= root[i] * root[p - i];
+    root[p] = rest / twice;
   }
-  const double steep = q[1] * std::sqrt(1 + 4 * lr * decay / eps);
-  own[kSteep] = std::max(before[3 * kSeries], steep);
-  if (own[kSteep] <= kSteepest && steep <= kSteepest) return;  // NaN is not
-  std::fill(own + kNew, own + kSteep, 0);
-  own[kSteep] = kUnknown;
+  for (int p = 1; p < kSeries; ++p) q[p] = root[p - 1] * own[kRoot] / eps;
+  for (int p = 1; p < kSeries; ++p) {  // of 1 + q
+    for (int i = 1; i <= p; ++i) inverse[p] -= q[i] * inverse[p - i];
+  }
+  const Terms moved = product(m, inverse);
+  // How far a weight still goes for each unit of m, along a decaying wave or to rest.
+  double reach = rate / (1 - beta1);
+  if (decay > 0) reach = std::min(reach, std::sqrt(reach / decay));
+  for (int i = 0; i < kSeries; ++i) w[i] -= rate * moved[i];
+  const double least = std::abs(w[0]) + reach * std::abs(m[0]);
+  double growth = 0, factorial = 1;
+  bool known = before[3 * kSeries] < kUnknown;
+  for (int p = 1; p < kSeries; ++p) {
+    factorial *= p;
+    const double units[3] = {least, least, v[0]}, terms[3] = {w[p], reach * m[p], v[p]};
+    for (int i = 0; i < 3; ++i) {
+      if (units[i] == 0) continue;
+      const double term = std::pow(std::abs(terms[i] / units[i]) * factorial, 1.0 / p);
+      known &= std::isfinite(term);
+      growth = std::max(growth, term);
+    }
+  }
+  if (!known) {
+    std::fill(own + kNew, own + kGrowth, 0);
+    own[kGrowth] = kUnknown;
+    return;
+  }
+  std::copy(w.begin(), w.end(), own + kNew);
+  std::copy(m.begin(), m.end(), own + kNew + kSeries);
+  std::copy(v.begin(), v.end(), own + kNew + 2 * kSeries);
+  own[kGrowth] = growth;
 }
 
 // A new line of the table of steps; see reference.adam_schedule.
@@ -545,10 +481,10 @@ void adam_schedule(const Tensor& steps, const Tensor& clock, const Tensor& optio
   own[kLeft] = decoupled ? own[kLeft - kColumns] * own[kDecay] : 1;
   if (l2) {
     const double first[3 * kSeries + 1] = {1};
-    extend(line == 1 ? first : own - kColumns + kNew, own, option[0], beta1, beta2, eps);
+    extend(line == 1 ? first : own - kColumns + kNew, own, beta1, beta2, eps);
     return;
   }
-  own[kSteep] = kUnknown;
+  own[kGrowth] = kUnknown;
   // The lines of rows that made their last step not too long ago gain a term.
   double momentum = beta1, second = root2;
   double* start = own - kColumns;

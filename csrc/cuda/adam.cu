@@ -17,22 +17,17 @@ constexpr int kThreads = 256;
 template <typename T, bool l2>
 constexpr int kBlocks = std::is_same_v<T, double> ? 3 : l2 ? 2 : 4;
 // Columns of the table of steps. With L2 there are series of kSeries terms in place of the moments.
-constexpr int kSeries = 4;
-// Up to kWake, times the weight, these series are exact; more than kSteepest is not known.
-constexpr double kWake = 0.04, kSteepest = 1e6;
+constexpr int kSeries = 8;
 enum Column {
-  kSize, kRoot, kDecay, kLeft, kMoments, kNew = kMoments, kSteep = kNew + 3 * kSeries, kColumns
+  kSize, kRoot, kDecay, kLeft, kMoments, kNew = kMoments, kGrowth = kNew + 3 * kSeries, kColumns
 };
-// Steps of a leap. The table of leaps begins with a line of coefficients for each polynomial.
-constexpr int kLeap = 16;
-enum Polynomial { kU, kR, kBent, kPolynomials };
-constexpr int kTerms = 8;
-enum LeapColumn {
-  kX, kMean, kBend, kFast, kPull = kFast + 4, kL2 = kPull + 4, kLate, kSquare, kRange, kSlope,
-  kSlopeX, kUneven, kSecond, kLeapColumns = kSecond + 4
-};
+// Up to this growth times the weight, those series are exact to float32's rounding; kUnknown stands in
+// its place where they are not known. See reference.new_rows.
+constexpr double kConverged = 0.5, kUnknown = 0x1p100;
 // Momentum of which so little is left moves nothing: 2^-60.
 constexpr double kSpent = 0x1p-60;
+// Steps with L2 after which a row is looked at again: it may have been pulled to nothing.
+constexpr int kLook = 16;
 
 template <typename T, typename S>
 struct Adam {
@@ -42,13 +37,13 @@ struct Adam {
   int32_t* last;
   const int64_t* rows;  // nullptr: all
   const T* grad;        // nullptr: none
-  const double *steps, *leaps;
+  const double* steps;
   const int64_t* clock;
   int64_t count, size;  // of rows to handle, of the table
   int64_t lines;
   int width;
-  double beta1, beta2, root2, keep, eps;  // keep: what a leap leaves of v
-  double log1, log2;                      // of beta1 and beta2, to base 2: pow spills registers
+  double beta1, beta2, root2, eps;
+  double log1, log2;  // of beta1 and beta2, to base 2: pow spills registers
   bool decoupled;
 };
 
@@ -74,108 +69,55 @@ struct Elements {
 template <typename T, typename S, typename A, int n>
 __device__ void make_step(const Adam<T, S>& a, const double* step, const A (&grad)[n],
                           Elements<A, n>& e) {
-  const A size = step[kSize], root = step[kRoot], beta2 = a.beta2, eps = a.eps;
+  const A size = step[kSize], root = step[kRoot], eps = a.eps;
   const A new1 = 1 - a.beta1, new2 = 1 - a.beta2;
   const A decay = a.decoupled ? 0 : step[kDecay], kept = a.decoupled ? step[kDecay] : 1;
 #pragma unroll
   for (int i = 0; i < n; ++i) {
     const A g = grad[i] + decay * e.w[i];
     e.m[i] += (g - e.m[i]) * new1;
-    e.v[i] = e.v[i] * beta2 + new2 * g * g;
+    // Not as beta2 * v, whose rounding is the same at every step and adds up.
+    e.v[i] += (g * g - e.v[i]) * new2;
     e.w[i] = e.w[i] * kept - size * e.m[i] / (sqrt(e.v[i]) * root + eps);
   }
 }
 
-// A polynomial in z without its first term, over z.
+// The value at `size`, which is in units of the growth, of a series from its first column.
 template <typename A>
-__device__ A polynomial(const double* terms, A z) {
-  A sum = terms[kTerms - 1];
+__device__ A value(const double* c, double growth, A size) {
+  const double unit = 1 / growth;
+  double scale = unit;
 #pragma unroll
-  for (int p = kTerms - 2; p > 0; --p) sum = static_cast<A>(terms[p]) + z * sum;
+  for (int p = 2; p < kSeries; ++p) scale *= unit;
+  A sum = 0;
+#pragma unroll
+  for (int p = kSeries - 1; p >= 0; --p) {
+    sum = static_cast<A>(c[p] * scale) + size * sum;
+    scale *= growth;
+  }
   return sum;
 }
 
-// f times the sum over p of (-h)^p times column p.
-template <typename A>
-__device__ A series(const double* c, A f, A h) {
-  const A c0 = c[0], c1 = c[1], c2 = c[2], c3 = c[3];
-  return f * (c0 - h * (c1 - h * (c2 - h * c3)));
-}
-
-// kLeap steps with gradients decay * w at once, if what it leaves out is small: whether it was.
+// Steps 1 .. `to` of the table with L2 alone of weights that no gradient has touched: whether they are
+// such, m and v zero, and small enough. A weight that is zero stays, whatever v is.
 template <typename T, typename S, typename A, int n>
-__device__ bool leap(const Adam<T, S>& a, const double* line, Elements<A, n>& e) {
-  const double* terms = a.leaps;
-  const A beta1 = a.beta1, new1 = 1 - a.beta1, keep = a.keep, eps = a.eps;
-  const A mean = line[kMean], l2 = line[kL2];
-  const A gain = 0.5 * (1 - a.keep) * line[kSquare];
-  const A w_second = line[kSecond], late_second = line[kSecond + 1];
-  const A fast_second = line[kSecond + 2], left_second = line[kSecond + 3];
-  const A u0 = terms[0], r0 = terms[kR * kLeapColumns], b0 = terms[kBent * kLeapColumns];
-  Elements<A, n> next;
-  bool exact = true;
-#pragma unroll
-  for (int i = 0; i < n; ++i) {
-    const A w = e.w[i], m = e.m[i], v = e.v[i];
-    const A gained = gain * w * w, middle = v + gained;
-    const A s = sqrt(middle) * static_cast<A>(line[kX]), f = 1 / (s + eps), h = s * f;
-    const A rate = f * (mean + h * h * static_cast<A>(line[kBend])), z = rate * l2;
-    // How the rate bends by what v gains, and altogether.
-    const A grown = h * gained / (middle + A(1.1754944e-38));
-    const A own = grown * A(-1.0 / kLeap);
-    const A slope = own + static_cast<A>(line[kSlope]) - h * static_cast<A>(line[kSlopeX]);
-    const A du = polynomial(terms, z), u = u0 + z * du;
-    const A dr = polynomial(terms + kR * kLeapColumns, z);
-    const A db = z * polynomial(terms + kBent * kLeapColumns, z);
-    const A bent = own * b0 + slope * db;
-    const A w_of_m = beta1 * rate * (u + bent) + series(line + kFast, f, h) -
-                     rate * rate * fast_second;
-    const A w_of_w = z * (dr + new1 * (du - u) + beta1 * bent) - series(line + kPull, f, h) +
-                     rate * rate * w_second;
-    const A late = z * slope * (b0 + db);
-    const A m_of_m = r0 + z * dr - beta1 * late - rate * left_second;
-    const A m_of_w =
-        l2 * new1 * (u - late) + static_cast<A>(line[kLate]) - rate * late_second;
-    const A to = w + (w * w_of_w - m * w_of_m);
-    next.w[i] = to;
-    next.m[i] = w * m_of_w + m * m_of_m;
-    next.v[i] = keep * v + gain * (w * w + w * to + to * to) * A(2.0 / 3);
-    const A most = fmax(fabs(w), fabs(to)), range = h * static_cast<A>(line[kRange]);
-    const A all = range + grown + static_cast<A>(line[kUneven]);
-    exact = exact && range * range <= A(1e-3) &&
-            gain * most * most * fmax(h, 200 * z * z) <= A(1e-4) * middle &&
-            all * all * z * most <= A(1e-6) * fmax(most, mean) && z <= A(0.2);
-  }
-  if (exact) e = next;
-  return exact;
-}
-
-// The value at `size` of a series from its first column.
-template <typename A>
-__device__ A value(const double* c, A size) {
-  const A c0 = c[0], c1 = c[1], c2 = c[2], c3 = c[3];
-  return c0 + size * (c1 + size * (c2 + size * c3));
-}
-
-// Steps 1 .. `to` of the table with gradients decay * w, where m and v are zero before: whether they
-// were, and w is small enough. A weight that is zero stays, whatever v is.
-template <typename T, typename S, typename A, int n>
-__device__ bool wake(const Adam<T, S>& a, int to, Elements<A, n>& e) {
+__device__ bool new_row(const Adam<T, S>& a, int to, Elements<A, n>& e) {
   const double* line = a.steps + to * kColumns;
-  const A steep = line[kSteep];
-  bool known = line[kSteep] <= kSteepest;
+  const double growth = fmax(line[kGrowth], 1e-30);
+  bool known = growth < kUnknown;
 #pragma unroll
   for (int i = 0; i < n; ++i) {
-    known = known && e.m[i] == 0 && (e.v[i] == 0 || e.w[i] == 0) && fabs(e.w[i]) * steep <= A(kWake);
+    known = known && e.m[i] == 0 && (e.v[i] == 0 || e.w[i] == 0) &&
+            fabs(e.w[i]) * static_cast<A>(growth) <= A(kConverged);
   }
   if (!known) return false;
   const A left = exp2(a.log2 * static_cast<double>(to));
 #pragma unroll
   for (int i = 0; i < n; ++i) {
-    const A w = e.w[i], size = fabs(w);
-    e.w[i] = w * value(line + kNew, size);
-    e.m[i] = w * value(line + kNew + kSeries, size);
-    e.v[i] = e.v[i] * left + w * w * value(line + kNew + 2 * kSeries, size);
+    const A w = e.w[i], size = fabs(w) * static_cast<A>(growth);
+    e.w[i] = w * value(line + kNew, growth, size);
+    e.m[i] = w * value(line + kNew + kSeries, growth, size);
+    e.v[i] = e.v[i] * left + w * w * value(line + kNew + 2 * kSeries, growth, size);
   }
   return true;
 }
@@ -184,14 +126,12 @@ __device__ bool wake(const Adam<T, S>& a, int to, Elements<A, n>& e) {
 template <typename T, typename S, typename A, int n>
 __device__ void replay(const Adam<T, S>& a, int from, int to, Elements<A, n>& e) {
   const A none[n] = {};
-  // float64 wants more digits than a series or a leap has.
+  // float64 wants more digits than the series have.
   if constexpr (std::is_same_v<A, float>) {
-    if (from == 0 && wake(a, to, e)) return;
+    if (from == 0 && new_row(a, to, e)) return;
   }
   for (int t = from; t < to;) {
-    const bool aligned = t % kLeap == 0;
-    // L2 alone moves them, and there may be nothing left to pull.
-    if ((aligned || t == from) && e.gone(false)) {
+    if ((t % kLook == 0 || t == from) && e.gone(false)) {
       const A left = exp2(a.log2 * static_cast<double>(to - t));
 #pragma unroll
       for (int i = 0; i < n; ++i) {
@@ -199,13 +139,6 @@ __device__ void replay(const Adam<T, S>& a, int from, int to, Elements<A, n>& e)
         e.v[i] *= left;
       }
       return;
-    }
-    if constexpr (std::is_same_v<A, float>) {
-      if (aligned && t + kLeap <= to &&
-          leap(a, a.leaps + (kPolynomials + t / kLeap) * kLeapColumns, e)) {
-        t += kLeap;
-        continue;
-      }
     }
     make_step(a, a.steps + ++t * kColumns, none, e);
   }
@@ -314,8 +247,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, l2>)
 
 template <typename T, typename S, bool l2>
 void run(const Tensor& weight, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& last,
-         const Rows& rows, const Tensor& steps, const Tensor& leaps, const Tensor& clock,
-         double beta1, double beta2, double eps, bool decoupled) {
+         const Rows& rows, const Tensor& steps, const Tensor& clock, double beta1, double beta2, double eps, bool decoupled) {
   Adam<T, S> a{};
   a.weight = static_cast<T*>(weight.mutable_data_ptr());
   a.exp_avg = static_cast<S*>(exp_avg.mutable_data_ptr());
@@ -324,14 +256,12 @@ void run(const Tensor& weight, const Tensor& exp_avg, const Tensor& exp_avg_sq, 
   a.rows = rows.named();
   a.grad = rows.grad<T>();
   a.steps = static_cast<const double*>(steps.const_data_ptr());
-  a.leaps = static_cast<const double*>(leaps.const_data_ptr());
   a.clock = static_cast<const int64_t*>(clock.const_data_ptr());
   a.size = weight.size(0);
   a.count = rows.count;
   a.lines = steps.size(0);
   a.width = static_cast<int>(weight.size(1));
   a.beta1 = beta1, a.beta2 = beta2, a.root2 = std::sqrt(beta2), a.eps = eps;
-  a.keep = std::pow(beta2, kLeap);
   a.log1 = std::log2(beta1), a.log2 = std::log2(beta2);
   a.decoupled = decoupled;
   constexpr int wide = 16 / sizeof(Sum<T>);
@@ -347,8 +277,8 @@ void run(const Tensor& weight, const Tensor& exp_avg, const Tensor& exp_avg_sq, 
 void adam_rows(const Tensor& weight, const Tensor& exp_avg, const Tensor& exp_avg_sq,
                const Tensor& last, const std::optional<Tensor>& rows_in,
                const std::optional<Tensor>& grad, const Tensor& steps_in,
-               const Tensor& leaps_in, const Tensor& clock_in, double beta1, double beta2,
-               double eps, bool decoupled, bool l2) {
+               const Tensor& clock_in, double beta1, double beta2, double eps, bool decoupled,
+               bool l2) {
   const Rows rows("adam_rows", weight, rows_in, grad);
   const int64_t size = weight.size(0), width = weight.size(1);
   for (const Tensor* state : {&exp_avg, &exp_avg_sq}) {
@@ -363,24 +293,17 @@ void adam_rows(const Tensor& weight, const Tensor& exp_avg, const Tensor& exp_av
   STEM_FAST_CHECK(exp_avg.is_contiguous() && exp_avg_sq.is_contiguous(),
                   "adam_rows: what is changed in place must be contiguous");
   check_steps("adam_rows", weight, last, steps_in, kColumns, clock_in);
-  STEM_FAST_CHECK(leaps_in.dim() == 2 && leaps_in.size(1) == kLeapColumns &&
-                      leaps_in.size(0) >= kPolynomials + steps_in.size(0) / kLeap &&
-                      leaps_in.scalar_type() == ScalarType::Double,
-                  "adam_rows: leaps must be float64 [", static_cast<int64_t>(kPolynomials),
-                  " + N / ", kLeap, ", ", static_cast<int64_t>(kLeapColumns), "]");
-  check_device("adam_rows", weight, {exp_avg, exp_avg_sq, leaps_in});
+  check_device("adam_rows", weight, {exp_avg, exp_avg_sq});
   if (rows.count == 0 || width == 0) return;
   const DeviceGuard guard(weight.get_device_index());
   const Tensor steps = torch::stable::contiguous(steps_in);
-  const Tensor leaps = torch::stable::contiguous(leaps_in);
   const Tensor clock = torch::stable::contiguous(clock_in);
   for_type(weight.scalar_type(), "adam_rows", [&](auto zero) {
     using T = decltype(zero);
     const ScalarType state = exp_avg.scalar_type();
     const auto with = [&](auto kind) {
       const auto call = l2 ? run<T, decltype(kind), true> : run<T, decltype(kind), false>;
-      call(weight, exp_avg, exp_avg_sq, last, rows, steps, leaps, clock, beta1, beta2, eps,
-           decoupled);
+      call(weight, exp_avg, exp_avg_sq, last, rows, steps, clock, beta1, beta2, eps, decoupled);
     };
     if (state == ScalarType::BFloat16) return with(BFloat16());
     if (state == weight.scalar_type()) return with(T());

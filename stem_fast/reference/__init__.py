@@ -11,15 +11,7 @@ K gates, I and O the widths of a layer's input and output, H the width of an exp
 
 # The functions lookup and mixture take the names of their modules.
 from stem_fast.reference.adagrad import adagrad_rows
-from stem_fast.reference.adam import (
-    LEAP,
-    POLYNOMIALS,
-    SERIES,
-    adam_leap,
-    adam_rows,
-    adam_schedule,
-    new_rows,
-)
+from stem_fast.reference.adam import adam_rows, adam_schedule, new_rows
 from stem_fast.reference.buffers import empty_kept, huge_pages
 from stem_fast.reference.linear import (
     bias_relu,
@@ -53,11 +45,7 @@ from stem_fast.reference.mixture import (
 from stem_fast.reference.sgd import sgd_rows
 
 __all__ = [
-    "LEAP",
-    "POLYNOMIALS",
-    "SERIES",
     "adagrad_rows",
-    "adam_leap",
     "adam_rows",
     "adam_schedule",
     "bias_relu",

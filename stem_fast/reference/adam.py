@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -11,11 +10,10 @@ from torch import Tensor
 from stem_fast.reference.rows import real_rows
 
 MOMENTS = 7  # of the steps that a row has missed, see adam_schedule; the zeroth included
-SERIES = 4  # of the series of weights that were never trained, see new_rows
-STEEPEST, UNKNOWN = 1e6, 2.0**100  # the most of them, and what stands there where it is not known
+SERIES = 8  # terms of the series of weights that no gradient has touched, see new_rows
+COLUMNS = 4 + 3 * SERIES + 1  # of the table of steps
+UNKNOWN = 2.0**100  # in place of the series' growth where they are not known
 SPENT = 2.0**-60  # momentum of which so little is left moves nothing
-LEAP = 16  # steps with L2 alone that are made at once, see adam_leap
-POLYNOMIALS = 3  # the first lines of the table of leaps
 
 
 def adam_rows(
@@ -26,7 +24,6 @@ def adam_rows(
     rows: Tensor | None,
     grad: Tensor | None,
     steps: Tensor,
-    leaps: Tensor,
     clock: Tensor,
     beta1: float,
     beta2: float,
@@ -49,11 +46,10 @@ def adam_rows(
         rows: int64 [U], each once; row 0 is padding and left out (a CUDA plan repeats it). None:
             all rows.
         grad: [U, W], their gradient in the newest step. None: every gradient is zero.
-        steps: float64 [N, 17]; line i tells of step ``base + i``. Here: column 0 is the step's
+        steps: float64 [N, 29]; line i tells of step ``base + i``. Here: column 0 is the step's
             ``lr / (1 - beta1^t)``, 1 is ``1 / sqrt(1 - beta2^t)``, 2 the coupled ``weight_decay``
             or the factor ``1 - lr * weight_decay``. The others are sums, or with L2 series, that
             save the loop, see :class:`stem_fast.optim.Schedule`.
-        leaps: float64 [3 + N // 16, 22], sums that save the loop with L2; not used here.
         clock: int64 [2], (base, now): no row is older than step ``base``; ``now`` is the newest.
         beta1, beta2, eps, decoupled: as in ``torch.optim.Adam``.
         l2: whether a coupled weight decay is above 0 in any step (a hint to faster versions).
@@ -93,7 +89,7 @@ def adam_schedule(
     """A new step in the table that :func:`adam_rows` reads; see :class:`stem_fast.optim.Schedule`.
 
     Args:
-        steps: float64 [N, 17]: a line is written, and the sums of lines before it grow.
+        steps: float64 [N, 29]: a line is written, and the sums of lines before it grow.
         clock: int64 [2], (base, now): now grows by 1, and stays below ``base + N``.
         options: float64 [2], the step's lr and weight_decay.
         beta1, beta2, eps, decoupled: as in ``torch.optim.Adam``.
@@ -110,7 +106,7 @@ def adam_schedule(
     if l2:
         first = torch.eye(1, 3 * SERIES + 1, dtype=t.dtype, device=t.device)
         before = torch.where(line == 1, first, steps[line - 1, 4:])[0]
-        rest = new_rows(before, lr, size, root, decay, beta1, beta2, eps)
+        rest = new_rows(before, size, root, decay, beta1, beta2, eps)
     else:
         rest = t.new_zeros(3 * SERIES + 1)
         rest[-1].fill_(UNKNOWN)  # a number assigned is a copy from the host
@@ -130,7 +126,6 @@ def adam_schedule(
 
 def new_rows(
     before: Tensor,
-    lr: Tensor,
     size: Tensor,
     root: Tensor,
     decay: Tensor,
@@ -141,19 +136,19 @@ def new_rows(
     """What a step with L2 alone makes of weights that no gradient has touched.
 
     Such a weight, W at first, is W times a number that depends on the steps and on |W| alone; its m
-    is W times, its v W^2 times such a number. All three are kept as the first terms of their series
-    in |W|.
+    is W times, its v W^2 times such a number. All three are kept as the first terms of their power
+    series in |W|.
 
     Args:
-        before: float64 [13]: of w, m and v four terms each, and the most that ``sqrt(v) * root /
-            (eps * |W|)`` has been, times ``sqrt(1 + 4 * lr * decay / eps)``: where L2 is so strong
-            that w swings, its phase gathers the error of many steps.
-        lr: float64 [1], the step's.
+        before: float64 [25]: of w, m and v eight terms each, and their growth.
         size, root, decay: float64 [1], columns 0 .. 2 of the step's line.
 
     Returns:
-        The same after the step. It is exact to float32's rounding where the most, times |W|, is
-        up to 0.04. Beyond 1e6 the most is 2^100, the terms are 0, and nothing more is known.
+        The same after the step. The growth is the least number g with which the k-th term of each
+        series is at most ``g^k / k!`` times as large as the zeroth; for w and m that is the zeroth
+        of w and what m can still move it by. Where ``g |W|`` is up to 0.5 the terms left out begin
+        with ``0.5^8 / 8!``, 1e-7. Where a term is not finite the terms are 0, the growth is 2^100,
+        and so they stay.
     """
 
     def product(a: Tensor, b: Tensor) -> Tensor:
@@ -164,73 +159,28 @@ def new_rows(
     grad = decay * w
     m = beta1 * m + (1 - beta1) * grad
     v = beta2 * v + (1 - beta2) * product(grad, grad)
-    s = v[0].sqrt()
-    twice = torch.where(s > 0, 2 * s, 1)
-    bend = v[1] / twice
-    # The root of v over eps, one term later: it comes with a factor |W|.
-    q = torch.stack([torch.zeros_like(s), s, bend, (v[2] - bend * bend) / twice]) * root / eps
-    squared = product(q, q)
-    inverse = torch.eye(1, SERIES, dtype=q.dtype, device=q.device)[0]
-    inverse = inverse - q + squared - product(squared, q)
-    w = w - size / eps * product(m, inverse)
-    most = torch.maximum(before[-1:], q[1:2] * (1 + 4 * lr * decay / eps).sqrt())
+    # The root of v. Over eps it comes with a factor |W|: its terms are those of one place later.
+    s = [v[0].sqrt()]
+    twice = torch.where(s[0] > 0, 2 * s[0], 1)
+    for p in range(1, SERIES - 1):
+        squares = sum((s[i] * s[p - i] for i in range(1, p)), start=torch.zeros_like(twice))
+        s.append((v[p] - squares) / twice)
+    q = torch.stack([torch.zeros_like(twice), *s]) * root / eps
+    inverse = [torch.ones_like(twice)]  # of 1 + q
+    for p in range(1, SERIES):
+        inverse.append(-sum(q[i] * inverse[p - i] for i in range(1, p + 1)))
+    w = w - size / eps * product(m, torch.stack(inverse))
+    # How far a weight still goes for each unit of m, along a decaying wave or to rest.
+    rate = size / eps
+    reach = rate / (1 - beta1)
+    reach = torch.where(decay > 0, torch.minimum((reach / decay).sqrt(), reach), reach)
+    least = w[0].abs() + reach * m[0].abs()
+    parts = (w, least), (reach * m, least), (v, v[0])
+    terms = torch.stack([torch.where(unit > 0, part / unit, 0) for part, unit in parts])
+    order = torch.arange(1, SERIES, dtype=v.dtype, device=v.device)
+    factorials = torch.lgamma(order + 1).exp()
+    growth = ((terms[:, 1:].abs() * factorials) ** (1 / order)).amax().reshape(1)
+    known = torch.isfinite(growth) & (before[-1] < UNKNOWN)
     unknown = torch.zeros_like(before)
     unknown[-1].fill_(UNKNOWN)
-    return torch.where(most <= STEEPEST, torch.cat([w, m, v, most]), unknown)
-
-
-def adam_leap(steps: Tensor, leaps: Tensor, clock: Tensor, beta1: float, beta2: float) -> None:
-    """The line of the sixteen steps with L2 that end with the newest one; where none end there,
-    nothing is written. What the columns are is told by :class:`stem_fast.optim.Schedule`.
-
-    Args:
-        steps: float64 [N, 17], with the newest step's line.
-        leaps: float64 [3 + N // 16, 22]: line ``3 + i // 16`` is written after step ``i + 16``.
-        clock: int64 [2], (base, now).
-        beta1, beta2: as in ``torch.optim.Adam``.
-    """
-    momentum, root, slope, lag = _leap_constants(beta1, beta2, steps.device)
-    line = clock[1:] - clock[:1]  # not a scalar: an index of those would be waited for
-    number = (line - 1) // LEAP
-    lines = number * LEAP + torch.arange(1, LEAP + 1, device=line.device)
-    size, x, decay = steps[lines.clamp(max=len(steps) - 1), :3].unbind(1)
-    total = size.sum()
-    share = torch.where(total > 0, size / total, 1 / LEAP)
-    x = x * root
-    mean_x = (share * x).sum()
-    d = x / mean_x - 1
-    mean, bend, l2 = total / LEAP, (size * d * d).sum() / LEAP, (share * decay).sum()
-    powers = d[:, None] ** torch.arange(4, device=d.device)
-    lagged = lag @ decay
-    fast, pull = (size * momentum) @ powers, (size * lagged) @ powers
-    # What c at its mean makes of them is in the powers of the matrix.
-    constant = torch.stack([mean, bend.new_zeros(()), bend, bend.new_zeros(())])
-    left = momentum.sum()
-    fast, pull = fast - left * constant, pull - l2 * (LEAP - left) * constant
-    late = lagged[-1] - l2 * (1 - momentum[-1])
-    uneven = LEAP * share
-    slopes = slope @ torch.stack([uneven, d], 1)
-    ends = torch.stack([l2, late, decay.square().mean(), d.abs().amax()])
-    uneven = (uneven - 1).abs().amax(0, keepdim=True)
-
-    def second_order(decay: Tensor) -> Tensor:
-        """The terms of second order in c, [4], with weight_decay [16] and c = 1."""
-        before = torch.stack([lag @ decay, momentum], 1)  # what w has lost per w, per m
-        after = lag @ (decay[:, None] * (before.cumsum(0) - before))
-        return torch.stack([after.sum(0), after[-1]], 1).flatten()
-
-    second = second_order(decay) - second_order(l2.expand(LEAP))
-    parts = torch.stack([mean_x, mean, bend]), fast, pull, ends, slopes, uneven, second
-    found = torch.where(line % LEAP == 0, torch.cat(parts), leaps[POLYNOMIALS + number])
-    leaps.index_copy_(0, POLYNOMIALS + number, found)
-
-
-@functools.cache
-def _leap_constants(beta1: float, beta2: float, device: torch.device) -> tuple[Tensor, ...]:
-    """For the j-th of 16 steps ``beta1^j``, ``beta2^(j/2)`` and the weights of a slope, [16]; and
-    [16, 16], what m has of the gradients of steps before. Kept: they are as costly as the rest."""
-    age = torch.arange(1, LEAP + 1, dtype=torch.float64, device=device)
-    middle = age - age.mean()
-    lag = age[:, None] - age
-    lag = torch.where(lag >= 0, (1 - beta1) * beta1 ** lag.clamp(min=0), 0)
-    return beta1**age, beta2 ** (age / 2), middle / middle.square().sum(), lag
+    return torch.where(known, torch.cat([w, m, v, growth]), unknown)

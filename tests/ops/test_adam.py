@@ -1,4 +1,4 @@
-"""Adam's rows, schedule and leaps against the float64 reference."""
+"""Adam's rows and schedule against the float64 reference."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import torch
 from cases import cpp, devices, dtypes
 from cases.adam import (
     ADAMS,
-    LEAPS,
+    DECAYS,
+    DRIFTS,
     SCHEDULES,
     AdamCase,
+    DriftCase,
     ScheduleCase,
-    check_adam_leap,
     check_adam_rows,
     check_adam_schedule,
+    check_drift,
 )
 
 
@@ -28,15 +30,18 @@ def test_adam_rows(case: AdamCase, grads: bool, dtype: torch.dtype, device: str)
 
 
 @devices
-@pytest.mark.parametrize("case", SCHEDULES.values(), ids=SCHEDULES.keys())
-def test_adam_schedule(case: ScheduleCase, device: str) -> None:
-    check_adam_schedule(torch.ops.stem_fast.adam_schedule, case, device)
+@pytest.mark.parametrize("how", DECAYS)
+@pytest.mark.parametrize("case", DRIFTS.values(), ids=DRIFTS.keys())
+def test_rows_that_miss_steps_are_as_exact_as_dense_adam(
+    case: DriftCase, how: str, device: str
+) -> None:
+    check_drift(torch.ops.stem_fast.adam_rows, case, how, device)
 
 
 @devices
-@pytest.mark.parametrize("case", LEAPS.values(), ids=LEAPS.keys())
-def test_adam_leap(case: ScheduleCase, device: str) -> None:
-    check_adam_leap(torch.ops.stem_fast.adam_leap, case, device)
+@pytest.mark.parametrize("case", SCHEDULES.values(), ids=SCHEDULES.keys())
+def test_adam_schedule(case: ScheduleCase, device: str) -> None:
+    check_adam_schedule(torch.ops.stem_fast.adam_schedule, case, device)
 
 
 @cpp
@@ -50,7 +55,7 @@ def test_adam_leap(case: ScheduleCase, device: str) -> None:
     ],
 )
 def test_adam_schedule_refuses_other_shapes_and_types(change: dict[int, Any], message: str) -> None:
-    steps, options = torch.zeros(9, 17, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    steps, options = torch.zeros(9, 29, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     arguments = {0: steps, 1: torch.tensor([0, 0]), 2: options} | change
     with pytest.raises(RuntimeError, match=message):
         torch.ops.stem_fast.adam_schedule(*arguments.values(), 0.9, 0.999, 1e-8, False, False)
@@ -67,8 +72,7 @@ def test_adam_schedule_refuses_other_shapes_and_types(change: dict[int, Any], me
         ({4: torch.tensor([1, 2, 40]), 5: None}, "row 40 at 2 is outside the table of 40 rows"),
         ({5: torch.zeros(4, 7)}, "grad must be"),
         ({6: torch.zeros(3, 7)}, "steps must be float64"),
-        ({7: torch.zeros(3, 22)}, "leaps must be float64"),
-        ({8: torch.tensor([0, 5000])}, "lines for steps 0 to 5000"),
+        ({7: torch.tensor([0, 5000])}, "lines for steps 0 to 5000"),
     ],
 )
 def test_adam_rows_refuses_other_shapes_and_types(change: dict[int, Any], message: str) -> None:
