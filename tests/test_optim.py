@@ -259,6 +259,20 @@ def test_other_betas(betas: tuple[float, float]) -> None:
     assert_same((ours, optimizer), (theirs, dense), 1e-9)
 
 
+def test_l2_that_comes_and_goes() -> None:
+    """With flushes between: rows miss steps with it and without it, in one absence."""
+    ours, theirs = arena(), arena()
+    optimizer, dense = optim.ExactAdam(ours), torch.optim.Adam([theirs.weight])
+    data = batches(400)
+    for first, decay in ((0, 0.0), (60, 1e-3), (130, 0.0), (200, 1e-2), (290, 1e-4)):
+        for model, each in ((ours, optimizer), (theirs, dense)):
+            each.param_groups[0]["weight_decay"] = decay
+            train(model, each, data[first : first + 90], first=first)
+        if first in (130, 200):
+            ours.flush()
+    assert_same((ours, optimizer), (theirs, dense), 1e-9)
+
+
 def test_long_absences_with_l2_end_where_dense_adam_does() -> None:
     """Steps without a gradient: rows decay, at last to nothing, which the replay stops at."""
     tables = [arena(torch.float32), arena(torch.float32), arena()]
@@ -302,6 +316,20 @@ def test_decoupled_decay_that_leaves_little(decay: float, steps: int, bound: flo
     optimizer.param_groups[0]["lr"] = 1 / decay
     with pytest.raises(ValueError, match="lr \\* weight_decay is 1: decoupled decay would leave"):
         optimizer.step()
+
+
+def test_decoupled_decay_is_flushed_before_it_leaves_nothing() -> None:
+    """After 8,000 steps 0.9^8000 is left, which no float64 holds."""
+    ours = arena()
+    optimizer = optim.ExactAdam(ours, lr=1e-3, weight_decay=100.0, decoupled=True)
+    once, nothing = batches(1), (torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, SPACES * DIM))
+    train(ours, optimizer, [*once, *[nothing] * 8000])
+    ours.flush()
+    assert ours.weight.isfinite().all()
+    assert ours.weight.abs().max() < 1e-100
+    fresh = arena()
+    ours.load_state_dict(fresh.state_dict())
+    assert torch.equal(ours.weight, fresh.weight)
 
 
 def test_decay_is_known_of_steps_that_a_graph_replays() -> None:

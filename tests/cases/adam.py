@@ -29,6 +29,9 @@ class AdamCase(NamedTuple):
     scale: float = 1.0  # of the weights
     new: bool = False  # whether no row was ever trained
     caught_up: int = 0  # rows, the first, that have missed no step before the newest, some not that
+    flushed: int = (
+        0  # rows, the last, with momentum that have missed all steps; some are older still
+    )
 
     def arguments(self, dtype: torch.dtype = torch.float64, grads: bool = False) -> list[Any]:
         """Of adam_rows: rows of every age, with m and v of many sizes, some of them zero."""
@@ -44,6 +47,8 @@ class AdamCase(NamedTuple):
         size = 10 ** (normal(self.rows, 1) - 5)
         never = slice(None, None, 1 if self.new else 5)  # trained
         size[never] = 0
+        if self.flushed:
+            size[-self.flushed :] = 1e-10
         weight = normal(self.rows, self.width) * self.scale
         m = normal(self.rows, self.width) * size
         v = normal(self.rows, self.width).square() * size.square()
@@ -55,6 +60,9 @@ class AdamCase(NamedTuple):
             age[never] = 0  # L2 would have moved them
         age[: self.caught_up] = self.steps - 1
         age[: self.caught_up : 3] = self.steps
+        if self.flushed:
+            age[-self.flushed :] = 0
+            age[-self.flushed :: 2] = -3  # as LazyAdam leaves them
         last = (self.base + age).int()
         rows = torch.randperm(self.rows, generator=draw)[: max(self.rows // 2, 1)]
         if self.named:
@@ -84,6 +92,10 @@ ADAMS = {
     "new rows, strong l2": AdamCase(
         12, 20, 150, base=300, decay=3e-5, scale=5e-7, rates=1, new=True
     ),
+    "flushed, as small as new rows": AdamCase(
+        12, 9, 60, base=300, decay=1e-6, scale=3e-5, named=False, flushed=9
+    ),
+    "flushed": AdamCase(12, 9, 60, base=300, named=False, flushed=9),
     "strong l2 for long": AdamCase(9, 7, 200, base=700, decay=1e-3),
     "decoupled": AdamCase(30, 33, 200, base=900, decay=0.1, decoupled=True),
     "no momentum": AdamCase(20, 4, 20, betas=(0.0, 0.9)),
