@@ -168,7 +168,8 @@ def new_rows(
     q = torch.stack([torch.zeros_like(twice), *s]) * root / eps
     inverse = [torch.ones_like(twice)]  # of 1 + q
     for p in range(1, SERIES):
-        inverse.append(-sum(q[i] * inverse[p - i] for i in range(1, p + 1)))
+        terms = [q[i] * inverse[p - i] for i in range(1, p + 1)]
+        inverse.append(-torch.stack(terms).sum(0))
     w = w - size / eps * product(m, torch.stack(inverse))
     # How far a weight still goes for each unit of m, along a decaying wave or to rest.
     rate = size / eps
@@ -176,10 +177,10 @@ def new_rows(
     reach = torch.where(decay > 0, torch.minimum((reach / decay).sqrt(), reach), reach)
     least = w[0].abs() + reach * m[0].abs()
     parts = (w, least), (reach * m, least), (v, v[0])
-    terms = torch.stack([torch.where(unit > 0, part / unit, 0) for part, unit in parts])
+    ratios = torch.stack([torch.where(unit > 0, part / unit, 0) for part, unit in parts])
     order = torch.arange(1, SERIES, dtype=v.dtype, device=v.device)
     factorials = torch.lgamma(order + 1).exp()
-    growth = ((terms[:, 1:].abs() * factorials) ** (1 / order)).amax().reshape(1)
+    growth = ((ratios[:, 1:].abs() * factorials) ** (1 / order)).amax().reshape(1)
     known = torch.isfinite(growth) & (before[-1] < UNKNOWN)
     unknown = torch.zeros_like(before)
     unknown[-1].fill_(UNKNOWN)
