@@ -43,9 +43,8 @@ VERSION = 2
 WEIGHTS, SCHEMA, CONFIG = "model.safetensors", "schema.json", "config.json"
 HISTORY, METRICS = "history.json", "metrics.json"
 _FILES = (WEIGHTS, SCHEMA, CONFIG, HISTORY, METRICS)
-_LEFT = re.compile(
-    rf"\.({'|'.join(map(re.escape, _FILES))})\.\w{{8}}\.partial"
-)  # by a killed process
+# By a killed process; earlier releases gave the file no name of its own.
+_LEFT = re.compile(rf"\.({'|'.join(map(re.escape, _FILES))})(\.\w{{8}})?\.partial")
 
 
 def create_run(

@@ -29,6 +29,7 @@ from stem_fast.tables import (
     TEXT,
     Block,
     Join,
+    ListTexts,
     Table,
     Values,
     canonical,
@@ -267,13 +268,15 @@ def fit_encoding(path: str | Path, schema: Schema, *, joins: Sequence[Join] = ()
     Ids as in FuxiCTR's tokenizer: values sorted by (-count, text), those with at least
     ``schema.min_count`` occurrences kept; columns that share a table add their counts.
     Raises DataError for absent columns, bad numbers or labels, no rows, a label without values,
-    sequences whose texts are lists in another form, a file that changes meanwhile, or a header or
-    delimiter where every table it could apply to is Parquet.
+    sequences whose texts are lists in brackets, a file that changes meanwhile, or a header or
+    delimiter where every table it could apply to is Parquet. Warns of sequences whose texts are
+    mostly of several words where none has the default delimiter.
     """
     before = signatures(path, *(join.path for join in joins))
     owners = table_owners(schema)
     delimiters = {sequence.name: sequence.delimiter for sequence in schema.sequences}
     counts = {owner: _Counts(len(owners)) for owner in owners}
+    texts = {name: ListTexts(name, delimiter) for name, delimiter in delimiters.items()}
     moments = {name: _Moments() for name in schema.numeric}
     labelled = np.zeros(len(schema.tasks), bool)
     source = Table(path, schema.header, schema.delimiter)
@@ -282,7 +285,7 @@ def fit_encoding(path: str | Path, schema: Schema, *, joins: Sequence[Join] = ()
         for owner, columns in owners.items():
             for name in columns:
                 if name in delimiters:
-                    block.refuse_one_value_lists(name, delimiters[name])
+                    texts[name].add(block)
                     values, _ = block.lists(name, delimiters[name])
                 else:
                     values = block.column(name)
@@ -293,6 +296,10 @@ def fit_encoding(path: str | Path, schema: Schema, *, joins: Sequence[Join] = ()
         if schema.weight is not None:
             _weights(block, schema.weight)
     refuse_changed(before)
+    for text in texts.values():
+        problem = text.judge()
+        if problem is not None:
+            warnings.warn(problem, stacklevel=2)
     for label, present in zip(schema.tasks, labelled, strict=True):
         if not present:
             raise DataError(f"{path}: label '{label}' is missing on every row: leave it out.")

@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet
 
-from stem_fast.schema import DataError, nearest
+from stem_fast.schema import DataError, SequenceField, nearest
 
 # Rows handled at once, and bytes of them: whichever is reached first bounds the memory of a pass.
 BLOCK_ROWS = 1 << 19
@@ -326,10 +326,12 @@ class Block:
     def refuse(self, name: str, wrong: np.ndarray, problem: str) -> None:
         """Raise DataError for the first row that is ``wrong`` (bool); its value is the subject."""
         if wrong.any():
-            row = int(wrong.argmax())
-            value = repr(self.column(name)[row].as_py())
-            where = f"{self.file}: column '{name}', row {self.start + row}"
-            raise DataError(f"{where}: {value} {problem}")
+            raise DataError(f"{self.cell(name, int(wrong.argmax()))} {problem}")
+
+    def cell(self, name: str, row: int) -> str:
+        """A cell and where it stands, for messages."""
+        value = self.column(name)[row].as_py()
+        return f"{self.file}: column '{name}', row {self.start + row}: {value!r}"
 
     def distinct(self, name: str, values: pa.Array) -> Values:
         """The distinct ones of values of the column ``name``."""
@@ -368,29 +370,6 @@ class Block:
             name, elements, lambda place: int(np.cumsum(lengths).searchsorted(place, "right"))
         )
         return elements, lengths
-
-    def refuse_one_value_lists(self, name: str, delimiter: str) -> None:
-        """Raise DataError where the texts of a sequence are lists, but not by ``delimiter``."""
-        values = self.column(name)
-        if not is_text(values.type):
-            return
-        _, codes, cells = self.distinct(name, values)
-        known = len(cells) - cells.null_count
-        wrong = pc.match_substring_regex(cells, BRACKETS)
-        problem = "is a list's text, whose brackets would be in its values:"
-        if 2 * (pc.sum(wrong).as_py() or 0) <= known:
-            if pc.any(pc.match_substring(cells, delimiter)).as_py():
-                return
-            wrong = pc.match_substring_regex(cells, SEVERAL)
-            problem = (
-                f"has no {delimiter!r} and would be one value: name what divides its values (in "
-                f"YAML, sequences: {{{name}: {{delimiter: ...}}}}),"
-            )
-            if 2 * (pc.sum(wrong).as_py() or 0) <= known:
-                return
-        rows = wrong.take(codes).fill_null(False).to_numpy(zero_copy_only=False)
-        example = delimiter.join("123")
-        self.refuse(name, rows, f"{problem} write {example}, or save lists in Parquet.")
 
     def numbers(self, name: str) -> np.ndarray:
         """A column as float64, missing = NaN. Raises DataError for text and infinite numbers."""
@@ -431,6 +410,56 @@ class Block:
                         f"{value[:60]!r} is not valid UTF-8: write the file's text as UTF-8."
                     ) from error
             raise
+
+
+class ListTexts:
+    """What the texts of a sequence look like in all blocks of a table."""
+
+    def __init__(self, name: str, delimiter: str) -> None:
+        self.name, self.delimiter = name, delimiter
+        self.cells = 0  # distinct in their block, as all counts are
+        self.divided = False  # whether one of them has the delimiter
+        self.counts = dict.fromkeys((BRACKETS, SEVERAL), 0)
+        self.first: dict[str, str] = {}  # cell of each form
+
+    def add(self, block: Block) -> None:
+        values = block.column(self.name)
+        if not is_text(values.type):
+            return
+        _, codes, cells = block.distinct(self.name, values)
+        self.cells += len(cells) - cells.null_count
+        self.divided = self.divided or bool(
+            pc.any(pc.match_substring(cells, self.delimiter)).as_py()
+        )
+        for form in (BRACKETS,) if self.divided else (BRACKETS, SEVERAL):
+            found = pc.match_substring_regex(cells, form)
+            count = pc.sum(found).as_py() or 0
+            if count and form not in self.first:
+                row = pc.index(found.take(codes), True).as_py()
+                self.first[form] = block.cell(self.name, row)
+            self.counts[form] += count
+
+    def judge(self) -> str | None:
+        """What to warn of: most texts are of several words, and none has the delimiter.
+
+        Raises DataError where most are lists in brackets.
+        """
+        remedy = f"write {self.delimiter.join('123')}, or save lists in Parquet."
+        if 2 * self.counts[BRACKETS] > self.cells:
+            raise DataError(
+                f"{self.first[BRACKETS]} is a list's text, whose brackets would be in its values: "
+                + remedy
+            )
+        # A delimiter other than the default is one that somebody has chosen.
+        if self.delimiter != SequenceField.delimiter or self.divided:
+            return None
+        if 2 * self.counts[SEVERAL] <= self.cells:
+            return None
+        return (
+            f"{self.first[SEVERAL]} is one value, for no row has a {self.delimiter!r}: if it is "
+            f"several, name what divides them (in YAML, sequences: {{{self.name}: {{delimiter: "
+            f"...}}}}), {remedy}"
+        )
 
 
 class _Side:

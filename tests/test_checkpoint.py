@@ -171,9 +171,14 @@ def test_parents_are_made_and_an_empty_folder_is_taken(tmp_path: Path) -> None:
     checkpoint.load_run(tmp_path / "c" / "d")
 
 
-def test_overwrite_replaces_the_whole_run(run: Path) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [".metrics.json.0a1b2c3d.partial", ".model.safetensors.partial"],
+    ids=["this release", "an earlier one"],
+)
+def test_overwrite_replaces_the_whole_run(run: Path, name: str) -> None:
     checkpoint.save_json(run / "metrics.json", {"rows": 1})
-    left = run / ".metrics.json.0a1b2c3d.partial"  # of a killed fit
+    left = run / name  # of a killed fit
     left.write_text("{")
     with pytest.raises(DataError, match="already holds a run: choose another folder or add --over"):
         checkpoint.create_run(run, marked_model(6), ENCODING, TRAINING)

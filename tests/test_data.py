@@ -674,16 +674,9 @@ def test_a_join_that_matches_nearly_nothing_is_warned_of(tmp_path: Path) -> None
             "|",
             "is a list's text, whose brackets would be in its values: write 1|2|3, or",
         ),
-        (["7", "1 2 3", "4 5"], "|", "row 1: '1 2 3' has no '|' and would be one value: name what"),
-        (
-            ["1,2,3"],
-            "|",
-            "would be one value: name what divides its values (in YAML, sequences: {s",
-        ),
-        (["a, b"], ";", "has no ';' and would be one value"),
     ],
 )
-def test_lists_in_another_form_are_refused(
+def test_lists_in_brackets_are_refused(
     tmp_path: Path, cells: list[str], delimiter: str, message: str
 ) -> None:
     path = parquet(tmp_path / "a.parquet", y=[0] * len(cells), s=cells)
@@ -699,6 +692,7 @@ def test_lists_in_another_form_are_refused(
         (["[none]", "a|b", "c"], "|", ["[none]", "a", "b", "c"]),
         (["1 2 3", "4"], " ", ["1", "2", "3", "4"]),
         (["new", "New York", "old"], "|", ["New York", "new", "old"]),
+        (["New York", "Los Angeles"], "||", ["Los Angeles", "New York"]),
         ([5, 6], "|", ["5", "6"]),
         ([[" 1,2 "]], "|", [" 1,2 "]),
         ([None, ""], "|", []),
@@ -710,6 +704,34 @@ def test_other_texts_of_sequences_stay_as_they_are(
     path = parquet(tmp_path / "a.parquet", y=[0] * len(cells), s=cells)
     field = SequenceField("s", delimiter=delimiter)
     schema = Schema({"y": "binary"}, sequences=(field,), min_count=1)
+    assert fit_encoding(path, schema).vocabularies == {"s": wanted}
+
+
+def test_several_words_without_the_delimiter_are_warned_of(tmp_path: Path) -> None:
+    """And are one value, as honest names of several words are."""
+    cells = ["7", "1 2 3", "4,5"]
+    path = parquet(tmp_path / "a.parquet", y=[0] * 3, s=cells)
+    schema = Schema({"y": "binary"}, sequences=("s",), min_count=1)
+    with pytest.warns(UserWarning, match="one value") as caught:
+        encoding = fit_encoding(path, schema)
+    assert [str(warning.message) for warning in caught] == [
+        f"{path}: column 's', row 1: '1 2 3' is one value, for no row has a '|': if it is several, "
+        "name what divides them (in YAML, sequences: {s: {delimiter: ...}}), write 1|2|3, or save "
+        "lists in Parquet."
+    ]
+    assert encoding.vocabularies == {"s": ["1 2 3", "4,5", "7"]}
+    assert load(path, encoding).sequences["s"][0].tolist() == [3, 1, 2]
+
+
+def test_sequences_are_judged_by_all_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by one in which no row has the delimiter, or every row a bracket."""
+    monkeypatch.setattr(tables, "BLOCK_ROWS", 1)
+    cells = ["new york", "[none]", "san jose|rome", "oslo"]
+    path = parquet(tmp_path / "a.parquet", y=[0] * 4, s=cells)
+    schema = Schema({"y": "binary"}, sequences=("s",), min_count=1)
+    wanted = ["[none]", "new york", "oslo", "rome", "san jose"]
     assert fit_encoding(path, schema).vocabularies == {"s": wanted}
 
 
