@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from stem_fast.schema import DataError, Schema
-from stem_fast.tables import TEXT, Block, Join, Table, joined, read_blocks
+from stem_fast.tables import TEXT, Block, Join, Table, canonical, joined, read_blocks
 
 _TESTS: dict[str, Callable[[Any, Any], bool]] = {
     "!=": operator.ne,
@@ -29,8 +29,8 @@ _TESTS: dict[str, Callable[[Any, Any], bool]] = {
 class Where(NamedTuple):
     """A condition on a column: "tab=1", "date>=20220501", "city!=Oslo".
 
-    Where the value is a number, numbers are compared, else texts. Nothing after = or != means a
-    missing value; a missing value fulfils != alone.
+    Where the value is a number, numbers are compared, else texts in one spelling (``canonical``).
+    Nothing after = or != means a missing value; a missing value fulfils != alone.
     """
 
     column: str
@@ -40,7 +40,9 @@ class Where(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> Where:
         """Raises DataError for a text without a column or an operator."""
-        found = re.fullmatch(r"\s*([^=!<>]+?)\s*(!=|<=|>=|==?|<|>)\s*(.*?)\s*", text)
+        # Surrogates stand for bytes that are not UTF-8, which no column has.
+        value = r"([^\n\ud800-\udfff]*?)"
+        found = re.fullmatch(rf"\s*([^=!<>]+?)\s*(!=|<=|>=|==?|<|>)\s*{value}\s*", text)
         if found is None or (not found[3] and found[2] not in ("=", "==", "!=")):
             raise DataError(
                 f"--where is {text!r}: give COLUMN=VALUE, or one of !=, <, <=, >, >= between them."
@@ -54,11 +56,12 @@ class Where(NamedTuple):
         """bool [rows of the block]. Raises DataError for text where numbers are to be ordered."""
         texts, codes, _ = block.distinct(self.column, block.column(self.column))
         values = texts.to_pylist()
-        test, bound = _TESTS[self.test], _number(self.value)
+        given = canonical(pa.array([self.value], TEXT))[0].as_py()
+        test, bound = _TESTS[self.test], _number(given)
         if not self.value:
             kept = [test(value is None, True) for value in values]
         elif bound is None:
-            kept = [value is not None and test(value, self.value) for value in values]
+            kept = [value is not None and test(value, given) for value in values]
         elif self.test in ("=", "!="):
             kept = [value is not None and test(_number(value), bound) for value in values]
         else:

@@ -547,13 +547,22 @@ def test_evaluate_by_a_column(monkeypatch: pytest.MonkeyPatch) -> None:
         (["video_id!=4"], lambda r: r["video_id"] != 4),
         (["age<=-0.5"], lambda r: r["age"] <= -0.5),
         (["day>2022-05-01"], lambda r: r["day"] > "2022-05-01"),
+        # As the file, Arrow or another program spells a value.
+        (["new=True"], lambda r: r["new"] == "True"),
+        (["new!=TRUE"], lambda r: r["new"] != "True"),
+        (["new=false"], lambda r: r["new"] == "False"),
+        (["at>=2022-05-02 00:00:00"], lambda r: r["at"] >= "2022-05-02"),
+        (["at=2022-05-02T00:00:00.000"], lambda r: r["at"] == "2022-05-02 00:00:00"),
     ],
 )
 def test_evaluate_where(conditions: list[str], kept: Any) -> None:
     fit(sequence="seen=video_id", numeric="age", epochs=1)
     valid = pq.read_table("valid.parquet")
     days = pa.array([f"2022-05-0{1 + i % 3}" for i in range(150)])
-    pq.write_table(valid := valid.append_column("day", days), "valid.parquet")
+    truths = pa.array([("True", "False", None)[i % 3] for i in range(150)])
+    times = pa.array([f"2022-05-0{1 + i % 3} 0{i % 2}:00:00" for i in range(150)])
+    valid = valid.append_column("day", days).append_column("new", truths)
+    pq.write_table(valid := valid.append_column("at", times), "valid.parquet")
     flags = [part for text in conditions for part in ("--where", text)]
     result = stem_fast("evaluate", "run", "--data", "valid.parquet", *flags, "--json", "m.json")
     assert result.exit_code == 0, result.output
@@ -570,6 +579,7 @@ def test_conditions_that_hold_nowhere_or_are_none_are_refused() -> None:
     evaluate = ("evaluate", "run", "--data", "valid.parquet", "--where")
     refused(stem_fast(*evaluate, "user_id"), "--where is 'user_id': give COLUMN=VALUE, or one of")
     refused(stem_fast(*evaluate, "user_id>"), "--where is 'user_id>': give COLUMN=VALUE")
+    refused(stem_fast(*evaluate, "user_id=\udcff"), "--where is 'user_id=\\udcff': give COLUMN=")
     refused(stem_fast(*evaluate, "user_id>99"), "none of its 150 rows has user_id>99.")
     refused(stem_fast(*evaluate, "userid=1"), "no column 'userid'. Did you mean 'user_id'?")
     result = stem_fast("evaluate", "run", "--data", "valid.parquet", "--by", "videoid")
