@@ -310,6 +310,12 @@ def read_config(path: Path) -> dict[str, Any]:
         raise DataError(
             f"{path / CONFIG}: unknown model {shown(name)}.{nearest(shown(name), MODELS)}"
         )
+    for key in ("config", "training", "source"):
+        if not isinstance(value := config.setdefault(key, {}), dict):
+            raise DataError(f"{path / CONFIG}: {key} is {shown(value)}, must be a mapping.")
+    join = config["source"].get("join", [])
+    if not isinstance(join, list) or not all(isinstance(text, str) for text in join):
+        raise DataError(f"{path / CONFIG}: join is {shown(join)}, must be a list of FILE:KEY.")
     return config
 
 

@@ -479,6 +479,14 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
         edit(lambda c: c["config"].update(embedding_dim=0)),
         "describes no 'stem' run: embedding_dim is 0",
     ),
+    "config": (edit(lambda c: c.update(config=5)), "config.json: config is 5, must be a mapping"),
+    "training": (edit(lambda c: c.update(training=[])), r"training is \[\], must be a mapping"),
+    "source": (edit(lambda c: c.update(source=[])), r"source is \[\], must be a mapping"),
+    "join": (
+        edit(lambda c: c.update(source={"join": 5})),
+        "join is 5, must be a list of FILE:KEY",
+    ),
+    "joins": (edit(lambda c: c.update(source={"join": ["a:b", 5]})), r"join is \['a:b', 5\], must"),
     "types": (
         edit(lambda c: c["config"].update(hidden_activations=5)),
         "describes no 'stem' run: hidden_activations is 5, must be the name of one",
