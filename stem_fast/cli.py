@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import io
 import math
 import os
 import platform
@@ -541,11 +542,8 @@ def predict(
         _trim(cache, limit)
         kept = select.read_columns(table, schema, names, joins=joins) if names else pa.table({})
         for name in names:
-            if pa.types.is_nested(kept[name].type) and out.suffix.lower() == ".csv":
-                raise DataError(
-                    f"--keep names {name!r}, which holds {kept[name].type}: a .csv has no place "
-                    "for it, name a .parquet file."
-                )
+            if out.suffix.lower() == ".csv":
+                _refuse_in_csv(name, kept[name])
         refuse_changed(before)
         predictions = training.predict(
             model,
@@ -560,6 +558,19 @@ def predict(
         writers[out.suffix.lower()](pa.table(columns), partial)
     report.console().print(f"{len(rows):,} rows of {', '.join(columns)} written to {out}")
     _print_unknown(rows)
+
+
+def _refuse_in_csv(name: str, values: pa.ChunkedArray) -> None:
+    """Raises DataError for a kept column of a type, or of bytes, that no CSV file can hold."""
+    try:
+        if "binary" in str(values.type):
+            values.cast(pa.large_string())  # which looks whether all of it is UTF-8
+        pyarrow.csv.write_csv(pa.table({name: values[:1]}), io.BytesIO())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise DataError(
+            f"--keep names {name!r}, which holds {values.type}: a .csv has no place for it "
+            f"({error}), name a .parquet file."
+        ) from error
 
 
 def _print_unknown(rows: data.Dataset) -> None:
@@ -598,7 +609,7 @@ def _joins(
 ) -> tuple[data.Join, ...]:
     """The joins of --join; without one those that the run was made with, where the table lacks a
     column of the features or of ``more``."""
-    own = checkpoint.read_config(run).get("source", {}).get("join", [])
+    own = checkpoint.read_config(run)["source"].get("join", [])
     if texts or not own:
         return tuple(parse_join("--join", text) for text in texts or ())
     names = Table(table, schema.header, schema.delimiter).names()

@@ -492,6 +492,26 @@ def test_what_cannot_be_kept_is_refused() -> None:
     assert not Path("p.csv").exists()
 
 
+def test_bytes_are_kept_in_a_csv_where_they_are_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    fit(epochs=1)
+    valid = pq.read_table("valid.parquet")
+    columns = {"text": [b"caf\xc3\xa9"] * 150, "bytes": [b"a"] * 149 + [b"\xff\xfe"]}
+    for name, values in columns.items():
+        valid = valid.append_column(name, pa.array(values))
+    valid = valid.append_column("fixed", pa.array([b"\xff\xfe"] * 150, pa.binary(2)))
+    pq.write_table(valid, "valid.parquet")
+    predict = ("predict", "run", "--data", "valid.parquet", "--keep")
+    assert stem_fast(*predict, "text", "--out", "p.csv").exit_code == 0
+    assert pyarrow.csv.read_csv("p.csv")["text"].to_pylist() == ["café"] * 150
+    assert stem_fast(*predict, "bytes,fixed", "--out", "p.parquet").exit_code == 0
+    assert pq.read_table("p.parquet")["bytes"].to_pylist() == columns["bytes"]
+    monkeypatch.delattr(train, "predict")  # refused before the work
+    for name, kind in (("bytes", "large_binary"), ("fixed", "fixed_size_binary[2]")):
+        result = stem_fast(*predict, name, "--out", "q.csv")
+        refused(result, f"--keep names '{name}', which holds {kind}: a .csv has no place for it")
+    assert not Path("q.csv").exists()
+
+
 def flat(result: dict[str, Any]) -> dict[str, float]:
     """Rows and metrics, to compare but for the rounding of batches."""
     tasks = result["tasks"].items()
