@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
 from typing import Any, Literal, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -107,7 +108,8 @@ class EmbeddingArena(nn.Module):
     sparse = False
     optimizer: LateRows | None = None
     planned: Tensor | None = None  # rows of the newest plan
-    wrapper: tuple[Any, bool] | None = None  # of the newest forward pass: see stem_fast.parallel
+    # Those that have trained it, and whether they leave it to itself: see stem_fast.parallel.
+    wrappers: WeakKeyDictionary[nn.Module, bool] | None = None
     bounds: Literal["raise", "clamp", "off"] = "raise"
 
     def __init__(
@@ -290,7 +292,7 @@ class EmbeddingArena(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """What copies are made from: the optimizer is the original's."""
         self.flush()
-        own = "optimizer", "planned", "wrapper"
+        own = "optimizer", "planned", "wrappers"
         kept = {key: value for key, value in self.__dict__.items() if key not in own}
         # It was the optimizer that asked for sparse gradients.
         return kept if self.optimizer is None else kept | {"sparse": False}

@@ -29,21 +29,24 @@ if TYPE_CHECKING:
 def group_of(arena: EmbeddingArena) -> Any:
     """The process group whose ranks share the gradients of this forward pass, or None.
 
-    The first pass under a wrapper broadcasts the table.
+    The first pass of each wrapper with autograd broadcasts the table. One without, which a rank or
+    a thread may make alone, does nothing.
 
     Raises RuntimeError where a wrapper would reduce a sparse gradient itself, or ranks may have
     different numbers of batches (``join``).
     """
     ddp = DistributedDataParallel._get_active_ddp_module()
-    if ddp is None:
+    if ddp is None or not torch.is_grad_enabled():
         return None
-    known, ours = arena.wrapper or (None, False)
-    if known is None or known() is not ddp:
+    if arena.wrappers is None:
+        arena.wrappers = weakref.WeakKeyDictionary()
+    ours = arena.wrappers.get(ddp)
+    if ours is None:
         ours = _is_left_to(arena, ddp)
         if ours:
             arena.flush()
             dist.broadcast(arena.weight.detach(), group=ddp.process_group, group_src=0)
-        arena.wrapper = weakref.ref(ddp), ours
+        arena.wrappers[ddp] = ours
     if not ours:
         return None
     if ddp._join_config.enable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -125,6 +126,43 @@ def test_another_model_within_a_forward_pass_is_left_alone(alone: None) -> None:
     *inputs, _ = ranks.batch(case, 0, 0, 0)
     taught = []
     model.register_forward_pre_hook(lambda *_: taught.append(teacher(*inputs)))
-    DistributedDataParallel(model)(*inputs).sum().backward()
-    assert teacher.embedding.wrapper[1] is False
-    assert model.embedding.wrapper[1] is True
+    wrapped = DistributedDataParallel(model)
+    wrapped(*inputs).sum().backward()
+    assert list(teacher.embedding.wrappers.values()) == [False]
+    assert list(model.embedding.wrappers.values()) == [True]
+
+
+def test_a_wrapper_broadcasts_at_its_first_pass_with_autograd(
+    alone: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not where a rank evaluates or predicts alone, nor when wrappers of one model take turns."""
+    case = ranks.CASES["adam"]
+    model = ranks.build(case, 0)
+    *inputs, _ = ranks.batch(case, 0, 0, 0)
+    monkeypatch.setattr(dist, "broadcast", lambda table, **_: table.fill_(7))  # rank 0's
+    weight = model.embedding.weight
+    one, other = DistributedDataParallel(model), DistributedDataParallel(model)
+    passes = []
+
+    def look(wrapped: nn.Module, value: float) -> None:
+        nn.init.constant_(weight, value)
+        wrapped(*inputs)
+        passes.append(float(weight[3, 3].detach()))
+
+    def predict(*_: Any) -> None:  # as a thread might meanwhile
+        model.predict(*inputs)
+
+    with torch.no_grad():
+        look(one, 1)
+    with torch.inference_mode():
+        look(one, 2)
+    model.register_forward_pre_hook(predict)
+    with torch.no_grad():
+        look(other, 3)
+    for wrapped, value in [(one, 4), (other, 5), (one, 6), (other, 8)]:
+        look(wrapped, value)
+    assert passes == [1, 2, 3, 7, 7, 6, 8]
+    assert len(model.embedding.wrappers) == 2
+    del one, other, wrapped
+    gc.collect()
+    assert not model.embedding.wrappers  # it keeps no wrapper alive
