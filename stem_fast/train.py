@@ -140,8 +140,11 @@ def fit(
     ``on_epoch(record)``. The model's weights and dropout come from torch's global generator: seed
     that before building the model to make a run repeatable.
     Regression tasks without ``scales`` get those of their training labels, so that tasks in any
-    unit weigh alike (a model with a loss of its own gets none); metrics and predictions stay in the
-    labels' units.
+    unit weigh alike (a model with a loss of its own gets none). They stand in ``model.config``, not
+    in ``state_dict()``: what loads that is built by ``type(model)(**model.config)``. Metrics,
+    ``predict`` and ``compile_inference`` are in the labels' units; ``model(ids)`` and exported
+    programs give standardised values. What a "regression:log1p" task predicts, expm1 of a mean of
+    logarithms, is nearer the labels' median than their mean.
     Warns of labels with one value and of features that give a label away.
     Raises DataError for a monitor, task weights, a precision or micro-batches that do not fit, and
     for sample weights that are negative or all 0, TrainingError for a loss or a prediction that is

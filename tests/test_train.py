@@ -543,6 +543,22 @@ def test_a_regression_of_logarithms_is_undone_in_predictions() -> None:
     )
 
 
+def test_a_model_for_a_state_dict_is_built_from_the_config() -> None:
+    """In which fit has left the scales; a program gives the network's standardised values."""
+    model, data = tiny_model(kinds={"like": "regression:log1p"}), timed_data(factor=0.1)
+    train.fit(model, data, data, config(epochs=1))
+    again = STEMNet(**model.config).eval()
+    again.load_state_dict(model.state_dict())
+    ids = data.ids[:5]
+    wanted = model.predict(ids)
+    torch.testing.assert_close(again.predict(ids), wanted, rtol=0, atol=0)
+    torch.testing.assert_close(again.compile_inference()(ids), wanted)
+    mean, std = model.config["scales"]["like"]
+    program = torch.export.export(again, (ids,)).module()
+    for raw in (again(ids), program(ids)):
+        torch.testing.assert_close((raw[:, 1] * std + mean).expm1(), wanted[:, 1])
+
+
 def test_scales_that_a_model_has_stay() -> None:
     """As those of a run that is trained on: its weights are made for them."""
     model, data = tiny_model(kinds={"like": "regression"}, scales={"like": (5, 2)}), timed_data()
