@@ -94,7 +94,9 @@ def entries(root: Path) -> list[Entry]:
 
 def evict(root: Path, limit: float) -> list[Entry]:
     """Remove entries, that longest unused first, until at most ``limit`` bytes are left, and return
-    them. What a process has open, here or elsewhere, stays, whatever the limit."""
+    them. What a process has open, here or elsewhere, stays, whatever the limit. What killed
+    processes left is removed too."""
+    _sweep(root, rf"\.{NAME.pattern}\..*")
     found, removed = entries(root), []
     total = sum(entry.size for entry in found)
     for entry in found:
@@ -125,6 +127,15 @@ def _remove(folder: Path) -> bool:
     return True
 
 
+def _sweep(root: Path, name: str) -> None:
+    """Remove the folders of that name (a pattern) that killed processes left: they are never read,
+    and a day later they are surely nobody's work."""
+    for left in root.glob(".*") if root.is_dir() else ():
+        with contextlib.suppress(OSError):  # another process sweeps too
+            if re.fullmatch(name, left.name) and time.time() - left.stat().st_mtime > DAY:
+                shutil.rmtree(left, ignore_errors=True)
+
+
 def _checksum(file: Path) -> int:
     return zlib.crc32(np.memmap(file, np.uint8, "r").data)
 
@@ -140,10 +151,7 @@ def write_entry(entry: Path) -> Iterator[Writer]:
     prefix = f".{entry.name}."
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
-        # What a killed process left is never read; a day later it is surely nobody's work.
-        for left in entry.parent.glob(f"{prefix}*"):
-            if time.time() - left.stat().st_mtime > DAY:
-                shutil.rmtree(left, ignore_errors=True)
+        _sweep(entry.parent, f"{re.escape(prefix)}.*")
         temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=entry.parent))
         try:
             with Writer(temporary) as writer:

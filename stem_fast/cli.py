@@ -500,7 +500,7 @@ def evaluate(
     _print_metrics(result, f"{run} on {table}{held}", schema.group)
     if by is not None:
         report.print_by(result["by"])
-    _print_unknown(found)
+    _print_unknown(found, " of all rows" if conditions else "")
     if json is not None:
         checkpoint.save_json(json, result)
 
@@ -573,13 +573,13 @@ def _refuse_in_csv(name: str, values: pa.ChunkedArray) -> None:
         ) from error
 
 
-def _print_unknown(rows: data.Dataset) -> None:
+def _print_unknown(rows: data.Dataset, which: str = "") -> None:
     """A line of the columns with the most values that the model has not learned."""
     shares = {name: known.unknown_share for name, known in rows.known.items()}
     most = sorted((name for name in shares if shares[name]), key=lambda name: -shares[name])
     parts = [f"{name} {100 * shares[name]:.1f} %" for name in most[:5]]
     parts += [f"less in {len(most) - 5} more"] * (len(most) > 5)
-    report.console().print(f"unknown values: {', '.join(parts) or 'none'}")
+    report.console().print(f"unknown values{which}: {', '.join(parts) or 'none'}")
 
 
 def _print_metrics(result: dict[str, Any], title: str, group: str | None) -> None:
@@ -647,14 +647,13 @@ def list_cache(context: typer.Context, cache: _Cache = None) -> None:
 
 
 @cache_app.command("clear")
-def clear_cache(context: typer.Context) -> None:
+def clear_cache(context: typer.Context, cache: _Cache = None) -> None:
     """Remove all cached data that no process uses."""
-    removed = caching.evict(context.obj, -1)
-    left = len(caching.entries(context.obj))
-    size = sum(entry.size for entry in removed) / 1e9
-    rest = f"; {left} in use stay" if left else ""
-    said = f"{len(removed)} data sets, {size:.3f} GB, removed from {context.obj}{rest}"
-    report.console().print(said)
+    root = context.obj if cache is None else caching.cache_root(cache)
+    removed = caching.evict(root, -1)
+    left = len(caching.entries(root))
+    rest = f"; {left} in use left" if left else ""
+    report.console().print(f"{report.data_sets(removed)}, removed from {root}{rest}")
 
 
 @app.command()

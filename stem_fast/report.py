@@ -262,10 +262,16 @@ def print_cache(root: str, entries: Sequence[Entry]) -> None:
     for path, size, used in entries:
         when = datetime.fromtimestamp(used).isoformat(" ", "minutes")
         table.add_row(path.name, f"{size / 1e6:,.1f}", when)
-    out, total = console(), sum(entry.size for entry in entries)
+    out = console()
     if entries:
         out.print(table)
-    out.print(f"{root} holds {len(entries)} data sets, {total / 1e9:.3f} GB")
+    out.print(f"{root} holds {data_sets(entries)}")
+
+
+def data_sets(entries: Sequence[Entry]) -> str:
+    """Their number and size: "2 data sets, 31.4 MB"."""
+    size = sum(entry.size for entry in entries) / 1e6
+    return f"{len(entries)} data set{'' if len(entries) == 1 else 's'}, {size:,.1f} MB"
 
 
 def print_pairs(rows: Mapping[str, str]) -> None:

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -268,6 +269,20 @@ def test_the_longest_unused_goes_first(tmp_path: Path) -> None:
     assert [entry.path for entry in removed] == [paths["c"], paths["a"]]
     assert {path.name[0] for path in tmp_path.iterdir()} == {"b", "d", "m"}
     assert read_entry(paths["b"]) is not None
+
+
+def test_what_killed_writes_left_goes_too(tmp_path: Path) -> None:
+    """Of every entry, a day later; what has another name is nobody's business here."""
+    old, new, mine = f".{'a' * 40}.x1y2z3", f".{'b' * 40}.x1y2z3", f".{'c' * 39}.x1y2z3"
+    for name in (old, new, mine):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.npy").write_bytes(bytes(1000))
+    for name in (old, mine):
+        os.utime(tmp_path / name, (time.time() - 2 * DAY,) * 2)
+    kept = named(tmp_path, "d", 1)
+    assert evict(tmp_path, 10**6) == []
+    assert {path.name for path in tmp_path.iterdir()} == {new, mine, kept.name}
+    assert evict(tmp_path / "nowhere", 0) == []
 
 
 USING = """

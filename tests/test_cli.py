@@ -263,6 +263,8 @@ def test_the_share_of_unknown_values_is_told() -> None:
     unknown = sum(video >= 20 for video in cells) / len(cells)
     assert 0 < unknown < 0.5
     assert f"\nunknown values: video_id {100 * unknown:.1f} %\n" in result.stdout
+    result = stem_fast("evaluate", "run", "--data", "valid.parquet", "--where", "user_id<3")
+    assert f"\nunknown values of all rows: video_id {100 * unknown:.1f} %\n" in result.stdout
     result = stem_fast("predict", "run", "--data", "train.parquet", "--out", "p.csv")
     assert result.stdout.endswith("\nunknown values: none\n")
 
@@ -1084,12 +1086,12 @@ def test_the_cache_is_listed_limited_and_cleared() -> None:
     def names() -> list[str]:
         return sorted(path.name for path in Path("cache").iterdir())
 
-    assert "cache holds 0 data sets, 0.000 GB" in stem_fast("cache").stdout
+    assert "cache holds 0 data sets, 0.0 MB" in stem_fast("cache").stdout
     fit(epochs=1)
     assert len(names()) == 2
     Path("cache/notes.txt").write_text("not an entry")
     shown = stem_fast("cache").stdout
-    assert "cache holds 2 data sets, 0.000 GB" in shown
+    assert "cache holds 2 data sets, 0.0 MB" in shown
     assert all(name in shown for name in names() if name != "notes.txt")
     gc.collect()  # the data of fit
     # What a command reads stays, whatever the limit.
@@ -1100,8 +1102,16 @@ def test_the_cache_is_listed_limited_and_cleared() -> None:
     assert len(names()) == 2
     gc.collect()
     result = stem_fast("cache", "clear")
-    assert "1 data sets, 0.000 GB, removed from " in result.stdout
+    assert "1 data set, 0.0 MB, removed from " in result.stdout
     assert names() == ["notes.txt"]
+    assert stem_fast(*evaluate, "--cache", "other").exit_code == 0
+    gc.collect()
+    assert "other holds 1 data set, 0.0 MB\n" in stem_fast("cache", "--cache", "other").stdout
+    for flags in (("cache", "clear", "--cache", "other"), ("cache", "--cache", "other", "clear")):
+        assert stem_fast(*evaluate, "--cache", "other").exit_code == 0
+        gc.collect()
+        assert "1 data set, 0.0 MB, removed from other\n" in stem_fast(*flags).stdout
+        assert list(Path("other").iterdir()) == []
     refused(stem_fast(*evaluate, "--cache-limit", "much"), "--cache-limit is 'much': give a size")
     refused(fit(ok=False, cache_limit="1..5GB"), "--cache-limit is '1..5GB': give a size such as")
 
