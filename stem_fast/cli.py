@@ -467,8 +467,9 @@ def evaluate(
     conditions = [select.Where.parse(text) for text in where or ()]
     model, encoding, config = checkpoint.load_run(run, _device(device))
     schema = encoding.schema
-    more = [*schema.tasks, schema.group, by, *(each.column for each in conditions)]
-    joins = _joins(join, run, table, schema, [name for name in more if name is not None])
+    needed = [*schema.features, *schema.tasks, *([schema.group] if schema.group else [])]
+    asked = [*([] if by is None else [by]), *(each.column for each in conditions)]
+    joins = _joins(join, run, table, schema, needed, asked)
     _check_output("--json", json, table, *(Path(each.path) for each in joins))
     check_precision(precision or config.precision, _device(device))
     with report.console().status(f"evaluating {table}"):
@@ -533,7 +534,7 @@ def predict(
         if name in schema.tasks or names.count(name) > 1:
             other = "a prediction's name too" if name in schema.tasks else "named twice"
             raise DataError(f"--keep names {name!r}, which is {other}: leave it out.")
-    joins = _joins(join, run, table, schema, names)
+    joins = _joins(join, run, table, schema, schema.features, names)
     _check_output("--out", out, table, *(Path(each.path) for each in joins))
     check_precision(precision or config.precision, _device(device))
     with report.console().status(f"predicting {table}"):
@@ -605,17 +606,25 @@ def _check_output(option: str, out: Path | None, *sources: Path) -> None:
 
 
 def _joins(
-    texts: list[str] | None, run: Path, table: Path, schema: Schema, more: Sequence[str]
+    texts: list[str] | None,
+    run: Path,
+    table: Path,
+    schema: Schema,
+    needed: Sequence[str],
+    asked: Sequence[str],
 ) -> tuple[data.Join, ...]:
     """The joins of --join; without one those that the run was made with, where the table lacks a
-    column of the features or of ``more``."""
+    column that is ``needed``, or one that is ``asked`` for and that a side table has."""
     own = checkpoint.read_config(run)["source"].get("join", [])
     if texts or not own:
         return tuple(parse_join("--join", text) for text in texts or ())
     names = Table(table, schema.header, schema.delimiter).names()
-    if {*schema.features, *more} <= set(names):
-        return ()
     joins = tuple(parse_join("join", text) for text in own)
+    if set(needed) <= set(names):
+        absent = {*asked} - {*names}
+        there = [join.path for join in joins if absent and Path(join.path).exists()]
+        if not any(absent & {*Table(path, None, schema.delimiter).names()} for path in there):
+            return ()
     for join in joins:
         if not Path(join.path).exists():
             raise DataError(

@@ -406,6 +406,22 @@ def test_side_tables_are_joined() -> None:
     valid = valid.append_column("author", pa.array(texts))
     valid = valid.append_column("city", pa.array([cities[u].as_py() for u in users]))
     pq.write_table(valid, "whole.parquet")
+    # It is joined for a column that a side table alone has, and not for a wrong name.
+    for flags in (("--by", "citty"), ("--where", "citty=a")):
+        result = stem_fast("evaluate", "run", "--data", "whole.parquet", *flags)
+        refused(result, "error: whole.parquet: no column 'citty'. Did you mean 'city'?")
+        assert "joined" not in result.stdout
+    predict = ("predict", "run", "--data", "whole.parquet", "--out", "p.parquet", "--keep")
+    refused(stem_fast(*predict, "agee"), "error: whole.parquet: no column 'agee'. Did you mean")
+    ages = pa.table({"user_id": np.arange(12), "level": np.arange(12)})
+    pq.write_table(ages, "users.parquet")
+    pq.write_table(pa.table({"video_id": np.arange(25)}), "videos.parquet")
+    result = stem_fast(*predict, "level")
+    assert result.exit_code == 0, result.output
+    assert "joined as in training" in result.stdout
+    kept = pq.read_table("p.parquet")["level"].to_pylist()
+    assert kept == valid["user_id"].to_pylist()
+    pq.write_table(pa.table({"video_id": np.arange(25), "author": names}), "videos.parquet")
     Path("users.parquet").unlink()
     result = stem_fast("evaluate", "run", "--data", "whole.parquet", "--json", "m.json")
     assert "joined" not in result.stdout
