@@ -138,17 +138,8 @@ class Schedule(History):
         return self.made > 0 and (near or abs(self.factor) < self.betas[0] ** 2)
 
     def decays(self, lr: float | Tensor, weight_decay: float | Tensor) -> None:
-        """Sets the factor of the next step; of what is on a GPU the host knows none.
-
-        Raises ValueError where decoupled decay leaves nothing of a weight.
-        """
-        known = not any(isinstance(o, Tensor) and o.is_cuda for o in (lr, weight_decay))
-        decay = float(lr) * float(weight_decay) if self.decoupled and known else 0.0
-        if abs(1 - decay) < 1e-6:
-            raise ValueError(
-                f"lr * weight_decay is {decay:g}: decoupled decay would leave nothing of a weight"
-            )
-        self.factor = 1 - decay
+        """Sets the factor of the next step."""
+        self.factor = _kept(lr, weight_decay) if self.decoupled else 1.0
 
     def flushed(self) -> None:
         super().flushed()
@@ -224,7 +215,8 @@ class TableOptimizer(torch.optim.Optimizer):
 
         A table without a gradient makes no step, as in torch.
 
-        Raises RuntimeError where another optimizer has taken a table over.
+        Raises RuntimeError where another optimizer has taken a table over, ValueError where
+        decoupled decay would leave nothing of a weight; no table makes its step then.
         """
         for arena in self._arenas.values():
             if arena.optimizer not in (self, None):
@@ -236,6 +228,9 @@ class TableOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for group in self.param_groups:
+            if any(weight.grad is not None for weight in group["params"]):
+                self._refuse(group)
         with self._lock:
             for group in self.param_groups:
                 for weight in group["params"]:
@@ -295,6 +290,9 @@ class TableOptimizer(torch.optim.Optimizer):
         """Make all steps that rows have missed: every table is then what it would be without."""
         for weight in self._arenas:
             self.catch_up(weight, None)
+
+    def _refuse(self, group: dict[str, Any]) -> None:
+        """Raise ValueError for options with which the group can make no step."""
 
     def _update(
         self, weight: Tensor, group: dict[str, Any], rows: Tensor | None, values: Tensor
@@ -415,6 +413,10 @@ class ExactAdam(TableOptimizer):
             "decoupled_weight_decay": decoupled,
         }
         super().__init__(params, defaults)
+
+    def _refuse(self, group: dict[str, Any]) -> None:
+        if group["decoupled_weight_decay"]:
+            _kept(group["lr"], group["weight_decay"])
 
     def _update(
         self, weight: Tensor, group: dict[str, Any], rows: Tensor | None, values: Tensor
@@ -683,6 +685,22 @@ def _options(like: Tensor, *options: float | Tensor) -> Tensor:
     for place, option in zip(found, options, strict=True):
         place.fill_(option.reshape(()) if isinstance(option, Tensor) else option)
     return found
+
+
+def _kept(lr: float | Tensor, weight_decay: float | Tensor) -> float:
+    """What a step of decoupled decay leaves of a weight; 1 where they are on a GPU, for the host
+    does not know it then.
+
+    Raises ValueError where that is nothing.
+    """
+    if any(isinstance(option, Tensor) and option.is_cuda for option in (lr, weight_decay)):
+        return 1.0
+    decay = float(lr) * float(weight_decay)
+    if abs(1 - decay) < 1e-6:
+        raise ValueError(
+            f"lr * weight_decay is {decay:g}: decoupled decay would leave nothing of a weight"
+        )
+    return 1 - decay
 
 
 def _check(options: Mapping[str, Any]) -> None:

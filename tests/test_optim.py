@@ -318,6 +318,25 @@ def test_decoupled_decay_that_leaves_little(decay: float, steps: int, bound: flo
         optimizer.step()
 
 
+def test_a_step_that_is_refused_is_made_of_no_table() -> None:
+    tables = arena(), arena()
+    optimizer = optim.ExactAdam(tables[0], weight_decay=0.1, decoupled=True)
+    optimizer.add_param_group({"params": tables[1], "weight_decay": 1000.0})  # lr is 1e-3
+    before = [table.weight.detach().clone() for table in tables]
+    for table in tables:
+        table.weight.grad = torch.ones_like(table.weight)
+    with pytest.raises(ValueError, match="would leave nothing of a weight"):
+        optimizer.step()
+    assert optimizer.made == 0
+    assert not optimizer.state
+    for table, weight in zip(tables, before, strict=True):
+        assert torch.equal(table.weight, weight)
+    tables[1].weight.grad = None  # makes no step, so nothing is refused
+    optimizer.step()
+    torch.testing.assert_close(tables[0].weight, before[0] * (1 - 1e-4) - 1e-3)
+    assert torch.equal(tables[1].weight, before[1])
+
+
 def test_decoupled_decay_is_flushed_before_it_leaves_nothing() -> None:
     """After 3,900 steps 0.82^3900 of a weight is left, which no float64 holds: a batch's rows after
     that are right all the same."""
