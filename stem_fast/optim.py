@@ -20,14 +20,14 @@ With L2 a row that misses steps has the gradient ``weight_decay * w`` at each of
 weight that no gradient has touched makes them all at once: it is its first value times a number
 that depends on that value's size, whose series :func:`stem_fast.reference.new_rows` keeps. Any
 other makes them one by one, in registers, until nothing moves any more. Several at once would have
-to know how ``weight_decay`` changes, which clipping does at every step: where ``sqrt(v)`` is not far
-above eps a weight moves by a tenth of itself in one, so these changes matter to first order.
+to know how ``weight_decay`` changes, which clipping does at every step: where ``sqrt(v)`` is not
+far above eps a weight moves by a tenth of itself in one, so these changes matter to first order.
 
 Error, row by row: single steps round as torch's do. The series is cut after eight terms. Its growth
-g is the least number with ``|a_k| <= a_0 g^k / k!`` for the terms that are kept, and it is used where
-``g |W| <= 0.5``; terms that follow the same law leave out ``0.5^8 / 8! = 1e-7`` of the row, and with
-weight decays that jump, swing or are clipped 3e-7 was the most that was measured. Below 1e-24 a
-weight's L2 gradient leaves float32's range, and nothing is promised.
+g is the least number with ``|a_k| <= a_0 g^k / k!`` for the terms that are kept, and it is used
+where ``g |W| <= 0.5``; terms that follow the same law leave out ``0.5^8 / 8! = 1e-7`` of the row,
+and with weight decays that jump, swing or are clipped 3e-7 was the most that was measured. Below
+1e-24 a weight's L2 gradient leaves float32's range, and nothing is promised.
 """
 
 from __future__ import annotations
