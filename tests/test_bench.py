@@ -30,7 +30,10 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /
 @pytest.mark.parametrize("op", run.OPS)
 def test_every_contender_is_right_and_what_is_wrong_is_seen(op: str) -> None:
     case = run.OPS[op](TINY, "cpu")
-    assert {cases.OURS, *case.ceilings} < set(case.contenders)
+    assert {cases.OURS, *case.ceilings} <= set(case.contenders)
+    # Nobody else makes missed steps.
+    peers = set(case.contenders) - {cases.OURS, *case.ceilings}
+    assert peers or op == "catch_up_l2"
     for name, build in case.contenders.items():
         if name in case.ceilings or "compiled" in name:  # compiling takes too long here
             continue
