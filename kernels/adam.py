@@ -174,7 +174,8 @@ def _extend(before, own, first, size, root, decay, BETA1, BETA2, EPS, CUBE: tl.c
     v0 = tl.sum(tl.where(p == 0, v, 0.0))
     root0 = tl.sqrt(v0)
     twice = tl.where(root0 > 0, 2 * root0, 1.0)
-    # The root of v, term by term, in units of eps. It comes with a factor |W|: so do its terms.
+    # The root of v, term by term. Over eps it comes with a factor |W|: its terms are those of one
+    # place later.
     s = tl.where(p == 0, root0, 0.0)
     for i in tl.static_range(1, CUBE - 1):
         rest = tl.sum(tl.where(p == i, v - _product(s, s, CUBE), 0.0))

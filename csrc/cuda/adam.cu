@@ -247,7 +247,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, l2>)
 
 template <typename T, typename S, bool l2>
 void run(const Tensor& weight, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& last,
-         const Rows& rows, const Tensor& steps, const Tensor& clock, double beta1, double beta2, double eps, bool decoupled) {
+         const Rows& rows, const Tensor& steps, const Tensor& clock, double beta1, double beta2,
+         double eps, bool decoupled) {
   Adam<T, S> a{};
   a.weight = static_cast<T*>(weight.mutable_data_ptr());
   a.exp_avg = static_cast<S*>(exp_avg.mutable_data_ptr());
