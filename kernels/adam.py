@@ -17,6 +17,7 @@ MOMENTS = tl.constexpr(4)  # the first of them; with L2 of the series in their p
 POWERS = tl.constexpr(7)
 SERIES = tl.constexpr(8)  # terms of each series
 GROWTH = tl.constexpr(28)
+LEAST_GROWTH = tl.constexpr(1e-30)  # so that it can be divided by
 UNKNOWN = tl.constexpr(2.0**100)  # in its place, where the series are not known
 CONVERGED = tl.constexpr(0.5)  # up to this growth times the weight, they are exact in float32
 SPENT = tl.constexpr(2.0**-60)  # momentum of which so little is left moves nothing
@@ -40,33 +41,27 @@ def _make_step(w, m, v, grad, step, BETA1, BETA2, EPS, DECOUPLED, SUM):
 
 
 @triton.jit
-def _value(column, growth, size, SUM: tl.constexpr):
-    """Value of a series, from its first column, at each size, which is in units of the growth."""
-    unit = 1 / growth
-    scale = unit
-    for _ in tl.static_range(SERIES - 2):
-        scale *= unit
+def _value(column, size, SUM: tl.constexpr):
+    """Value of a series, from its first column, at each size, in units of the growth."""
     total = tl.zeros_like(size)
     for p in tl.static_range(SERIES):
-        total = (tl.load(column + SERIES - 1 - p) * scale).to(SUM) + size * total
-        scale *= growth
+        total = tl.load(column + SERIES - 1 - p).to(SUM) + size * total
     return total
 
 
 @triton.jit
-def _new_row(w, m, v, steps, due, LOG2, SUM: tl.constexpr):
-    """Steps 1 .. due with L2 alone of weights that no gradient has touched: w, m, v, and whether
-    they are such, m and v zero, and small enough. A weight that is zero stays, whatever v is."""
-    line = steps + due * COLUMNS
-    growth = tl.maximum(tl.load(line + GROWTH), 1e-30)
+def _new_row(w, m, v, line, SUM: tl.constexpr):
+    """The steps up to a line's with L2 alone of weights that no gradient has touched: w, m, what v
+    gains, and whether they are such, m and v zero, and small enough. A weight that is zero stays,
+    whatever v is."""
+    growth = tl.load(line + GROWTH)
     size = tl.abs(w) * growth.to(SUM)
     small = (m == 0) & ((v == 0) | (w == 0)) & (size <= CONVERGED)
     known = (tl.min(small.to(tl.int32)) == 1) & (growth < UNKNOWN)
-    left = tl.exp2(due.to(tl.float64) * LOG2).to(SUM)
     series = line + MOMENTS
-    new_v = v * left + w * w * _value(series + 2 * SERIES, growth, size, SUM)
-    new_m = w * _value(series + SERIES, growth, size, SUM)
-    return w * _value(series, growth, size, SUM), new_m, new_v, known
+    gained = w * w * _value(series + 2 * SERIES, size, SUM)
+    new_m = w * _value(series + SERIES, size, SUM)
+    return w * _value(series, size, SUM), new_m, gained, known
 
 
 @triton.jit
@@ -79,20 +74,18 @@ def _alive(w, m, LEAST):
 @triton.jit
 def _replay(w, m, v, steps, made, due, BETA1, BETA2, EPS, LOG2, LEAST, SUM):
     """Steps made + 1 .. due with L2 alone, until nothing moves any more."""
-    t = made
+    t, stop = made, due
     alive = _alive(w, m, LEAST)
+    gained = tl.zeros_like(v)
     # float64 wants more digits than the series have.
     if SUM == tl.float32:  # noqa: SIM102, SIM300
         if made == 0:
-            new_w, new_m, new_v, known = _new_row(w, m, v, steps, due, LOG2, SUM)
-            w, m, v = (
-                tl.where(known, new_w, w),
-                tl.where(known, new_m, m),
-                tl.where(known, new_v, v),
-            )
+            new_w, new_m, new, known = _new_row(w, m, v, steps + due * COLUMNS, SUM)
+            w, m = tl.where(known, new_w, w), tl.where(known, new_m, m)
+            gained = tl.where(known, new, gained)
             alive |= known
-            t = tl.where(known, due, t)
-    while (t < due) & alive:
+            stop = tl.where(known, made, due)
+    while (t < stop) & alive:
         t += 1
         w, m, v = _make_step(
             w, m, v, tl.zeros_like(w), steps + t * COLUMNS, BETA1, BETA2, EPS, False, SUM
@@ -100,7 +93,7 @@ def _replay(w, m, v, steps, made, due, BETA1, BETA2, EPS, LOG2, LEAST, SUM):
         if t % LOOK == 0:
             alive = _alive(w, m, LEAST)
     left = tl.exp2((due - t).to(tl.float64) * LOG2).to(SUM)
-    return tl.where(alive, w, 0.0), tl.where(alive, m, 0.0), v * left
+    return tl.where(alive, w, 0.0), tl.where(alive, m, 0.0), v * left + gained
 
 
 @triton.jit
@@ -164,12 +157,22 @@ def _product(a, b, CUBE: tl.constexpr):
 
 
 @triton.jit
+def _powers(x, p):
+    """x^p for p of 0 .. 7."""
+    x2 = x * x
+    low = tl.where(p & 1 != 0, x, 1.0) * tl.where(p & 2 != 0, x2, 1.0)
+    return low * tl.where(p & 4 != 0, x2 * x2, 1.0)
+
+
+@triton.jit
 def _extend(before, own, first, size, root, decay, BETA1, BETA2, EPS, CUBE: tl.constexpr):
     """reference.new_rows, from a line's columns to the next line's. CUBE is SERIES."""
     p = tl.arange(0, CUBE)
-    w = tl.where(first, tl.where(p == 0, 1.0, 0.0), tl.load(before + p))
-    m = BETA1 * tl.load(before + SERIES + p) + (1 - BETA1) * decay * w  # zero in the first line
-    v = BETA2 * tl.load(before + 2 * SERIES + p)
+    # The terms stand over powers of the growth. In the first line all but w is zero.
+    powers = _powers(tl.load(before + 3 * SERIES), p)
+    w = tl.where(first, tl.where(p == 0, 1.0, 0.0), tl.load(before + p) * powers)
+    m = BETA1 * tl.load(before + SERIES + p) * powers + (1 - BETA1) * decay * w
+    v = BETA2 * tl.load(before + 2 * SERIES + p) * powers
     v += (1 - BETA2) * decay * decay * _product(w, w, CUBE)
     v0 = tl.sum(tl.where(p == 0, v, 0.0))
     root0 = tl.sqrt(v0)
@@ -202,9 +205,11 @@ def _extend(before, own, first, size, root, decay, BETA1, BETA2, EPS, CUBE: tl.c
     finite = tl.sum(tl.where((w - w == 0) & (m - m == 0) & (v - v == 0), 0, 1)) == 0
     finite &= (growth - growth == 0) & (least - least == 0)
     known = finite & (first | (tl.load(before + 3 * SERIES) < UNKNOWN))
-    tl.store(own + p, tl.where(known, w, 0.0))
-    tl.store(own + SERIES + p, tl.where(known, m, 0.0))
-    tl.store(own + 2 * SERIES + p, tl.where(known, v, 0.0))
+    growth = tl.maximum(growth, LEAST_GROWTH)
+    unit = _powers(1 / growth, p)
+    tl.store(own + p, tl.where(known, w * unit, 0.0))
+    tl.store(own + SERIES + p, tl.where(known, m * unit, 0.0))
+    tl.store(own + 2 * SERIES + p, tl.where(known, v * unit, 0.0))
     tl.store(own + 3 * SERIES, tl.where(known, growth, UNKNOWN))
 
 
@@ -265,9 +270,7 @@ def _adam_schedule(
                 distance -= tl.exp2(tl.full([], 0.5 * LOG2, tl.float64)) * after
                 term = size * tl.exp2(LOG1 * age.to(tl.float64)) / left
                 term *= tl.load(at + 3, mask=inside, other=0.0)
-                d = distance[:, None]
-                to_p = tl.where(p & 1 != 0, d, 1.0) * tl.where(p & 2 != 0, d * d, 1.0)
-                to_p *= tl.where(p & 4 != 0, d * d * d * d, 1.0)
+                to_p = _powers(distance[:, None], p)
                 sums = at[:, None] + MOMENTS + p
                 gains = inside[:, None] & (p < POWERS)
                 old = tl.load(sums, mask=gains, other=0.0)

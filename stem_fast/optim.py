@@ -91,7 +91,7 @@ class Schedule(History):
     4 .. 10  for rows that made step t and none since, the sums over j of ``a_j * (x_j - x_1)^p``,
        p = 0 .. 6, decoupled: of ``a_j`` over the product up to there
     4 .. 28  with L2, in their place: what :func:`stem_fast.reference.new_rows` makes of rows that
-       were not trained by step t, 28 the growth of those series
+       were not trained by step t
     """
 
     def __init__(

@@ -409,7 +409,7 @@ def test_every_kernel_compiles_and_none_spills(tmp_path: Path) -> None:
         if isinstance(value, triton.runtime.interpreter.InterpretedFunction | triton.JITFunction)
     }
     parts = {"_alive", "_coast", "_column", "_load", "_make_step", "_read"}
-    parts |= {"_extend", "_new_row", "_product", "_value"}
+    parts |= {"_extend", "_new_row", "_powers", "_product", "_value"}
     parts |= {"_first_of_row", "_tile_of_program"}
     parts |= {"_replay", "_row_of", "_weights", "_write"}
     parts |= {"_names", "_newest_step", "_row", "pick"}

@@ -34,7 +34,7 @@ enum Column {
 };
 // Up to this growth times the weight, those series are exact to float32's rounding; kUnknown stands in
 // its place where they are not known. See reference.new_rows.
-constexpr double kConverged = 0.5, kUnknown = 0x1p100;
+constexpr double kConverged = 0.5, kLeastGrowth = 1e-30, kUnknown = 0x1p100;
 // Momentum of which so little is left moves nothing: 2^-60.
 constexpr double kSpent = 0x1p-60;
 // Steps with L2 after which a row is looked at again: it may have been pulled to nothing.
@@ -114,17 +114,13 @@ INLINE void make_step(const Job& job, const double* step, const A* g, Part<A>& p
 // The series of weights that no gradient has touched, at the end of the steps base + 1 .. `to`.
 template <typename A>
 struct NewRows {
-  A growth;                 // infinite where nothing is known
+  A growth;
   A terms[3][kSeries], left;  // of w, m and v, in units of the growth; what is left of v's that was
 
   NewRows(const Job& job, int64_t to) {
     const double* line = job.step(to);
-    const bool known = line[kGrowth] < kUnknown;
-    growth = known ? line[kGrowth] : std::numeric_limits<A>::infinity();
-    double unit = 1;
-    for (int p = 0; known && p < kSeries; ++p, unit /= std::max(line[kGrowth], 1e-30)) {
-      for (int i = 0; i < 3; ++i) terms[i][p] = line[kNew + i * kSeries + p] * unit;
-    }
+    growth = line[kGrowth];
+    for (int i = 0; i < 3 * kSeries; ++i) terms[i / kSeries][i % kSeries] = line[kNew + i];
     left = std::exp2(job.log2 * static_cast<double>(to - job.base));
   }
 
@@ -132,7 +128,7 @@ struct NewRows {
   // weight is: such a weight stays) and its weights small enough: whether it did.
   template <typename V = typename Lanes<A>::type>
   INLINE bool run(Part<A>& part) const {
-    if (!(growth <= std::numeric_limits<A>::max())) return false;
+    if (growth >= A(kUnknown)) return false;
     auto known = part.w[0] == part.w[0];
     for (int i = 0; i < Part<A>::n; ++i) {
       const V w = part.w[i], size = w < 0 ? -w : w;
@@ -407,12 +403,16 @@ Terms product(const Terms& a, const Terms& b) {
 void extend(const double* before, double* own, double beta1, double beta2, double eps) {
   const double decay = own[kDecay], rate = own[kSize] / eps;
   Terms w, m, v, grad, root{}, q{}, inverse{1};
+  double powers[kSeries] = {1};  // of the growth
+  for (int i = 1; i < kSeries; ++i) powers[i] = powers[i - 1] * before[3 * kSeries];
   for (int i = 0; i < kSeries; ++i) {
-    w[i] = before[i], grad[i] = decay * w[i];
-    m[i] = beta1 * before[kSeries + i] + (1 - beta1) * grad[i];
+    w[i] = before[i] * powers[i], grad[i] = decay * w[i];
+    m[i] = beta1 * before[kSeries + i] * powers[i] + (1 - beta1) * grad[i];
   }
   const Terms squares = product(grad, grad);
-  for (int i = 0; i < kSeries; ++i) v[i] = beta2 * before[2 * kSeries + i] + (1 - beta2) * squares[i];
+  for (int i = 0; i < kSeries; ++i) {
+    v[i] = beta2 * before[2 * kSeries + i] * powers[i] + (1 - beta2) * squares[i];
+  }
   // The root of v. Over eps it comes with a factor |W|: its terms are those of one place later.
   root[0] = std::sqrt(v[0]);
   const double twice = root[0] > 0 ? 2 * root[0] : 1;
@@ -431,7 +431,7 @@ void extend(const double* before, double* own, double beta1, double beta2, doubl
   if (decay > 0) reach = std::min(reach, std::sqrt(reach / decay));
   for (int i = 0; i < kSeries; ++i) w[i] -= rate * moved[i];
   const double least = std::abs(w[0]) + reach * std::abs(m[0]);
-  double growth = 0, factorial = 1;
+  double growth = kLeastGrowth, factorial = 1;
   bool known = before[3 * kSeries] < kUnknown;
   for (int p = 1; p < kSeries; ++p) {
     factorial *= p;
@@ -448,9 +448,12 @@ void extend(const double* before, double* own, double beta1, double beta2, doubl
     own[kGrowth] = kUnknown;
     return;
   }
-  std::copy(w.begin(), w.end(), own + kNew);
-  std::copy(m.begin(), m.end(), own + kNew + kSeries);
-  std::copy(v.begin(), v.end(), own + kNew + 2 * kSeries);
+  double unit = 1;
+  for (int i = 0; i < kSeries; ++i, unit /= growth) {
+    own[kNew + i] = w[i] * unit;
+    own[kNew + kSeries + i] = m[i] * unit;
+    own[kNew + 2 * kSeries + i] = v[i] * unit;
+  }
   own[kGrowth] = growth;
 }
 
@@ -480,7 +483,7 @@ void adam_schedule(const Tensor& steps, const Tensor& clock, const Tensor& optio
   own[kDecay] = decoupled ? 1 - option[0] * option[1] : option[1];
   own[kLeft] = decoupled ? own[kLeft - kColumns] * own[kDecay] : 1;
   if (l2) {
-    const double first[3 * kSeries + 1] = {1};
+    const double first[3 * kSeries + 1] = {1};  // W itself
     extend(line == 1 ? first : own - kColumns + kNew, own, beta1, beta2, eps);
     return;
   }

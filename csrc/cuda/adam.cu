@@ -82,19 +82,12 @@ __device__ void make_step(const Adam<T, S>& a, const double* step, const A (&gra
   }
 }
 
-// The value at `size`, which is in units of the growth, of a series from its first column.
+// The value at `size`, in units of the growth, of a series from its first column.
 template <typename A>
-__device__ A value(const double* c, double growth, A size) {
-  const double unit = 1 / growth;
-  double scale = unit;
+__device__ A value(const double* c, A size) {
+  A sum = c[kSeries - 1];
 #pragma unroll
-  for (int p = 2; p < kSeries; ++p) scale *= unit;
-  A sum = 0;
-#pragma unroll
-  for (int p = kSeries - 1; p >= 0; --p) {
-    sum = static_cast<A>(c[p] * scale) + size * sum;
-    scale *= growth;
-  }
+  for (int p = kSeries - 2; p >= 0; --p) sum = static_cast<A>(c[p]) + size * sum;
   return sum;
 }
 
@@ -103,21 +96,21 @@ __device__ A value(const double* c, double growth, A size) {
 template <typename T, typename S, typename A, int n>
 __device__ bool new_row(const Adam<T, S>& a, int to, Elements<A, n>& e) {
   const double* line = a.steps + to * kColumns;
-  const double growth = fmax(line[kGrowth], 1e-30);
-  bool known = growth < kUnknown;
+  const A growth = line[kGrowth];
+  bool known = growth < A(kUnknown);
 #pragma unroll
   for (int i = 0; i < n; ++i) {
     known = known && e.m[i] == 0 && (e.v[i] == 0 || e.w[i] == 0) &&
-            fabs(e.w[i]) * static_cast<A>(growth) <= A(kConverged);
+            fabs(e.w[i]) * growth <= A(kConverged);
   }
   if (!known) return false;
   const A left = exp2(a.log2 * static_cast<double>(to));
 #pragma unroll
   for (int i = 0; i < n; ++i) {
-    const A w = e.w[i], size = fabs(w) * static_cast<A>(growth);
-    e.w[i] = w * value(line + kNew, growth, size);
-    e.m[i] = w * value(line + kNew + kSeries, growth, size);
-    e.v[i] = e.v[i] * left + w * w * value(line + kNew + 2 * kSeries, growth, size);
+    const A w = e.w[i], size = fabs(w) * growth;
+    e.w[i] = w * value(line + kNew, size);
+    e.m[i] = w * value(line + kNew + kSeries, size);
+    e.v[i] = e.v[i] * left + w * w * value(line + kNew + 2 * kSeries, size);
   }
   return true;
 }

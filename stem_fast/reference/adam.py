@@ -12,7 +12,8 @@ from stem_fast.reference.rows import real_rows
 MOMENTS = 7  # of the steps that a row has missed, see adam_schedule; the zeroth included
 SERIES = 8  # terms of the series of weights that no gradient has touched, see new_rows
 COLUMNS = 4 + 3 * SERIES + 1  # of the table of steps
-UNKNOWN = 2.0**100  # in place of the series' growth where they are not known
+LEAST_GROWTH = 1e-30  # of the series, so that it can be divided by
+UNKNOWN = 2.0**100  # in place of the growth where the series are not known
 SPENT = 2.0**-60  # momentum of which so little is left moves nothing
 
 
@@ -140,7 +141,8 @@ def new_rows(
     series in |W|.
 
     Args:
-        before: float64 [25]: of w, m and v eight terms each, and their growth.
+        before: float64 [25]: of w, m and v eight terms each, the k-th over the k-th power of their
+            growth, and the growth.
         size, root, decay: float64 [1], columns 0 .. 2 of the step's line.
 
     Returns:
@@ -155,7 +157,8 @@ def new_rows(
         terms = [(a[: p + 1] * b[: p + 1].flip(0)).sum() for p in range(SERIES)]
         return torch.stack(terms)
 
-    w, m, v = before[:-1].view(3, SERIES)
+    powers = torch.arange(SERIES, dtype=before.dtype, device=before.device)
+    w, m, v = before[:-1].view(3, SERIES) * before[-1:].clamp(min=LEAST_GROWTH) ** powers
     grad = decay * w
     m = beta1 * m + (1 - beta1) * grad
     v = beta2 * v + (1 - beta2) * product(grad, grad)
@@ -168,20 +171,21 @@ def new_rows(
     q = torch.stack([torch.zeros_like(twice), *s]) * root / eps
     inverse = [torch.ones_like(twice)]  # of 1 + q
     for p in range(1, SERIES):
-        terms = [q[i] * inverse[p - i] for i in range(1, p + 1)]
-        inverse.append(-torch.stack(terms).sum(0))
+        parts = [q[i] * inverse[p - i] for i in range(1, p + 1)]
+        inverse.append(-torch.stack(parts).sum(0))
     w = w - size / eps * product(m, torch.stack(inverse))
     # How far a weight still goes for each unit of m, along a decaying wave or to rest.
     rate = size / eps
     reach = rate / (1 - beta1)
     reach = torch.where(decay > 0, torch.minimum((reach / decay).sqrt(), reach), reach)
     least = w[0].abs() + reach * m[0].abs()
-    parts = (w, least), (reach * m, least), (v, v[0])
-    ratios = torch.stack([torch.where(unit > 0, part / unit, 0) for part, unit in parts])
-    order = torch.arange(1, SERIES, dtype=v.dtype, device=v.device)
-    factorials = torch.lgamma(order + 1).exp()
-    growth = ((ratios[:, 1:].abs() * factorials) ** (1 / order)).amax().reshape(1)
+    units = (w, least), (reach * m, least), (v, v[0])
+    ratios = torch.stack([torch.where(unit > 0, part / unit, 0) for part, unit in units])
+    factorials = torch.lgamma(powers + 1).exp()
+    roots = (ratios.abs() * factorials)[:, 1:] ** (1 / powers[1:])
+    growth = roots.amax().reshape(1).clamp(min=LEAST_GROWTH)
     known = torch.isfinite(growth) & (before[-1] < UNKNOWN)
     unknown = torch.zeros_like(before)
     unknown[-1].fill_(UNKNOWN)
-    return torch.where(known, torch.cat([w, m, v, growth]), unknown)
+    terms = torch.stack([w, m, v]) / growth**powers
+    return torch.where(known, torch.cat([terms.flatten(), growth]), unknown)
