@@ -58,6 +58,7 @@ def _new_row(w, m, v, line, SUM: tl.constexpr):
     size = tl.abs(w) * growth.to(SUM)
     small = (m == 0) & ((v == 0) | (w == 0)) & (size <= CONVERGED)
     known = (tl.min(small.to(tl.int32)) == 1) & (growth < UNKNOWN)
+    size = tl.minimum(size, CONVERGED)  # no overflow where they are not known
     series = line + MOMENTS
     gained = w * w * _value(series + 2 * SERIES, size, SUM)
     new_m = w * _value(series + SERIES, size, SUM)

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from stem_fast.schema import DataError, Schema
-from stem_fast.tables import TEXT, Block, Join, Table, canonical, joined, read_blocks
+from stem_fast.tables import MISSING, TEXT, Block, Join, Table, canonical, joined, read_blocks
 
 _TESTS: dict[str, Callable[[Any, Any], bool]] = {
     "!=": operator.ne,
@@ -30,7 +30,8 @@ class Where(NamedTuple):
     """A condition on a column: "tab=1", "date>=20220501", "city!=Oslo".
 
     Where the value is a number, numbers are compared, else texts in one spelling (``canonical``).
-    Nothing after = or != means a missing value; a missing value fulfils != alone.
+    Nothing after = or !=, or a spelling of a missing value such as NULL, means a missing value; a
+    missing value fulfils != alone.
     """
 
     column: str
@@ -43,11 +44,12 @@ class Where(NamedTuple):
         # Surrogates stand for bytes that are not UTF-8, which no column has.
         value = r"([^\n\ud800-\udfff]*?)"
         found = re.fullmatch(rf"\s*([^=!<>]+?)\s*(!=|<=|>=|==?|<|>)\s*{value}\s*", text)
-        if found is None or (not found[3] and found[2] not in ("=", "==", "!=")):
+        missing = found is not None and found[3] in MISSING.to_pylist()
+        if found is None or (missing and found[2] not in ("=", "==", "!=")):
             raise DataError(
                 f"--where is {text!r}: give COLUMN=VALUE, or one of !=, <, <=, >, >= between them."
             )
-        return cls(found[1], found[2].replace("==", "="), found[3])
+        return cls(found[1], found[2].replace("==", "="), "" if missing else found[3])
 
     def __str__(self) -> str:
         return f"{self.column}{self.test}{self.value}"

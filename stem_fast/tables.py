@@ -149,10 +149,16 @@ class Table:
             start = self._start(file)
             _, line, rest = self._header(start)
             if not names and line:
-                # Not by a stream of rows, whose thread would go on reading.
-                names = pa.csv.read_csv(
-                    pa.BufferReader(line + b"\n"), *self._options(None)
-                ).column_names
+                try:  # not by a stream of rows, whose thread would go on reading
+                    header = pa.csv.read_csv(pa.BufferReader(line + b"\n"), *self._options(None))
+                except pa.ArrowInvalid as error:
+                    if b'"' not in line:
+                        raise
+                    raise DataError(
+                        f"{file}: a quote in its header {line[:80].decode(errors='replace')!r} is "
+                        "never closed: close or remove it."
+                    ) from error
+                names = header.column_names
             if self.header is not None:
                 rest = start
             # An empty line is a value where there is one column.

@@ -617,6 +617,8 @@ def test_conditions_that_hold_nowhere_or_are_none_are_refused() -> None:
     evaluate = ("evaluate", "run", "--data", "valid.parquet", "--where")
     refused(stem_fast(*evaluate, "user_id"), "--where is 'user_id': give COLUMN=VALUE, or one of")
     refused(stem_fast(*evaluate, "user_id>"), "--where is 'user_id>': give COLUMN=VALUE")
+    refused(stem_fast(*evaluate, "user_id<NULL"), "--where is 'user_id<NULL': give COLUMN=VALUE")
+    refused(stem_fast(*evaluate, "user_id=NULL"), "none of its 150 rows has user_id=.")
     refused(stem_fast(*evaluate, "user_id=\udcff"), "--where is 'user_id=\\udcff': give COLUMN=")
     refused(stem_fast(*evaluate, "user_id>99"), "none of its 150 rows has user_id>99.")
     refused(stem_fast(*evaluate, "userid=1"), "no column 'userid'. Did you mean 'user_id'?")

@@ -138,6 +138,13 @@ def test_missing_texts(tmp_path: Path) -> None:
     assert values(parquet(tmp_path / "a.parquet", x=cells), "x") == wanted
 
 
+def test_a_header_whose_quote_is_never_closed_is_refused(tmp_path: Path) -> None:
+    for header in ('"user,item', 'user,"item'):
+        path = text(tmp_path / "t.csv", f"{header}\n1,2\n2,3\n")
+        with refused("is never closed: close or remove it."):
+            Table(path).names()
+
+
 @pytest.mark.parametrize(
     ("cells", "wanted"),
     [
