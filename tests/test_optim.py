@@ -298,7 +298,7 @@ def test_more_steps_than_a_schedule_begins_with(decay: float) -> None:
     make, make_torch = adams(decay, False)
     optimizer, dense = make(ours), make_torch(theirs)
     for model, each in ((ours, optimizer), (theirs, dense)):
-        train(model, each, batches(2500), COSINE)
+        train(model, each, batches(1100), COSINE)
     assert_same((ours, optimizer), (theirs, dense), 1e-9)
 
 

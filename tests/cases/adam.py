@@ -82,7 +82,6 @@ ADAMS = {
     "early": AdamCase(40, 7, 60),
     "late": AdamCase(30, 48, 450, base=5000),
     "all rows": AdamCase(33, 5, 30, base=300, named=False),
-    "of more ages than CPU remembers": AdamCase(40, 6, 1200, base=100, named=False),
     "l2": AdamCase(40, 9, 70, base=10, decay=1e-4),
     "l2 for long": AdamCase(14, 11, 400, base=1000, decay=1e-6, rates=1, scale=1e-2),
     "new rows": AdamCase(12, 50, 90, base=300, decay=1e-6, scale=3e-5, new=True),
@@ -103,6 +102,10 @@ ADAMS = {
     "caught up": AdamCase(45, 48, 9, base=400, caught_up=45),
     "some caught up": AdamCase(30, 33, 20, base=50, named=False, caught_up=18),
     "caught up, l2": AdamCase(21, 17, 9, decay=1e-4, caught_up=21),
+}
+# Others remember nothing of an age, and take long to make as many steps.
+ADAMS_ON_CPU = ADAMS | {
+    "of more ages than CPU remembers": AdamCase(40, 6, 1200, base=100, named=False)
 }
 
 
