@@ -35,10 +35,10 @@ from bench import official as adapter
 from stem_fast import data, train
 from stem_fast.checkpoint import replacing
 from stem_fast.config import TrainingConfig
-from stem_fast.data import Dataset
+from stem_fast.data.dataset import Dataset
+from stem_fast.data.schema import Encoding, Schema
 from stem_fast.fuxictr import from_official
 from stem_fast.model import STEMNet
-from stem_fast.schema import Encoding, Schema
 
 CODES = ("official", "stem_fast")
 METRICS = ("auc", "gauc", "logloss")

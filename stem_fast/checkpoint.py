@@ -31,10 +31,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from stem_fast.cache import DAY
+from stem_fast.common import DataError, nearest, shown
 from stem_fast.config import TrainingConfig
+from stem_fast.data.cache import DAY
+from stem_fast.data.schema import Encoding
 from stem_fast.model import MODELS, STEMNet
-from stem_fast.schema import DataError, Encoding, nearest, shown
 
 if TYPE_CHECKING:
     from stem_fast.train import EpochRecord

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from stem_fast.data import Dataset
-from stem_fast.schema import DataError
+from stem_fast.common import DataError
+from stem_fast.data.dataset import Dataset
 
 BLOCK = 1 << 20  # rows of labels looked at together
 # A feature is judged on at most SAMPLE rows, on fewer where rows times features times tasks would

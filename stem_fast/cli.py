@@ -25,9 +25,9 @@ import torch
 import typer
 from typer.core import TyperGroup
 
-from stem_fast import __version__, checkpoint, data, ops, report, select, synth
-from stem_fast import cache as caching
+from stem_fast import __version__, checkpoint, data, ops, report
 from stem_fast import train as training
+from stem_fast.common import DataError
 from stem_fast.config import (
     EMBEDDING_OPTIMIZERS,
     FitSettings,
@@ -36,10 +36,12 @@ from stem_fast.config import (
     parse_join,
     parse_size,
 )
+from stem_fast.data import cache as caching
+from stem_fast.data import select, synth
+from stem_fast.data.schema import LARGEST, Encoding, Schema, table_owners
+from stem_fast.data.tables import Table, refuse_changed, signatures
 from stem_fast.model import MODELS, STEMNet
 from stem_fast.precision import check as check_precision
-from stem_fast.schema import LARGEST, DataError, Encoding, Schema, table_owners
-from stem_fast.tables import Table, refuse_changed, signatures
 
 _SMALLER = (
     "fit a smaller network with a lower --embedding-dim, --expert-hidden-units or "

@@ -16,11 +16,12 @@ from typing import Any
 
 import yaml
 
-from stem_fast.data import Join
+from stem_fast.common import DataError, nearest, shown
+from stem_fast.data.joins import Join
+from stem_fast.data.schema import LARGEST, Schema, parse_sequences
 from stem_fast.model import MAX_DIM, MAX_LAYERS, MAX_UNITS, MODELS
 from stem_fast.ops import MAX_EXPERTS
 from stem_fast.precision import PRECISIONS
-from stem_fast.schema import LARGEST, DataError, Schema, nearest, parse_sequences, shown
 
 EMBEDDING_OPTIMIZERS = ("adam", "dense_adam", "lazy_adam", "sgd", "adagrad", "rowwise_adagrad")
 

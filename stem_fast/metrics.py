@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from stem_fast.schema import KINDS, DataError
+from stem_fast.common import KINDS, DataError
 
 Values = npt.ArrayLike | torch.Tensor
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stem_fast import batched, fuxictr, ops, reference
+from stem_fast.common import KINDS
 from stem_fast.experts import expert_mixture
 from stem_fast.inference import Inference
 from stem_fast.layers import (
@@ -26,7 +27,6 @@ from stem_fast.layers import (
     parts_of,
     put_buffer,
 )
-from stem_fast.schema import KINDS
 
 Sequences = Mapping[str, Tensor | tuple[Tensor, Tensor]]
 # Far beyond any use, and small enough for sizes of tensors to stay within 64 bits.

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from stem_fast.schema import DataError
+from stem_fast.common import DataError
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp64")
 _switch = threading.Lock()  # of the two below

@@ -24,7 +24,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from stem_fast.cache import Entry
+from stem_fast.data.cache import Entry
 from stem_fast.train import EpochRecord
 
 PIPED_WIDTH = 200  # of tables in a pipe or file, which has no width of its own

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from stem_fast import ops
+from stem_fast.common import DataError
 from stem_fast.config import TrainingConfig
-from stem_fast.data import Batch
+from stem_fast.data.dataset import Batch
 from stem_fast.layers import has_batch_norm, parameters_of, parts_of, runs_ahead
 from stem_fast.model import STEMNet
 from stem_fast.optim import OPTIMIZERS, TableOptimizer
 from stem_fast.precision import autocast, tf32
-from stem_fast.schema import DataError
 
 WARM_UP = 3  # steps before a capture: kernels are compiled, and state is made
 FLUSH = 16000  # steps between two flushes of the tables; their schedules have more room

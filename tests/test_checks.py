@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from stem_fast import checks
-from stem_fast.data import Dataset
-from stem_fast.schema import DataError
+from stem_fast.common import DataError
+from stem_fast.data.dataset import Dataset
 
 ROWS = 6000
 RANDOM = np.random.default_rng(0)

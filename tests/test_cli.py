@@ -27,7 +27,8 @@ from typer.testing import CliRunner
 
 from stem_fast import checkpoint, config, data, ops, report, train
 from stem_fast.cli import app
-from stem_fast.schema import DataError, SequenceField
+from stem_fast.common import DataError
+from stem_fast.data.schema import SequenceField
 
 TASKS = ("is_click", "long_view")
 NETWORK = {

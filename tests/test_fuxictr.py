@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from stem_fast import MMoE, STEMNet
-from stem_fast.data import Batch
+from stem_fast.data.dataset import Batch
 from stem_fast.train import TrainingConfig, train_step
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from sklearn import metrics as sklearn_metrics
 
+from stem_fast.common import DataError
 from stem_fast.metrics import auc, evaluate, gauc, logloss, mae, pcoc, rmse
-from stem_fast.schema import DataError
 
 BINARY = (auc, logloss, pcoc)
 

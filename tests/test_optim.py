@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from stem_fast import STEMNet, optim
 from stem_fast.config import TrainingConfig
-from stem_fast.data import Batch
+from stem_fast.data.dataset import Batch
 from stem_fast.layers import EmbeddingArena, parameters_of
 from stem_fast.step import TrainStep
 

@@ -11,11 +11,11 @@ from encoded import refused
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stem_fast.schema import (
+from stem_fast.common import nearest
+from stem_fast.data.schema import (
     Encoding,
     Schema,
     SequenceField,
-    nearest,
     parse_labels,
     parse_sequences,
     table_owners,

@@ -16,10 +16,10 @@ from torch import nn
 
 from stem_fast import layers, optim, train
 from stem_fast import step as steps
+from stem_fast.common import DataError
 from stem_fast.config import EMBEDDING_OPTIMIZERS, TrainingConfig
-from stem_fast.data import Batch, Dataset
+from stem_fast.data.dataset import Batch, Dataset
 from stem_fast.model import MODELS, STEMNet
-from stem_fast.schema import DataError
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 ROWS, BATCH = 150, 20  # the last batch of an epoch is shorter

@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from stem_fast import synth
+from stem_fast.common import DataError
+from stem_fast.data import synth
+from stem_fast.data.synth import BASE_RATES, FILES, HISTORY, generate
 from stem_fast.metrics import auc
-from stem_fast.schema import DataError
-from stem_fast.synth import BASE_RATES, FILES, HISTORY, generate
 
 ROWS, VALID_ROWS = 30_000, 10_000
 SMALL = {"rows": 400, "valid_rows": 100, "users": 20, "items": 30}

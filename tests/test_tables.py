@@ -16,9 +16,11 @@ import pyarrow.parquet
 import pytest
 from encoded import parquet, refused
 
-from stem_fast import tables
-from stem_fast.schema import DataError
-from stem_fast.tables import Block, Join, Table, read_blocks
+from stem_fast.common import DataError
+from stem_fast.data import tables
+from stem_fast.data.blocks import Block
+from stem_fast.data.joins import Join, read_blocks
+from stem_fast.data.tables import Table
 
 
 def text(path: Path, content: str) -> Path:

@@ -40,7 +40,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stem_fast import metrics
-from stem_fast.schema import LARGEST, DataError
+from stem_fast.common import DataError
+from stem_fast.data.schema import LARGEST
 
 BASE_RATES = {"click": 0.4, "like": 0.2, "follow": 0.1}
 COMPONENTS = ("appeal", "bait", "click", "like", "follow")

@@ -13,8 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from stem_fast.schema import DataError, Schema
-from stem_fast.tables import MISSING, TEXT, Block, Join, Table, canonical, joined, read_blocks
+from stem_fast.common import DataError
+from stem_fast.data.blocks import Block
+from stem_fast.data.joins import Join, read_blocks
+from stem_fast.data.schema import Schema
+from stem_fast.data.tables import Table
+from stem_fast.data.texts import MISSING, TEXT, canonical, joined
 
 _TESTS: dict[str, Callable[[Any, Any], bool]] = {
     "!=": operator.ne,

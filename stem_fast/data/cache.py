@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from stem_fast.schema import DataError
+from stem_fast.common import DataError
 
 META = "meta.json"
 DAY = 24 * 3600.0
