@@ -43,7 +43,7 @@ from bench.contenders import (
     synthetic,
 )
 from stem_fast import ops
-from stem_fast.layers import GroupedMLP
+from stem_fast.nn.grouped import GroupedMLP
 from stem_fast.precision import tf32
 
 # Of a tensor's entries on average, each of which Adam's first step moves by 1e-3. Rounding decides

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from stem_fast.layers import GroupedMLP
+from stem_fast.nn.grouped import GroupedMLP
 
 if TYPE_CHECKING:
     from stem_fast.model import STEMNet

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stem_fast import batched, ops
+from stem_fast import ops
 from stem_fast import precision as precisions
-from stem_fast.layers import GroupedLinear, GroupedMLP
+from stem_fast.nn import batched
+from stem_fast.nn.grouped import GroupedLinear, GroupedMLP
 
 if TYPE_CHECKING:
     from stem_fast.model import Sequences, STEMNet
@@ -235,7 +236,7 @@ class _Experts(_PlainMLP):
     def mixture(
         self, inputs: Sequence[Tensor], reads: Sequence[int], logits: Tensor, see: Sequence[int]
     ) -> Tensor:
-        """As :func:`stem_fast.experts.expert_mixture`, [K, B, H]."""
+        """As :func:`stem_fast.nn.experts.expert_mixture`, [K, B, H]."""
         *layers, (weight, bias, _) = self.layers
         if not (self.at_once and batched.fused(weight.dtype)):
             return ops.mixture(self(inputs, reads), logits, see, see)

@@ -14,19 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from stem_fast import batched, fuxictr, ops, reference
+from stem_fast import fuxictr, ops, reference
 from stem_fast.common import KINDS
-from stem_fast.experts import expert_mixture
 from stem_fast.inference import Inference
-from stem_fast.layers import (
-    EmbeddingArena,
-    GroupedMLP,
-    has_batch_norm,
-    in_evaluation,
-    parameters_of,
-    parts_of,
-    put_buffer,
-)
+from stem_fast.nn import batched
+from stem_fast.nn.arena import EmbeddingArena
+from stem_fast.nn.experts import expert_mixture
+from stem_fast.nn.grouped import GroupedMLP, has_batch_norm
+from stem_fast.nn.modules import in_evaluation, parameters_of, parts_of, put_buffer
 
 Sequences = Mapping[str, Tensor | tuple[Tensor, Tensor]]
 # Far beyond any use, and small enough for sizes of tensors to stay within 64 bits.
@@ -98,7 +93,7 @@ class STEMNet(nn.Module):
         num_shared_experts: S.
         num_specific_experts: P, for each task.
         expert_hidden_units, gate_hidden_units, tower_hidden_units: widths.
-        hidden_activations: name of an activation, see :data:`stem_fast.layers.ACTIVATIONS`;
+        hidden_activations: name of an activation, see :data:`stem_fast.nn.grouped.ACTIVATIONS`;
             also "prelu" and "dice".
         net_dropout: dropout after every hidden layer.
         batch_norm: batch norm in every hidden layer.
@@ -118,7 +113,7 @@ class STEMNet(nn.Module):
     ``config/model_config.yaml``).
     """
 
-    # DistributedDataParallel leaves to the arena what is the arena's: see stem_fast.parallel.
+    # DistributedDataParallel leaves to the arena what is the arena's: see stem_fast.nn.parallel.
     _ddp_params_and_buffers_to_ignore = (
         "order",
         *(f"embedding.{name}" for name in ("weight", "offsets", "sizes", "bad")),

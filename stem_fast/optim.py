@@ -43,7 +43,7 @@ import torch
 from torch import Tensor
 
 from stem_fast import ops
-from stem_fast.layers import EmbeddingArena
+from stem_fast.nn.arena import EmbeddingArena
 from stem_fast.reference.adam import COLUMNS
 
 TORCHS_ALONE = ("amsgrad", "maximize", "nesterov", "dampening", "lr_decay")  # options

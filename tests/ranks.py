@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from stem_fast import STEMNet, optim
-from stem_fast.layers import EmbeddingArena
+from stem_fast.nn.arena import EmbeddingArena
 from stem_fast.step import clip_grad_norm_
 
 RANKS, STEPS = 2, 5

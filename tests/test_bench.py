@@ -578,7 +578,7 @@ def test_low_precision_is_held_to_autocast() -> None:
     with pytest.raises(AssertionError, match="differ by"):  # as float32 it would not do
         turns.agree(Low(problem, start), build(), ids, labels)
     autocast = turns.Autocast(problem, start)
-    with mock.patch("stem_fast.batched.networks", side_effect=AssertionError("ours")):
+    with mock.patch("stem_fast.nn.batched.networks", side_effect=AssertionError("ours")):
         autocast.outputs(autocast.batch(ids, labels))  # torch's own operations alone
     turns.agree(Low(problem, start), build(), ids, labels, autocast)
     off = Low(problem, start)

@@ -11,9 +11,10 @@ import torch
 from cases import assert_within
 from torch import nn
 
-from stem_fast import batched, inference, ops
+from stem_fast import inference, ops
 from stem_fast.common import DataError
 from stem_fast.model import MODELS, STEMNet
+from stem_fast.nn import batched
 
 EXPERTS = {
     "stem": {"num_specific_experts": 2, "num_shared_experts": 2},

@@ -11,8 +11,8 @@ import torch
 from cases import devices
 from torch import nn
 
-from stem_fast import layers
-from stem_fast.layers import ACTIVATIONS, EmbeddingArena, GroupedBatchNorm, GroupedMLP, activation
+from stem_fast.nn.arena import EmbeddingArena
+from stem_fast.nn.grouped import ACTIVATIONS, GroupedBatchNorm, GroupedMLP, activation
 
 
 def arena(**changes: object) -> EmbeddingArena:
@@ -103,7 +103,7 @@ def test_gradients_added_up_are_not_taken_for_the_newest_batchs() -> None:
 
 def test_bad_ids_on_a_device_are_named_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """What CUDA does, on tensors of the CPU: replaced by the unknown value, noted, raised once."""
-    monkeypatch.setattr("stem_fast.layers.runs_ahead", lambda tensor: True)
+    monkeypatch.setattr("stem_fast.nn.arena.runs_ahead", lambda tensor: True)
     layer = arena()
     history = torch.tensor([[3, -5, 0], [0, 4, 0]])
     x, _ = layer(torch.tensor([[1, 2], [9, 0]]), PRICE, {**SEQUENCES, "history": history})
@@ -354,7 +354,7 @@ def test_ids_outside_their_vocabulary_are_unknown_on_a_gpu_in_every_kind_of_call
     how: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing there waits for the device; the CPU stands in for one."""
-    monkeypatch.setattr(layers, "runs_ahead", lambda tensor: True)
+    monkeypatch.setattr("stem_fast.nn.arena.runs_ahead", lambda tensor: True)
     layer = arena()
     called = how(layer, (IDS, PRICE, SEQUENCES))
     wrong, tags = torch.tensor([[1, 4], [-1, 0]]), torch.tensor([[9], [2]])
@@ -367,7 +367,7 @@ def test_ids_outside_their_vocabulary_are_unknown_on_a_gpu_in_every_kind_of_call
 
 
 def test_bad_ids_noted_before_a_move_are_raised_after(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layers, "runs_ahead", lambda tensor: True)
+    monkeypatch.setattr("stem_fast.nn.arena.runs_ahead", lambda tensor: True)
     layer = arena()
     places = [buffer.data_ptr() for buffer in layer.buffers()]
     layer(torch.tensor([[7, 2], [4, 0]]), PRICE, SEQUENCES)

@@ -25,7 +25,8 @@ from torch.utils._pytree import tree_leaves
 from stem_fast import STEMNet, optim
 from stem_fast.config import TrainingConfig
 from stem_fast.data.dataset import Batch
-from stem_fast.layers import EmbeddingArena, parameters_of
+from stem_fast.nn.arena import EmbeddingArena
+from stem_fast.nn.modules import parameters_of
 from stem_fast.step import TrainStep
 
 devices = pytest.mark.parametrize("device", DEVICES)

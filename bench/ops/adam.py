@@ -23,7 +23,7 @@ from bench.cases import (
     zipf,
 )
 from stem_fast import ops, reference
-from stem_fast.layers import EmbeddingArena
+from stem_fast.nn.arena import EmbeddingArena
 from stem_fast.optim import ExactAdam, Schedule
 
 WARM_UP = 300  # steps before the first that is timed: rows have missed some by then

@@ -224,7 +224,7 @@ def check_ids(ids: Tensor, sizes: Tensor, bad: Tensor) -> Tensor:
         sizes: int64 [F], rows of each field.
         bad: int64 [F], changed in place: the least of itself and, over the field's ids that are
             outside, ``b << 32 | id`` (the id clamped to 32 bits, signed). Nothing waits for it; see
-            :meth:`stem_fast.layers.EmbeddingArena.raise_bad_ids`.
+            :meth:`stem_fast.nn.arena.EmbeddingArena.raise_bad_ids`.
 
     Returns:
         [B, F], of the type of ``ids``.

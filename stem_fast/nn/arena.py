@@ -1,4 +1,4 @@
-"""The parts of the network: the embedding arena and groups of MLPs that run side by side."""
+"""The embedding arena: every feature's embeddings in every space, in one table."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from stem_fast import batched, ops, parallel, reference
+from stem_fast import ops, reference
+from stem_fast.nn import parallel
+from stem_fast.nn.modules import put_buffer
 
 MAX_SEQUENCES = 63  # one bit each in an int64 says which are means
 _NEVER = torch.iinfo(torch.int64).max  # no bad id was seen
@@ -23,49 +24,6 @@ class LateRows(Protocol):
 
     def catch_up(self, weight: Tensor, rows: Tensor | None) -> None:
         """Makes the steps that rows [U] of a table (None: all rows) have missed."""
-
-
-ACTIVATIONS = {
-    "relu": nn.ReLU,
-    "sigmoid": nn.Sigmoid,
-    "tanh": nn.Tanh,
-    "gelu": nn.GELU,
-    "silu": nn.SiLU,
-    "elu": nn.ELU,
-    "selu": nn.SELU,
-    "leakyrelu": nn.LeakyReLU,
-    "softplus": nn.Softplus,
-    "identity": nn.Identity,
-}
-
-
-def parts_of(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """A module and all within it, each with what stands before the names of its parameters; unlike
-    ``named_modules``, a table's rows may still lack steps: for who needs no values of it."""
-    yield prefix, module
-    for name, child in module.named_children():
-        yield from parts_of(child, f"{prefix}{name}.")
-
-
-def parameters_of(module: nn.Module) -> dict[nn.Parameter, str]:
-    """Every parameter and its name, by :func:`parts_of`."""
-    found: dict[nn.Parameter, str] = {}
-    for prefix, part in parts_of(module):
-        for name, parameter in part._parameters.items():
-            if parameter is not None:
-                found.setdefault(parameter, prefix + name)
-    return found
-
-
-def put_buffer(module: nn.Module, name: str, values: list[int] | Tensor, like: Tensor) -> None:
-    """Gives a buffer of int64 its values, on the device of ``like``; in the memory that it has
-    there, which CUDA graphs read."""
-    given = torch.tensor(values, device="cpu") if isinstance(values, list) else values
-    buffer = module._buffers[name]
-    if buffer is None or buffer.device != like.device:
-        setattr(module, name, given.to(like.device, torch.int64))
-    else:
-        buffer.copy_(given)
 
 
 def runs_ahead(tensor: Tensor) -> bool:
@@ -108,7 +66,7 @@ class EmbeddingArena(nn.Module):
     sparse = False
     optimizer: LateRows | None = None
     planned: Tensor | None = None  # rows of the newest plan
-    # Those that have trained it, and whether they leave it to itself: see stem_fast.parallel.
+    # Those that have trained it, and whether they leave it to itself: see stem_fast.nn.parallel.
     wrappers: WeakKeyDictionary[nn.Module, bool] | None = None
     bounds: Literal["raise", "clamp", "off"] = "raise"
 
@@ -392,213 +350,3 @@ class EmbeddingArena(nn.Module):
         field = list(self.tables).index(name)
         checked = self._in_bounds(values[:, None], [name], slice(field, field + 1), offsets)
         return checked[:, 0], offsets.long()
-
-
-class GroupedLinear(nn.Module):
-    """Linear layers of E networks: ``weight`` [E, O, I], xavier_normal each, ``bias`` [E, O], 0."""
-
-    def __init__(self, groups: int, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(groups, outputs, inputs))
-        self.bias = nn.Parameter(torch.empty(groups, outputs))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.zeros_(self.bias)
-        for one in self.weight.detach():
-            nn.init.xavier_normal_(one)
-
-    def forward(self, x: Tensor | Sequence[Tensor], reads: Sequence[int]) -> Tensor:
-        return reference.grouped_linear(x, reads, self.weight, self.bias)
-
-
-class GroupedBatchNorm(nn.Module):
-    """``nn.BatchNorm1d`` for each of E networks: [n, B, H] -> [n, B, H], n <= E the first ones."""
-
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor
-
-    def __init__(
-        self,
-        groups: int,
-        units: int,
-        *,
-        affine: bool = True,
-        eps: float = 1e-5,
-        momentum: float = 0.1,
-    ) -> None:
-        super().__init__()
-        self.eps, self.momentum = eps, momentum
-        self.weight = nn.Parameter(torch.empty(groups, units)) if affine else None
-        self.bias = nn.Parameter(torch.empty(groups, units)) if affine else None
-        self.register_buffer("running_mean", torch.empty(groups, units))
-        self.register_buffer("running_var", torch.empty(groups, units))
-        self.register_buffer("num_batches_tracked", torch.empty(groups, dtype=torch.int64))
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Parameters and, as torch's batch norm does, running statistics."""
-        for tensor in (self.bias, self.running_mean, self.num_batches_tracked):
-            if tensor is not None:
-                tensor.zero_()
-        for tensor in (self.weight, self.running_var):
-            if tensor is not None:
-                tensor.fill_(1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        groups, batch, units = x.shape
-        if self.training:
-            self.num_batches_tracked[:groups] += 1
-        normed = F.batch_norm(
-            x.transpose(0, 1).reshape(batch, groups * units),
-            self.running_mean[:groups].view(-1),
-            self.running_var[:groups].view(-1),
-            None if self.weight is None else self.weight[:groups].flatten(),
-            None if self.bias is None else self.bias[:groups].flatten(),
-            self.training,
-            self.momentum,
-            self.eps,
-        )
-        return normed.view(batch, groups, units).transpose(0, 1)
-
-
-def in_evaluation(module: nn.Module) -> nn.Module:
-    """The module in evaluation mode: a shallow copy with the same parameters, buffers and hooks.
-
-    The mode of the module itself stays as it is, for other threads may be using it.
-    """
-    module = getattr(module, "_orig_mod", module)  # torch.compile's wrapper calls the original
-    copied = module.__class__.__new__(module.__class__)
-    parts = module._modules.items()
-    children = {name: None if part is None else in_evaluation(part) for name, part in parts}
-    changed = {"training": False, "_modules": children, "_compiled_call_impl": None}
-    copied.__dict__.update(module.__dict__ | changed)
-    return copied
-
-
-def has_batch_norm(model: nn.Module) -> bool:
-    """Whether it looks at whole batches: by batch norm, or by Dice, which has one inside."""
-    return any(isinstance(module, GroupedBatchNorm) for _, module in parts_of(model))
-
-
-class GroupedPReLU(nn.Module):
-    """``nn.PReLU(units, init=0.1)`` for each of E networks."""
-
-    def __init__(self, groups: int, units: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(groups, units))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.constant_(self.weight, 0.1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.where(x > 0, x, self.weight[: len(x), None] * x)
-
-
-class GroupedDice(nn.Module):
-    """DIN's Dice activation (Zhou et al., KDD 2018; FuxiCTR's form) for each of E networks."""
-
-    def __init__(self, groups: int, units: int) -> None:
-        super().__init__()
-        self.bn = GroupedBatchNorm(groups, units, affine=False, eps=1e-9, momentum=0.01)
-        self.alpha = nn.Parameter(torch.empty(groups, units))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.zeros_(self.alpha)
-
-    def forward(self, x: Tensor) -> Tensor:
-        p = torch.sigmoid(self.bn(x))
-        return p * x + self.alpha[: len(x), None] * (1 - p) * x
-
-
-def activation(name: str, groups: int, units: int) -> nn.Module:
-    """An activation by name, whatever its case. Raises ValueError for an unknown one."""
-    grouped = {"prelu": GroupedPReLU, "dice": GroupedDice}
-    key = name.lower()
-    if key in grouped:
-        return grouped[key](groups, units)
-    if key not in ACTIVATIONS:
-        known = ", ".join(sorted([*ACTIVATIONS, *grouped]))
-        raise ValueError(f"unknown activation {name!r}; known: {known}")
-    return ACTIVATIONS[key]()
-
-
-class GroupedMLP(nn.Module):
-    """E MLPs of one shape side by side (FuxiCTR's MLP_Block, E times).
-
-    Each hidden layer is linear, batch norm if asked, activation, dropout if above 0; ``outputs``
-    adds a last linear layer with nothing after it, which autocast leaves in its own type.
-
-    ``blocks`` is kept in the order of MLP_Block's ``nn.Sequential``, so that a block's index is the
-    number in the official checkpoint's key.
-    """
-
-    def __init__(
-        self,
-        groups: int,
-        inputs: int,
-        hidden: Sequence[int],
-        *,
-        outputs: int | None = None,
-        hidden_activations: str = "relu",
-        dropout: float = 0.0,
-        batch_norm: bool = False,
-    ) -> None:
-        super().__init__()
-        self.groups = groups
-        blocks: list[nn.Module] = []
-        for units in hidden:
-            blocks.append(GroupedLinear(groups, inputs, units))
-            if batch_norm:
-                blocks.append(GroupedBatchNorm(groups, units))
-            blocks.append(activation(hidden_activations, groups, units))
-            if dropout > 0:
-                blocks.append(nn.Dropout(dropout))
-            inputs = units
-        if outputs is not None:
-            blocks.append(GroupedLinear(groups, inputs, outputs))
-        self.blocks = nn.ModuleList(blocks)
-
-    def forward(self, x: Tensor | Sequence[Tensor], reads: Sequence[int]) -> Tensor:
-        """N inputs [B, I] -> [n, B, O]; the first n networks run, e reads ``x[reads[e]]``."""
-        plain = self.plain()
-        if plain and not ops.step_by_step():
-            return batched.networks(x.unbind() if isinstance(x, Tensor) else x, reads, plain)
-        return self.step_by_step(x, reads)
-
-    def step_by_step(self, x: Tensor | Sequence[Tensor], reads: Sequence[int]) -> Tensor:
-        """The call with any blocks, one after the other."""
-        *blocks, last = self.blocks
-        for block in blocks:
-            if isinstance(block, GroupedLinear):
-                x, reads = block(x, reads), range(len(reads))
-            else:
-                x = block(x)
-        if not isinstance(last, GroupedLinear):
-            return last(x)
-        device = last.weight.device.type
-        if not torch.is_autocast_enabled(device):
-            return last(x, reads)
-        with torch.autocast(device, enabled=False):
-            return last([each.to(last.weight.dtype) for each in x], reads)
-
-    def plain(self) -> list[batched.Layer]:
-        """Its layers, where they are linear ones and ReLUs alone; else none."""
-        layers = []
-        for i in range(0, len(self.blocks), 2):
-            linear, *after = self.blocks[i : i + 2]
-            if not isinstance(linear, GroupedLinear) or not all(
-                isinstance(a, nn.ReLU) for a in after
-            ):
-                return []
-            layers.append(batched.Layer(linear.weight, linear.bias, len(after) > 0))
-        return layers
-
-    def official(self, group: int) -> Iterator[tuple[str, Tensor]]:
-        """(key within MLP_Block, view of network ``group``'s tensor) of every parameter, buffer."""
-        for name, tensor in [*self.named_parameters(), *self.named_buffers()]:
-            yield name.replace("blocks.", "mlp.", 1), tensor.detach()[group]

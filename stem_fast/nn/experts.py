@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from stem_fast import batched, ops, reference
-from stem_fast.layers import GroupedMLP
+from stem_fast import ops, reference
+from stem_fast.nn import batched
+from stem_fast.nn.grouped import GroupedMLP
 
 
 class Mixing(Protocol):

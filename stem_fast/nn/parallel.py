@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from stem_fast import ops
 
 if TYPE_CHECKING:
-    from stem_fast.layers import EmbeddingArena
+    from stem_fast.nn.arena import EmbeddingArena
 
 
 @torch.compiler.disable
