@@ -12,7 +12,7 @@ from stem_fast.kernels import require
 from stem_fast.kernels.rows import check_steps, row_constants, row_count
 from torch import Tensor
 
-COLUMNS = tl.constexpr(29)  # of the table of steps, see stem_fast.optim.Schedule
+COLUMNS = tl.constexpr(29)  # of the table of steps, see stem_fast.optim.step_table.Schedule
 MOMENTS = tl.constexpr(4)  # the first of them; with L2 of the series in their place
 POWERS = tl.constexpr(7)
 SERIES = tl.constexpr(8)  # terms of each series
@@ -101,7 +101,7 @@ def _replay(w, m, v, steps, made, due, BETA1, BETA2, EPS, LOG2, LEAST, SUM):
 def _coast(
     w, m, v, steps, made, due, BETA1, BETA2, EPS, LOG1, LOG2, ROOT2, MOST, SUMMED, LEAST, SUM
 ):  # fmt: skip
-    """Steps made + 1 .. due without any gradient, at once: see stem_fast/optim.py."""
+    """Steps made + 1 .. due without any gradient, at once: see stem_fast/optim/exact_adam.py."""
     start = steps + made * COLUMNS
     first = tl.load(start + MOMENTS)
     share = 1 / tl.where(first != 0, first, 1.0)

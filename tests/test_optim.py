@@ -27,6 +27,7 @@ from stem_fast.config import TrainingConfig
 from stem_fast.data.dataset import Batch
 from stem_fast.nn.arena import EmbeddingArena
 from stem_fast.nn.modules import parameters_of
+from stem_fast.optim.sgd import Products
 from stem_fast.step import TrainStep
 
 devices = pytest.mark.parametrize("device", DEVICES)
@@ -746,7 +747,7 @@ def test_sgd_with_options_of_every_step(device: str) -> None:
 @devices
 def test_a_step_of_sgd_costs_the_same_after_any_number(device: str) -> None:
     """Its table grows by doubling, and a step changes a line for each bit of its number."""
-    products = optim.Products(torch.device(device))
+    products = Products(torch.device(device))
     place, lines = products.steps.data_ptr(), len(products.steps)
     for step in range(1, 3000):
         before = products.steps.clone()

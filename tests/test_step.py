@@ -14,13 +14,14 @@ import torch
 from cases import Ops
 from torch import nn
 
-from stem_fast import optim, train
 from stem_fast import step as steps
+from stem_fast import train
 from stem_fast.common import DataError
 from stem_fast.config import EMBEDDING_OPTIMIZERS, TrainingConfig
 from stem_fast.data.dataset import Batch, Dataset
 from stem_fast.model import MODELS, STEMNet
 from stem_fast.nn import arena
+from stem_fast.optim import base, step_log
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 ROWS, BATCH = 150, 20  # the last batch of an epoch is shorter
@@ -138,7 +139,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
         return len(batch.ids) == step.config.batch_size and step.model.training
 
     monkeypatch.setattr(steps.TrainStep, "_capturable", capturable)
-    monkeypatch.setattr(optim, "_captured", lambda tensor: StandIn.capturing)
+    for module in (base, step_log):
+        monkeypatch.setattr(module, "is_captured", lambda tensor: StandIn.capturing)
     for module in (arena, steps):
         monkeypatch.setattr(module, "runs_ahead", lambda tensor: True)
     for name, fake in {

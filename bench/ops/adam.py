@@ -24,7 +24,8 @@ from bench.cases import (
 )
 from stem_fast import ops, reference
 from stem_fast.nn.arena import EmbeddingArena
-from stem_fast.optim import ExactAdam, Schedule
+from stem_fast.optim import ExactAdam
+from stem_fast.optim.step_table import Schedule
 
 WARM_UP = 300  # steps before the first that is timed: rows have missed some by then
 RATE, EPS = 1e-3, 1e-8

@@ -1,4 +1,4 @@
-"""Adam of a batch's rows with the steps that they missed; see stem_fast/optim.py."""
+"""Adam of a batch's rows with the steps that they missed; see stem_fast/optim/exact_adam.py."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def adam_rows(
         steps: float64 [N, 29]; line i tells of step ``base + i``. Here: column 0 is the step's
             ``lr / (1 - beta1^t)``, 1 is ``1 / sqrt(1 - beta2^t)``, 2 the coupled ``weight_decay``
             or the factor ``1 - lr * weight_decay``. The others are sums, or with L2 series, that
-            save the loop, see :class:`stem_fast.optim.Schedule`.
+            save the loop, see :class:`stem_fast.optim.step_table.Schedule`.
         clock: int64 [2], (base, now): no row is older than step ``base``; ``now`` is the newest.
         beta1, beta2, eps, decoupled: as in ``torch.optim.Adam``.
         l2: whether a coupled weight decay is above 0 in any step (a hint to faster versions).
@@ -87,7 +87,8 @@ def adam_schedule(
     decoupled: bool,
     l2: bool,
 ) -> None:
-    """A new step in the table that :func:`adam_rows` reads; see :class:`stem_fast.optim.Schedule`.
+    """A new step in the table that :func:`adam_rows` reads; see
+    :class:`stem_fast.optim.step_table.Schedule`.
 
     Args:
         steps: float64 [N, 29]: a line is written, and the sums of lines before it grow.

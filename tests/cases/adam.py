@@ -13,7 +13,7 @@ import torch
 
 from cases import assert_within, to
 from stem_fast import reference
-from stem_fast.optim import Schedule
+from stem_fast.optim.step_table import Schedule
 
 
 class AdamCase(NamedTuple):

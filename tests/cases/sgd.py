@@ -9,7 +9,7 @@ import torch
 
 from cases import check_rows, to
 from stem_fast import reference
-from stem_fast.optim import Products
+from stem_fast.optim.sgd import Products
 
 
 class SgdCase(NamedTuple):

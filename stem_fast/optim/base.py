@@ -1,0 +1,252 @@
+"""What the optimizers of embedding arenas share."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stem_fast import ops
+from stem_fast.nn.arena import EmbeddingArena
+from stem_fast.optim.step_log import is_captured
+
+TORCHS_ALONE = ("amsgrad", "maximize", "nesterov", "dampening", "lr_decay")  # options
+
+
+class TableOptimizer(torch.optim.Optimizer):
+    """What the optimizers of embedding arenas share.
+
+    Args:
+        params: an :class:`EmbeddingArena`, several, or parameter groups whose ``"params"`` are
+            arenas. Of each its ``weight`` is trained, and nothing else; its gradient is sparse from
+            now on (``arena.sparse``).
+        defaults: options of the groups.
+
+    Gradients may be added up over several backward passes. ``lr`` and ``weight_decay`` may change
+    at every step, and may be tensors of one value.
+
+    Raises:
+        TypeError: parameters that are no arena.
+        ValueError: a hyperparameter out of range.
+    """
+
+    def __init__(self, params: EmbeddingArena | Iterable[Any], defaults: dict[str, Any]) -> None:
+        self._arenas: dict[Tensor, EmbeddingArena] = {}
+        self._histories: dict[Tensor, Any] = {}  # History of each table whose rows may miss steps
+        self._last: dict[Tensor, Tensor] = {}  # the newest step of each of their rows, int32 [R]
+        # Threads that predict have missed steps made, and none may be made twice.
+        self._lock = threading.RLock()
+        groups: list[Any] = list(params) if isinstance(params, Iterable) else [params]
+        super().__init__(groups, defaults)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Refused: a copy would train the table of the original."""
+        raise TypeError(
+            f"{type(self).__name__} cannot be copied or pickled: make one for the copied arena, "
+            "and load this one's state_dict()"
+        )
+
+    def add_param_group(self, group: dict[str, Any]) -> None:
+        """Adds arenas with options of their own: ``{"params": arena or arenas, "lr": ...}``."""
+        given = group["params"]
+        arenas = list(given) if isinstance(given, Iterable) else [given]
+        for arena in arenas:
+            if not isinstance(arena, EmbeddingArena):
+                raise TypeError(
+                    f"{type(self).__name__} trains embedding arenas, got {type(arena).__name__}: "
+                    "give it model.embedding of a STEMNet, or EmbeddingArena({'id': rows}, (), {}, "
+                    "{}, 1, dim) in place of an nn.Embedding; and to an optimizer of torch all else"
+                )
+        _check(self.defaults | group)
+        super().add_param_group(group | {"params": [arena.weight for arena in arenas]})
+        for arena in arenas:
+            self._arenas[arena.weight] = arena
+            arena.flush()  # of steps under an optimizer before
+            arena.sparse, arena.optimizer = True, self
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets the gradients; with ``set_to_none`` False as torch does."""
+        if set_to_none:
+            for weight in self._arenas:  # torch's way costs a twentieth of a step of ours
+                weight.grad = None
+        else:
+            super().zero_grad(set_to_none)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step with the gradients of the batch's rows, or of all where a gradient is dense.
+
+        A table without a gradient makes no step, as in torch.
+
+        Raises RuntimeError where another optimizer has taken a table over, ValueError where
+        decoupled decay would leave nothing of a weight; no table makes its step then.
+        """
+        for arena in self._arenas.values():
+            if arena.optimizer not in (self, None):
+                raise RuntimeError(
+                    f"another {type(arena.optimizer).__name__} trains the table now, which would "
+                    f"not know of this {type(self).__name__}'s steps: keep to one"
+                )
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            if any(weight.grad is not None for weight in group["params"]):
+                self._refuse(group)
+        with self._lock:
+            for group in self.param_groups:
+                for weight in group["params"]:
+                    if weight.grad is not None:
+                        self._update(weight, group, *self._arenas[weight].row_gradients())
+        return loss
+
+    @torch.no_grad()
+    def catch_up(self, weight: Tensor, rows: Tensor | None) -> None:
+        """Make the steps that rows [U] of a table (None: all rows) have missed."""
+        if torch.compiler.is_compiling():  # dynamo traces no lock, in one thread at a time
+            self._catch_up(weight, rows)
+        else:
+            with self._lock:
+                self._catch_up(weight, rows)
+
+    def _catch_up(self, weight: Tensor, rows: Tensor | None) -> None:
+        history = self._histories.get(weight)
+        if history is None:
+            return
+        # A batch's catch-up is part of every step that a CUDA graph is to make.
+        if history.made or history.hidden or (rows is not None and is_captured(weight)):
+            if history.owing:
+                self._run(weight, self._group(weight), rows, None)
+            if rows is None:
+                history.flushed()
+
+    @property
+    def made(self) -> int:
+        """Steps that a table has made since its last flush, as far as the host knows."""
+        return max((history.made for history in self._histories.values()), default=0)
+
+    @property
+    def fading(self) -> bool:
+        """Whether a flush is due before another step like the last: see :class:`Schedule`."""
+        return any(history.fading for history in self._histories.values())
+
+    def replayed(self) -> None:
+        """Counts a step of every table, which the replay of a CUDA graph made.
+
+        Who calls it after each replay spares the flush that otherwise comes before every reading of
+        a table of which a step was captured.
+        """
+        for history in self._histories.values():
+            history.replayed()
+
+    def tensors(self) -> Iterator[Tensor]:
+        """What a step works on, tables and gradients aside: a CUDA graph needs them where they
+        are."""
+        for state in self.state.values():
+            yield from (t for t in state.values() if isinstance(t, Tensor) and t.dim())
+        yield from self._last.values()
+        for history in self._histories.values():
+            yield from (t for t in vars(history).values() if isinstance(t, Tensor))
+
+    def flush(self) -> None:
+        """Make all steps that rows have missed: every table is then what it would be without."""
+        for weight in self._arenas:
+            self.catch_up(weight, None)
+
+    def _refuse(self, group: dict[str, Any]) -> None:
+        """Raise ValueError for options with which the group can make no step."""
+
+    def _update(
+        self, weight: Tensor, group: dict[str, Any], rows: Tensor | None, values: Tensor
+    ) -> None:
+        """A step of rows [U], each once (None: all), with their gradients [U, W]."""
+        raise NotImplementedError
+
+    def _run(
+        self, weight: Tensor, group: dict[str, Any], rows: Tensor | None, values: Tensor | None
+    ) -> None:
+        """The steps that rows have missed, and with values [U, W] the newest."""
+        raise NotImplementedError
+
+    def _group(self, weight: Tensor) -> dict[str, Any]:
+        return next(g for g in self.param_groups if any(p is weight for p in g["params"]))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state after :meth:`flush`."""
+        self.flush()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a ``state_dict`` of this class, or of torch's of the dense table.
+
+        Raises:
+            ValueError: groups of other sizes, state of another shape, or an option of torch's that
+                has no sparse form here; nothing is loaded then.
+        """
+        for number, group in enumerate(state_dict["param_groups"]):
+            _check(self.defaults | group)
+            for option in TORCHS_ALONE:
+                if group.get(option):
+                    raise ValueError(
+                        f"parameter group {number} has {option}={group[option]}: not supported"
+                    )
+        saved = [
+            state_dict["state"].get(i) for g in state_dict["param_groups"] for i in g["params"]
+        ]
+        large: list[tuple[Tensor, str, Tensor]] = []
+        for weight, given in zip(self._arenas, saved, strict=False):
+            for name, value in (given or {}).items():
+                if not isinstance(value, Tensor) or not value.dim():
+                    continue
+                due = self._state_shape(weight)
+                if value.shape != due:
+                    raise ValueError(
+                        f"{name} is {list(value.shape)}, the table {list(weight.shape)}: "
+                        f"{list(due)} is due"
+                    )
+                large.append((weight, name, value))
+        with self._lock:
+            self.flush()  # steps owed under the old state
+            super().load_state_dict(state_dict)
+            for group in self.param_groups:  # torch before 2.7 has no decoupled_weight_decay
+                for option, value in self.defaults.items():
+                    group.setdefault(option, value)
+            for weight, name, value in large:
+                # torch has cast it to the weight's type.
+                dtype = self._state_dtype(weight, name)
+                self.state[weight][name] = value.to(weight.device, dtype, copy=True).contiguous()
+            self._histories.clear()
+            self._last.clear()
+
+    def _state_dtype(self, weight: Tensor, name: str) -> torch.dtype:
+        return torch.promote_types(weight.dtype, torch.float32)
+
+    def _state_shape(self, weight: Tensor) -> torch.Size:
+        return weight.shape
+
+
+def row_steps(weight: Tensor, step: int) -> Tensor:
+    """That step for every row, int32 [R]."""
+    return ops.new_table(weight.new_empty(len(weight), dtype=torch.int32)).fill_(step)
+
+
+def _check(options: Mapping[str, Any]) -> None:
+    """Raises ValueError for a hyperparameter out of range."""
+    for name in ("lr", "eps", "weight_decay", "momentum"):
+        value = options.get(name, 0.0)
+        if isinstance(value, Tensor) and value.numel() == 1:
+            value = value.item()
+        if not isinstance(value, Real) or not 0 <= float(value) < math.inf:
+            raise ValueError(f"{name} is {value!r}, expected a finite number of at least 0")
+    betas = options.get("betas", (0.9, 0.999))
+    if not isinstance(betas, Sequence) or len(betas) != 2:
+        raise ValueError(f"betas is {betas!r}, expected two numbers")
+    for number, beta in enumerate(betas):
+        if not isinstance(beta, Real | Tensor) or not 0 <= float(beta) < 1:
+            raise ValueError(f"betas[{number}] is {beta!r}, expected a number from 0 to below 1")

@@ -1,0 +1,97 @@
+"""The table of an Adam's steps: what a row needs to make those it has missed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stem_fast.optim.step_log import History, first_lines, step_options
+from stem_fast.reference.adam import COLUMNS
+
+
+class Schedule(History):
+    """What every step since the last flush did, as the table that ``adam_rows`` reads.
+
+    ``steps`` is float64 [N, 29]. Line i, of step ``t = base + i``, holds in columns
+
+    0  ``lr / (1 - beta1^t)``
+    1  ``1 / sqrt(1 - beta2^t)``
+    2  ``weight_decay``; decoupled: ``1 - lr * weight_decay``
+    3  decoupled: the product of column 2 since ``base``; else 1. On CUDA that of line 0 is 0 after
+       a step for which there is no line
+    4 .. 10  for rows that made step t and none since, the sums over j of ``a_j * (x_j - x_1)^p``,
+       p = 0 .. 6, decoupled: of ``a_j`` over the product up to there
+    4 .. 28  with L2, in their place: what :func:`stem_fast.reference.new_rows` makes of rows that
+       were not trained by step t
+    """
+
+    def __init__(
+        self,
+        step: int,
+        device: torch.device,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        *,
+        decoupled: bool = False,
+    ) -> None:
+        super().__init__(step, device)
+        self.betas, self.eps, self.decoupled = betas, eps, decoupled
+        # What decoupled decay leaves of a weight, since base and in the last step, as far as the
+        # host knows.
+        self.left, self.factor = 1.0, 1.0
+        self.steps = torch.zeros(first_lines(device), COLUMNS, dtype=torch.float64, device=device)
+        self.steps[0, 3] = 1
+        self.l2 = False  # whether coupled weight decay was above 0 in one of them
+
+    def advance(self, lr: float | Tensor, weight_decay: float | Tensor) -> None:
+        """Adds a step."""
+        options = step_options(self.steps, lr, weight_decay)
+        self.count()
+        self.left *= self.factor
+        self.l2 |= not self.decoupled and (isinstance(weight_decay, Tensor) or weight_decay != 0)
+        if self.made >= len(self.steps):
+            self.steps = torch.cat([self.steps, torch.zeros_like(self.steps)])
+        torch.ops.stem_fast.adam_schedule(
+            self.steps, self.clock, options, *self.betas, self.eps, self.decoupled, self.l2
+        )
+        if self.clock.is_cuda:  # a CUDA graph does not count its steps
+            torch._assert_async(self.steps[0, 3], "flush the table: its schedule is full")
+
+    def replayed(self) -> None:
+        super().replayed()
+        self.left *= self.factor
+
+    @property
+    def fading(self) -> bool:  # type: ignore[override]
+        """Whether column 3 would come so near to 0 that no quotient of two lines is known, or so
+        much faster than momentum that sums over it are large."""
+        near = abs(self.left * self.factor) < 1e-150
+        return self.made > 0 and (near or abs(self.factor) < self.betas[0] ** 2)
+
+    def decays(self, lr: float | Tensor, weight_decay: float | Tensor) -> None:
+        """Sets the factor of the next step."""
+        self.factor = decay_factor(lr, weight_decay) if self.decoupled else 1.0
+
+    def flushed(self) -> None:
+        super().flushed()
+        self.left = 1.0
+        self.steps[0].zero_()
+        self.steps[0, 3].fill_(1)
+        # The steps of a CUDA graph are L2's if that of its capture was.
+        self.l2 = self.l2 and self.clock.is_cuda
+
+
+def decay_factor(lr: float | Tensor, weight_decay: float | Tensor) -> float:
+    """What a step of decoupled decay leaves of a weight; 1 where they are on a GPU, for the host
+    does not know it then.
+
+    Raises ValueError where that is nothing.
+    """
+    if any(isinstance(option, Tensor) and option.is_cuda for option in (lr, weight_decay)):
+        return 1.0
+    decay = float(lr) * float(weight_decay)
+    if abs(1 - decay) < 1e-6:
+        raise ValueError(
+            f"lr * weight_decay is {decay:g}: decoupled decay would leave nothing of a weight"
+        )
+    return 1 - decay
