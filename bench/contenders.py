@@ -36,7 +36,7 @@ from stem_fast import data, train
 from stem_fast.config import TrainingConfig
 from stem_fast.data.dataset import Batch, Dataset
 from stem_fast.data.schema import Encoding
-from stem_fast.model import STEMNet
+from stem_fast.models.network import STEMNet
 from stem_fast.optim import TableOptimizer
 from stem_fast.precision import autocast, tf32
 from stem_fast.step import TrainStep

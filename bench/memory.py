@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from bench import cases
 from bench import official as adapter
-from stem_fast.model import STEMNet
+from stem_fast.models.network import STEMNet
 
 CODES = ("official", "stem_fast")
 # Buffers of more than 64 KiB are mapped one by one.

@@ -37,8 +37,8 @@ from stem_fast.checkpoint import replacing
 from stem_fast.config import TrainingConfig
 from stem_fast.data.dataset import Dataset
 from stem_fast.data.schema import Encoding, Schema
-from stem_fast.fuxictr import from_official
-from stem_fast.model import STEMNet
+from stem_fast.models.network import STEMNet
+from stem_fast.models.official import from_official
 
 CODES = ("official", "stem_fast")
 METRICS = ("auc", "gauc", "logloss")

@@ -70,7 +70,7 @@ class Autocast(Ours):
             return ops.mixture(experts(inputs, reads), *rest).unbind()
 
         with (
-            mock.patch("stem_fast.model.expert_mixture", unfused),
+            mock.patch("stem_fast.nn.experts.expert_mixture", unfused),
             mock.patch.object(GroupedMLP, "forward", GroupedMLP.step_by_step),
             torch.autocast(self.device, torch.bfloat16),
         ):

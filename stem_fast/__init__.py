@@ -2,7 +2,8 @@
 
 from importlib.metadata import version
 
-from stem_fast.model import MODELS, PLE, MMoE, SharedBottom, SingleTask, STEMNet
+from stem_fast.models.family import MODELS, PLE, MMoE, SharedBottom, SingleTask
+from stem_fast.models.network import STEMNet
 from stem_fast.ops import backends
 
 __version__ = version("stem_fast")

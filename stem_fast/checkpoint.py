@@ -35,7 +35,8 @@ from stem_fast.common import DataError, nearest, shown
 from stem_fast.config import TrainingConfig
 from stem_fast.data.cache import DAY
 from stem_fast.data.schema import Encoding
-from stem_fast.model import MODELS, STEMNet
+from stem_fast.models.family import MODELS
+from stem_fast.models.network import STEMNet
 
 if TYPE_CHECKING:
     from stem_fast.train import EpochRecord

@@ -40,7 +40,8 @@ from stem_fast.data import cache as caching
 from stem_fast.data import select, synth
 from stem_fast.data.schema import LARGEST, Encoding, Schema, table_owners
 from stem_fast.data.tables import Table, refuse_changed, signatures
-from stem_fast.model import MODELS, STEMNet
+from stem_fast.models.family import MODELS
+from stem_fast.models.network import STEMNet
 from stem_fast.precision import check as check_precision
 
 _SMALLER = (

@@ -19,7 +19,8 @@ import yaml
 from stem_fast.common import DataError, nearest, shown
 from stem_fast.data.joins import Join
 from stem_fast.data.schema import LARGEST, Schema, parse_sequences
-from stem_fast.model import MAX_DIM, MAX_LAYERS, MAX_UNITS, MODELS
+from stem_fast.models.config import MAX_DIM, MAX_LAYERS, MAX_UNITS
+from stem_fast.models.family import MODELS
 from stem_fast.ops import MAX_EXPERTS
 from stem_fast.precision import PRECISIONS
 

@@ -17,7 +17,7 @@ from stem_fast.nn import batched
 from stem_fast.nn.grouped import GroupedLinear, GroupedMLP
 
 if TYPE_CHECKING:
-    from stem_fast.model import Sequences, STEMNet
+    from stem_fast.models.network import Sequences, STEMNet
 
 # Rows that go through the network together: on CPU the outputs of all experts stay in the cache, on
 # CUDA they fit the memory.

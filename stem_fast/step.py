@@ -17,7 +17,7 @@ from stem_fast import ops
 from stem_fast.common import DataError
 from stem_fast.config import TrainingConfig
 from stem_fast.data.dataset import Batch
-from stem_fast.model import STEMNet
+from stem_fast.models.network import STEMNet
 from stem_fast.nn.arena import runs_ahead
 from stem_fast.nn.grouped import has_batch_norm
 from stem_fast.nn.modules import parameters_of, parts_of

@@ -21,7 +21,7 @@ from stem_fast import checks, metrics
 from stem_fast.common import DataError, nearest
 from stem_fast.config import TrainingConfig as TrainingConfig
 from stem_fast.data.dataset import Dataset
-from stem_fast.model import STEMNet
+from stem_fast.models.network import STEMNet
 from stem_fast.nn.grouped import has_batch_norm
 from stem_fast.precision import check as check_precision
 from stem_fast.step import TrainStep, make_optimizers

@@ -20,7 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import cases, contenders, memory, peers, peers_report, run, test_ops, turns
 from bench.ops import lookup, mixture
-from stem_fast.model import MODELS, STEMNet
+from stem_fast.models.family import MODELS
+from stem_fast.models.network import STEMNet
 
 ROOT = Path(__file__).parents[1]
 TINY = cases.SETTINGS["tiny"]

@@ -21,7 +21,8 @@ from stem_fast import checkpoint
 from stem_fast.common import DataError
 from stem_fast.config import TrainingConfig
 from stem_fast.data.schema import Encoding, Schema, SequenceField
-from stem_fast.model import MODELS, STEMNet
+from stem_fast.models.family import MODELS
+from stem_fast.models.network import STEMNet
 from stem_fast.train import EpochRecord
 
 TRAINING = TrainingConfig(epochs=7, learning_rate=0.1, task_weights=(2.0,), monitor="click.auc")

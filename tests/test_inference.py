@@ -13,7 +13,8 @@ from torch import nn
 
 from stem_fast import inference, ops
 from stem_fast.common import DataError
-from stem_fast.model import MODELS, STEMNet
+from stem_fast.models.family import MODELS
+from stem_fast.models.network import STEMNet
 from stem_fast.nn import batched
 
 EXPERTS = {

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stem_fast import MODELS, PLE, MMoE, SharedBottom, SingleTask, STEMNet, reference
-from stem_fast import model as model_module
-from stem_fast.model import Wiring
+from stem_fast.models import network
+from stem_fast.models.wiring import Wiring
 
 VOCAB = {"user": 6, "item": 9}
 TASKS = ["click", "like", "follow"]
@@ -192,7 +192,7 @@ def test_ple_and_mmoe_gates_see_what_they_should() -> None:
 def test_recompute_changes_nothing_but_memory(
     name: str, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model_module, "RECOMPUTED", 4)
+    monkeypatch.setattr(network, "RECOMPUTED", 4)
     model = small(name, num_layers=2) if name == "stem" else small(name)
     forward = model._network
     parts: list[int] = []
@@ -225,7 +225,7 @@ def test_recompute_repeats_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
         return [p.grad for p in model.parameters()]
 
     again = gradients()
-    monkeypatch.setattr(model_module, "checkpoint", lambda part, *rows, **_: part(*rows))
+    monkeypatch.setattr(network, "checkpoint", lambda part, *rows, **_: part(*rows))
     for kept, repeated in zip(gradients(), again, strict=True):
         torch.testing.assert_close(repeated, kept, rtol=0, atol=1e-11)
 

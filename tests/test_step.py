@@ -19,7 +19,8 @@ from stem_fast import train
 from stem_fast.common import DataError
 from stem_fast.config import EMBEDDING_OPTIMIZERS, TrainingConfig
 from stem_fast.data.dataset import Batch, Dataset
-from stem_fast.model import MODELS, STEMNet
+from stem_fast.models.family import MODELS
+from stem_fast.models.network import STEMNet
 from stem_fast.nn import arena
 from stem_fast.optim import base, step_log
 

@@ -17,7 +17,7 @@ from stem_fast import train
 from stem_fast.common import DataError
 from stem_fast.config import EMBEDDING_OPTIMIZERS, TrainingConfig
 from stem_fast.data.dataset import Batch, Dataset
-from stem_fast.model import STEMNet
+from stem_fast.models.network import STEMNet
 from stem_fast.nn.arena import EmbeddingArena
 from stem_fast.optim import ExactAdam
 from stem_fast.step import clip_grad_norm_

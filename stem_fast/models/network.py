@@ -3,78 +3,29 @@
 from __future__ import annotations
 
 import functools
-import math
-import reprlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from numbers import Integral
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from stem_fast import fuxictr, ops, reference
-from stem_fast.common import KINDS
-from stem_fast.inference import Inference
+from stem_fast import ops, reference
+from stem_fast.models import official
+from stem_fast.models.config import make_config
+from stem_fast.models.tasks import predictions, standardised
+from stem_fast.models.wiring import Wiring, expert_inputs, expert_masks
 from stem_fast.nn import batched
 from stem_fast.nn.arena import EmbeddingArena
 from stem_fast.nn.experts import expert_mixture
 from stem_fast.nn.grouped import GroupedMLP, has_batch_norm
 from stem_fast.nn.modules import in_evaluation, parameters_of, parts_of, put_buffer
 
+if TYPE_CHECKING:
+    from stem_fast.serving.inference import Inference
+
 Sequences = Mapping[str, Tensor | tuple[Tensor, Tensor]]
-# Far beyond any use, and small enough for sizes of tensors to stay within 64 bits.
-MAX_DIM, MAX_LAYERS, MAX_UNITS, MAX_ROWS = 1 << 16, 1 << 10, 1 << 20, 2**31 - 1
 RECOMPUTED = 1024  # rows whose outputs are made again together
-
-
-@dataclass(frozen=True)
-class Wiring:
-    """All that tells one model of the family from another.
-
-    Experts are numbered task-major with the shared ones last, gates likewise. A mask is an int
-    whose bit e stands for expert e.
-    """
-
-    spaces: tuple[int, ...]  # input of the first layer -> embedding space it is
-    reads: tuple[int, ...]  # expert -> input it reads
-    gates: tuple[tuple[int, ...], ...]  # gate -> inputs whose sum it reads; () = nothing to weigh
-    see: tuple[int, ...]  # mixture -> experts in it (forward); one each where there are no gates
-    learn: tuple[int, ...]  # mixture -> experts it teaches (backward)
-    towers: tuple[int, ...]  # task -> mixture its tower reads
-
-    def check(self, tasks: int) -> None:
-        """Raises ValueError where parts don't fit together, or a mixture is of nothing."""
-        inputs, experts, mixtures = len(self.spaces), len(self.reads), len(self.see)
-        every = (1 << experts) - 1
-        for name, given, due in (
-            ("towers", len(self.towers), tasks),
-            ("learn", len(self.learn), mixtures),
-            ("gates", len(self.gates) or mixtures, mixtures),
-        ):
-            if given != due:
-                raise ValueError(f"wire: {name} are {given}, {due} are due")
-        for name, places, end in (
-            ("spaces", self.spaces, max(self.spaces, default=0) + 1),
-            ("reads", self.reads, inputs),
-            ("gates", [i for gate in self.gates for i in gate], inputs),
-            ("towers", self.towers, mixtures),
-        ):
-            for place in places:
-                if not 0 <= place < end:
-                    raise ValueError(f"wire: {name} have {place}, there are 0 to {end - 1}")
-        for name, masks, low in (("see", self.see, 1), ("learn", self.learn, 0)):
-            for mask in masks:
-                if not low <= mask <= every:
-                    raise ValueError(f"wire: {name} has the mask {mask:#b}, of {experts} experts")
-        for seen, taught in zip(self.see, self.learn, strict=True):
-            if taught & ~seen:
-                raise ValueError(f"wire: {taught:#b} is taught, of which {seen:#b} is seen")
-        if not self.gates and any(mask & (mask - 1) for mask in self.see):
-            raise ValueError("wire: without gates every mixture sees one expert")
-        if not all(self.gates):
-            raise ValueError("wire: a gate reads no input")
 
 
 class STEMNet(nn.Module):
@@ -142,56 +93,27 @@ class STEMNet(nn.Module):
         fields: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
-        for name, given in (
-            ("tasks", tasks),
-            ("numeric", numeric),
-            ("fields", fields or ()),
-            ("expert_hidden_units", expert_hidden_units),
-            ("gate_hidden_units", gate_hidden_units),
-            ("tower_hidden_units", tower_hidden_units),
-        ):
-            if isinstance(given, str) or not isinstance(given, Iterable):
-                raise ValueError(f"{name} is {reprlib.repr(given)}: give a list")
-        for name, mapping in (
-            ("vocab_sizes", vocab_sizes),
-            ("kinds", kinds or {}),
-            ("scales", scales or {}),
-        ):
-            if not isinstance(mapping, Mapping):
-                raise ValueError(f"{name} is {reprlib.repr(mapping)}: give a mapping from names")
-        if not isinstance(sequences or {}, Mapping):
-            raise ValueError(f"sequences is {reprlib.repr(sequences)}: give a mapping from names")
-        sequences = dict(sequences or {})
-        if not isinstance(pooling, (str, Mapping)):
-            raise ValueError(
-                f"pooling is {reprlib.repr(pooling)}: give mean, sum, or a mapping to them"
-            )
-        if isinstance(pooling, str):
-            pooling = dict.fromkeys(sequences, pooling)
-        kinds = {task: (kinds or {}).get(task, "binary") for task in tasks} | dict(kinds or {})
-        default_order = [*vocab_sizes, *numeric, *sequences]
-        fields = list(default_order if fields is None else fields)
-        self.config: dict[str, Any] = {
-            "vocab_sizes": dict(vocab_sizes),
-            "tasks": list(tasks),
-            "embedding_dim": embedding_dim,
-            "num_layers": num_layers,
-            "num_shared_experts": num_shared_experts,
-            "num_specific_experts": num_specific_experts,
-            "expert_hidden_units": list(expert_hidden_units),
-            "gate_hidden_units": list(gate_hidden_units),
-            "tower_hidden_units": list(tower_hidden_units),
-            "hidden_activations": hidden_activations,
-            "net_dropout": net_dropout,
-            "batch_norm": batch_norm,
-            "numeric": list(numeric),
-            "sequences": sequences,
-            "pooling": dict(pooling),
-            "kinds": kinds,
-            "scales": dict(scales or {}),
-            "fields": fields,
-        }
-        self._check_config(default_order)
+        self.config = make_config(
+            vocab_sizes=vocab_sizes,
+            tasks=tasks,
+            embedding_dim=embedding_dim,
+            num_layers=num_layers,
+            num_shared_experts=num_shared_experts,
+            num_specific_experts=num_specific_experts,
+            expert_hidden_units=expert_hidden_units,
+            gate_hidden_units=gate_hidden_units,
+            tower_hidden_units=tower_hidden_units,
+            hidden_activations=hidden_activations,
+            net_dropout=net_dropout,
+            batch_norm=batch_norm,
+            numeric=numeric,
+            sequences=sequences,
+            pooling=pooling,
+            kinds=kinds,
+            scales=scales,
+            fields=fields,
+        )
+        config = self.config
         self.tasks = tuple(tasks)
         # On the device, because a CUDA graph cannot copy an index of the host's.
         self.register_buffer("order", None, persistent=False)
@@ -209,7 +131,9 @@ class STEMNet(nn.Module):
             raise ValueError(f"{type(self).__name__} has one layer, num_layers is {num_layers}")
 
         self.embedding = EmbeddingArena(
-            vocab_sizes, numeric, sequences, pooling, max(wiring.spaces) + 1, embedding_dim
+            *(config[name] for name in ("vocab_sizes", "numeric", "sequences", "pooling")),
+            max(wiring.spaces) + 1,
+            embedding_dim,
         )
         mlp: dict[str, Any] = {
             "hidden_activations": hidden_activations,
@@ -218,7 +142,7 @@ class STEMNet(nn.Module):
         }
         self.experts = nn.ModuleList()
         self.gate_mlps = nn.ModuleList()
-        width = embedding_dim * len(fields)
+        width = embedding_dim * len(config["fields"])
         for _ in range(num_layers):
             self.experts.append(GroupedMLP(num_experts, width, expert_hidden_units, **mlp))
             if wiring.gates:
@@ -259,72 +183,6 @@ class STEMNet(nn.Module):
             learn=(*(mask | common for mask in own), everything),
             towers=tuple(range(tasks)),
         )
-
-    def _check_config(self, default_order: Sequence[str]) -> None:
-        config = self.config
-        for name, low, high in (
-            ("embedding_dim", 1, MAX_DIM),
-            ("num_layers", 1, MAX_LAYERS),
-            ("num_shared_experts", 0, ops.MAX_EXPERTS),
-            ("num_specific_experts", 0, ops.MAX_EXPERTS),
-        ):
-            _check_size(name, config[name], low, high)
-        for name in ("expert_hidden_units", "gate_hidden_units", "tower_hidden_units"):
-            _check_size(f"the length of {name}", len(config[name]), 0, MAX_LAYERS)
-            for units in config[name]:
-                _check_size(name, units, 1, MAX_UNITS)
-        if not config["expert_hidden_units"]:
-            raise ValueError("expert_hidden_units is empty; an expert has at least one layer")
-        dropout = config["net_dropout"]
-        if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
-            raise ValueError(f"net_dropout is {reprlib.repr(dropout)}, must be in [0, 1)")
-        if not isinstance(config["batch_norm"], bool):
-            raise ValueError(
-                f"batch_norm is {reprlib.repr(config['batch_norm'])}, must be True or False"
-            )
-        if not isinstance(config["hidden_activations"], str):
-            found = reprlib.repr(config["hidden_activations"])
-            raise ValueError(f"hidden_activations is {found}, must be the name of one")
-        for where in ("tasks", "vocab_sizes", "numeric", "sequences", "fields"):
-            for name in config[where]:
-                if not isinstance(name, str):
-                    raise ValueError(f"{where} names {reprlib.repr(name)}, a name must be text")
-        for where in ("vocab_sizes", "sequences"):
-            for name, size in config[where].items():
-                if where == "vocab_sizes" or not isinstance(size, str):
-                    _check_size(f"the vocabulary of {name!r}", size, 1, MAX_ROWS)
-        tasks = config["tasks"]
-        if not tasks or len(set(tasks)) != len(tasks):
-            raise ValueError(f"tasks {tasks} must be one or more different names")
-        if len(set(default_order)) != len(default_order):
-            raise ValueError(f"a field is named twice in {list(default_order)}")
-        if not default_order:
-            raise ValueError("the model has no field")
-        if sorted(config["fields"]) != sorted(default_order):
-            raise ValueError(f"fields {config['fields']} must name each of {list(default_order)}")
-        if config["pooling"].keys() != config["sequences"].keys():
-            raise ValueError(f"pooling {config['pooling']} must name each sequence once")
-        for name, pooling in config["pooling"].items():
-            if pooling not in ("mean", "sum"):
-                raise ValueError(f"sequence {name!r}: pooling {pooling!r} is not mean or sum")
-        for task, kind in config["kinds"].items():
-            if task not in tasks:
-                raise ValueError(f"kinds names {task!r}, which is no task of {tasks}")
-            if kind not in KINDS:
-                raise ValueError(f"task {task!r}: kind {kind!r} is not one of {', '.join(KINDS)}")
-        for task, scale in config["scales"].items():
-            if config["kinds"].get(task, "binary") == "binary":
-                raise ValueError(f"scales names {task!r}, which is no regression task")
-            try:
-                mean, std = map(float, scale)
-            except (TypeError, ValueError):
-                mean = std = math.nan
-            if not (math.isfinite(mean) and 0 < std < math.inf):
-                found = reprlib.repr(scale)
-                raise ValueError(
-                    f"scales of {task!r} are {found}: give a mean, and a deviation above 0"
-                )
-            config["scales"][task] = [mean, std]
 
     def forward(
         self,
@@ -435,46 +293,18 @@ class STEMNet(nn.Module):
 
     def compile_inference(self, precision: str = "fp32") -> Inference:
         """:meth:`predict` made ready for many calls, in a precision: see
-        :class:`stem_fast.inference.Inference`."""
+        :class:`stem_fast.serving.inference.Inference`."""
+        from stem_fast.serving.inference import Inference  # which is above this room
+
         return Inference(self, precision)
 
     def _probabilities(self, output: Tensor) -> Tensor:
-        if not self._regressions():
-            return output.sigmoid()
-        columns = []
-        for task, column in zip(self.tasks, output.unbind(1), strict=True):
-            kind = self.config["kinds"][task]
-            if kind == "binary":
-                column = column.sigmoid()
-            elif task in self.config["scales"]:
-                mean, std = self.config["scales"][task]
-                column = column * std + mean
-            columns.append(column.expm1() if kind == "regression:log1p" else column)
-        return torch.stack(columns, 1)
-
-    def _regressions(self) -> list[int]:
-        """The places of regression tasks."""
-        kinds = self.config["kinds"]
-        return [i for i, task in enumerate(self.tasks) if kinds[task] != "binary"]
+        return predictions(output, self.tasks, self.config["kinds"], self.config["scales"])
 
     def standardised(self, labels: Tensor) -> Tensor:
         """Labels [B, T] as the loss compares them to the network's outputs: those of regression
         tasks after log1p where that is their kind, and standardised by ``scales``."""
-        kinds, scales = self.config["kinds"], self.config["scales"]
-        changed = [self.tasks[i] for i in self._regressions()]
-        changed = [t for t in changed if t in scales or kinds[t] == "regression:log1p"]
-        if not changed:
-            return labels
-        columns = []
-        for task, column in zip(self.tasks, labels.unbind(1), strict=True):
-            if task in changed:
-                # In float64, where no difference of two labels is infinite.
-                value = column.double()
-                value = value.log1p() if kinds[task] == "regression:log1p" else value
-                mean, std = scales.get(task, (0.0, 1.0))
-                column = ((value - mean) / std).to(labels.dtype)
-            columns.append(column)
-        return torch.stack(columns, 1)
+        return standardised(labels, self.tasks, self.config["kinds"], self.config["scales"])
 
     def gates(
         self, ids: Tensor, numeric: Tensor | None = None, sequences: Sequences | None = None
@@ -603,15 +433,15 @@ class STEMNet(nn.Module):
             tasks: label names in the official order.
             fields: features in the official order; default: the order of the checkpoint.
             options: what a checkpoint does not tell (sequences, pooling, kinds, activation and
-                dropout), see :func:`stem_fast.fuxictr.from_official`.
+                dropout), see :func:`stem_fast.models.official.from_official`.
         """
         cls._require_stem()
-        return fuxictr.from_official(cls, state_dict, tasks=tasks, fields=fields, **options)
+        return official.from_official(cls, state_dict, tasks=tasks, fields=fields, **options)
 
     def to_official(self) -> dict[str, Tensor]:
-        """The state dict that the official code's STEM loads; see :mod:`stem_fast.fuxictr`."""
+        """The state dict that the official code's STEM loads: :mod:`stem_fast.models.official`."""
         self._require_stem()
-        return fuxictr.to_official(self)
+        return official.to_official(self)
 
     @classmethod
     def _require_stem(cls) -> None:
@@ -619,123 +449,5 @@ class STEMNet(nn.Module):
             raise TypeError(f"{cls.__name__} has no official STEM checkpoint; only STEMNet has")
 
 
-def _check_size(name: str, value: Any, low: int, high: int) -> None:
-    rule = f"be at least {low}" if low else "not be negative"
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        rule = "be a whole number"
-    elif int(value) > high:
-        rule = f"be at most {high}"
-    elif int(value) >= low:
-        return
-    raise ValueError(f"{name} is {reprlib.repr(value)}, must {rule}")
-
-
-def expert_inputs(tasks: int, specific: int, shared: int) -> tuple[int, ...]:
-    """Each task's experts read the task's input, shared ones the last."""
-    return (*(t for t in range(tasks) for _ in range(specific)), *(tasks,) * shared)
-
-
-def expert_masks(tasks: int, specific: int, shared: int) -> tuple[int, list[int], int]:
-    """Masks of all experts, of each task's own, and of the shared ones."""
-    own = [((1 << specific) - 1) << t * specific for t in range(tasks)]
-    common = ((1 << shared) - 1) << tasks * specific
-    return sum(own) | common, own, common
-
-
 def _filled(model: STEMNet, keys: Any) -> None:
     model._fill_order()
-
-
-class PLE(STEMNet):
-    """Progressive Layered Extraction (Tang et al., RecSys 2020): one embedding space; a task's
-    gate sees its own and the shared experts; the shared gate sees the shared ones (as in the
-    official code here; the paper's sees all)."""
-
-    @staticmethod
-    def wire(tasks: int, specific: int, shared: int) -> Wiring:
-        if not shared:
-            raise ValueError("PLE's shared gate sees the shared experts: there is none")
-        _, own, common = expert_masks(tasks, specific, shared)
-        see = (*(mask | common for mask in own), common)
-        return Wiring(
-            spaces=(0,) * (tasks + 1),
-            reads=expert_inputs(tasks, specific, shared),
-            gates=tuple((g,) for g in range(tasks + 1)),
-            see=see,
-            learn=see,
-            towers=tuple(range(tasks)),
-        )
-
-
-class MMoE(STEMNet):
-    """Multi-gate Mixture of Experts (Ma et al., KDD 2018): all experts are shared."""
-
-    def __init__(self, *args: Any, num_specific_experts: int = 0, **options: Any) -> None:
-        super().__init__(*args, num_specific_experts=num_specific_experts, **options)
-
-    @staticmethod
-    def wire(tasks: int, specific: int, shared: int) -> Wiring:
-        if specific:
-            raise ValueError(f"MMoE has no specific experts; num_specific_experts is {specific}")
-        everything = (1 << shared) - 1
-        return Wiring(
-            spaces=(0,),
-            reads=(0,) * shared,
-            gates=((0,),) * tasks,
-            see=(everything,) * tasks,
-            learn=(everything,) * tasks,
-            towers=tuple(range(tasks)),
-        )
-
-
-class SharedBottom(STEMNet):
-    """One network for all tasks (Caruana, 1997) and a tower for each."""
-
-    def __init__(
-        self,
-        *args: Any,
-        num_shared_experts: int = 1,
-        num_specific_experts: int = 0,
-        **options: Any,
-    ) -> None:
-        experts = (num_shared_experts, num_specific_experts)
-        if experts != (1, 0):
-            raise ValueError("SharedBottom has one shared expert and no specific ones")
-        super().__init__(*args, num_shared_experts=1, num_specific_experts=0, **options)
-
-    @staticmethod
-    def wire(tasks: int, specific: int, shared: int) -> Wiring:
-        return Wiring(spaces=(0,), reads=(0,), gates=(), see=(1,), learn=(1,), towers=(0,) * tasks)
-
-
-class SingleTask(STEMNet):
-    """A network of its own for every task, embeddings included: nothing is shared."""
-
-    def __init__(self, *args: Any, num_shared_experts: int = 0, **options: Any) -> None:
-        super().__init__(*args, num_shared_experts=num_shared_experts, **options)
-
-    @staticmethod
-    def wire(tasks: int, specific: int, shared: int) -> Wiring:
-        if shared or not specific:
-            raise ValueError(
-                f"SingleTask has specific experts only: num_shared_experts is {shared}, must be 0, "
-                f"num_specific_experts is {specific}, must be at least 1"
-            )
-        _, own, _ = expert_masks(tasks, specific, shared)
-        return Wiring(
-            spaces=tuple(range(tasks)),
-            reads=expert_inputs(tasks, specific, shared),
-            gates=tuple((t,) for t in range(tasks)) if specific > 1 else (),
-            see=tuple(own),
-            learn=tuple(own),
-            towers=tuple(range(tasks)),
-        )
-
-
-MODELS: dict[str, type[STEMNet]] = {
-    "stem": STEMNet,
-    "single": SingleTask,
-    "shared_bottom": SharedBottom,
-    "mmoe": MMoE,
-    "ple": PLE,
-}

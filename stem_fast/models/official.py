@@ -15,21 +15,19 @@ here                      official key
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from stem_fast.nn.grouped import GroupedMLP
 
-if TYPE_CHECKING:
-    from stem_fast.model import STEMNet
-
+_Model = TypeVar("_Model", bound=nn.Module)
 _TABLE = "embedding_layer.embedding_layer.embedding_layers.{}.weight"
 
 
-def to_official(model: STEMNet) -> dict[str, Tensor]:
+def to_official(model: Any) -> dict[str, Tensor]:
     """The state dict that the official STEM of the same configuration loads.
 
     The tensors are copies, so training the model on does not change them. The official code knows
@@ -52,7 +50,7 @@ def to_official(model: STEMNet) -> dict[str, Tensor]:
 
 
 def from_official(
-    cls: type[STEMNet],
+    cls: Callable[..., _Model],
     state_dict: Mapping[str, Tensor],
     *,
     tasks: Sequence[str],
@@ -62,7 +60,7 @@ def from_official(
     kinds: Mapping[str, str] | None = None,
     hidden_activations: str = "relu",
     net_dropout: float | None = None,
-) -> STEMNet:
+) -> _Model:
     """Build a STEM-Net from an official checkpoint; every size is read off the tensors.
 
     Args:
@@ -192,7 +190,7 @@ def _has_prelu(state_dict: Mapping[str, Tensor], prefix: str) -> bool:
     )
 
 
-def _views(model: STEMNet) -> Iterator[tuple[str, Tensor]]:
+def _views(model: Any) -> Iterator[tuple[str, Tensor]]:
     """(official key, view of our tensor), for the whole checkpoint."""
     config, arena = model.config, model.embedding
     for name in config["fields"]:
