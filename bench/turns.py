@@ -44,7 +44,7 @@ from bench.contenders import (
 )
 from stem_fast import ops
 from stem_fast.nn.grouped import GroupedMLP
-from stem_fast.precision import tf32
+from stem_fast.nn.precision import tf32
 
 # Of a tensor's entries on average, each of which Adam's first step moves by 1e-3. Rounding decides
 # whether a ReLU next to 0 is on, which turns the steps of a unit's weights: up to 5e-7 was seen, of

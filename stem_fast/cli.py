@@ -25,10 +25,18 @@ import torch
 import typer
 from typer.core import TyperGroup
 
-from stem_fast import __version__, checkpoint, data, ops, report
-from stem_fast import train as training
+from stem_fast import __version__, data, ops, report
 from stem_fast.common import DataError
-from stem_fast.config import (
+from stem_fast.data import cache as caching
+from stem_fast.data import select, synth
+from stem_fast.data.schema import LARGEST, Encoding, Schema, table_owners
+from stem_fast.data.tables import Table, refuse_changed, signatures
+from stem_fast.models.family import MODELS
+from stem_fast.models.network import STEMNet
+from stem_fast.nn.precision import check as check_precision
+from stem_fast.training import checkpoint
+from stem_fast.training import fit as training
+from stem_fast.training.options import (
     EMBEDDING_OPTIMIZERS,
     FitSettings,
     TrainingConfig,
@@ -36,13 +44,6 @@ from stem_fast.config import (
     parse_join,
     parse_size,
 )
-from stem_fast.data import cache as caching
-from stem_fast.data import select, synth
-from stem_fast.data.schema import LARGEST, Encoding, Schema, table_owners
-from stem_fast.data.tables import Table, refuse_changed, signatures
-from stem_fast.models.family import MODELS
-from stem_fast.models.network import STEMNet
-from stem_fast.precision import check as check_precision
 
 _SMALLER = (
     "fit a smaller network with a lower --embedding-dim, --expert-hidden-units or "

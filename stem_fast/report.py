@@ -25,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stem_fast.data.cache import Entry
-from stem_fast.train import EpochRecord
+from stem_fast.training.fit import EpochRecord
 
 PIPED_WIDTH = 200  # of tables in a pipe or file, which has no width of its own
 

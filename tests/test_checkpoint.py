@@ -17,13 +17,13 @@ import torch
 from killed import ENCODING, marked_model
 from safetensors.torch import load_file, save_file
 
-from stem_fast import checkpoint
 from stem_fast.common import DataError
-from stem_fast.config import TrainingConfig
 from stem_fast.data.schema import Encoding, Schema, SequenceField
 from stem_fast.models.family import MODELS
 from stem_fast.models.network import STEMNet
-from stem_fast.train import EpochRecord
+from stem_fast.training import checkpoint
+from stem_fast.training.fit import EpochRecord
+from stem_fast.training.options import TrainingConfig
 
 TRAINING = TrainingConfig(epochs=7, learning_rate=0.1, task_weights=(2.0,), monitor="click.auc")
 

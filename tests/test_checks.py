@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from stem_fast import checks
 from stem_fast.common import DataError
 from stem_fast.data.dataset import Dataset
+from stem_fast.training import checks
 
 ROWS = 6000
 RANDOM = np.random.default_rng(0)

@@ -25,10 +25,13 @@ import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
-from stem_fast import checkpoint, config, data, ops, report, train
+from stem_fast import data, ops, report
 from stem_fast.cli import app
 from stem_fast.common import DataError
 from stem_fast.data.schema import SequenceField
+from stem_fast.training import checkpoint
+from stem_fast.training import fit as train
+from stem_fast.training import options as config
 
 TASKS = ("is_click", "long_view")
 NETWORK = {
@@ -975,7 +978,7 @@ def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, step: int, said: str) -> None:
             os.kill(os.getpid(), signal.SIGINT)
         return train_step(*arguments)
 
-    monkeypatch.setattr("stem_fast.step.train_step", interrupted)
+    monkeypatch.setattr("stem_fast.training.step.train_step", interrupted)
     # Where the tests run in the background (nohup), Ctrl-C is ignored.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -1000,7 +1003,7 @@ def test_a_loss_that_explodes_keeps_the_best_weights(monkeypatch: pytest.MonkeyP
         loss = train_step(*arguments)
         return loss * float("nan") if next(steps) == 9 else loss
 
-    monkeypatch.setattr("stem_fast.step.train_step", exploding)
+    monkeypatch.setattr("stem_fast.training.step.train_step", exploding)
     result = fit(ok=False)
     refused(result, "the loss is nan in epoch 2, step 2", "run holds the best weights so far")
     checkpoint.load_run("run")

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from stem_fast import MMoE, STEMNet
 from stem_fast.data.dataset import Batch
-from stem_fast.train import TrainingConfig, train_step
+from stem_fast.training.options import TrainingConfig
+from stem_fast.training.step import train_step
 
 FIXTURES = Path(__file__).parent / "fixtures"
 OFFICIAL = json.loads((FIXTURES / "official.json").read_text())["cases"]

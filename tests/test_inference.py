@@ -11,11 +11,12 @@ import torch
 from cases import assert_within
 from torch import nn
 
-from stem_fast import inference, ops
+from stem_fast import ops
 from stem_fast.common import DataError
 from stem_fast.models.family import MODELS
 from stem_fast.models.network import STEMNet
 from stem_fast.nn import batched
+from stem_fast.serving import inference
 
 EXPERTS = {
     "stem": {"num_specific_experts": 2, "num_shared_experts": 2},

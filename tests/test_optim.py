@@ -23,12 +23,12 @@ from torch.optim import swa_utils
 from torch.utils._pytree import tree_leaves
 
 from stem_fast import STEMNet, optim
-from stem_fast.config import TrainingConfig
 from stem_fast.data.dataset import Batch
 from stem_fast.nn.arena import EmbeddingArena
 from stem_fast.nn.modules import parameters_of
 from stem_fast.optim.sgd import Products
-from stem_fast.step import TrainStep
+from stem_fast.training.options import TrainingConfig
+from stem_fast.training.step import TrainStep
 
 devices = pytest.mark.parametrize("device", DEVICES)
 ROWS, SPACES, DIM, BATCH = 400, 2, 3, 24

@@ -14,15 +14,15 @@ import torch
 from cases import Ops
 from torch import nn
 
-from stem_fast import step as steps
-from stem_fast import train
 from stem_fast.common import DataError
-from stem_fast.config import EMBEDDING_OPTIMIZERS, TrainingConfig
 from stem_fast.data.dataset import Batch, Dataset
 from stem_fast.models.family import MODELS
 from stem_fast.models.network import STEMNet
 from stem_fast.nn import arena
 from stem_fast.optim import base, step_log
+from stem_fast.training import fit as train
+from stem_fast.training import step as steps
+from stem_fast.training.options import EMBEDDING_OPTIMIZERS, TrainingConfig
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 ROWS, BATCH = 150, 20  # the last batch of an epoch is shorter

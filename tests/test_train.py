@@ -13,15 +13,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stem_fast import train
 from stem_fast.common import DataError
-from stem_fast.config import EMBEDDING_OPTIMIZERS, TrainingConfig
 from stem_fast.data.dataset import Batch, Dataset
 from stem_fast.models.network import STEMNet
 from stem_fast.nn.arena import EmbeddingArena
 from stem_fast.optim import ExactAdam
-from stem_fast.step import clip_grad_norm_
-from stem_fast.train import Monitor, TrainingError
+from stem_fast.training import fit as train
+from stem_fast.training.fit import Monitor, TrainingError
+from stem_fast.training.options import EMBEDDING_OPTIMIZERS, TrainingConfig
+from stem_fast.training.step import clip_grad_norm_
 
 TINY = {
     "embedding_dim": 4,

@@ -69,7 +69,8 @@ class ExactAdam(TableOptimizer):
     tensor kept from before, calls ``arena.flush()`` first; an exported program, which shares the
     model's tensors, is such a reader once training goes on. A walk at every step costs what
     dense Adam's step does: ``zero_grad`` of the optimizers and of :class:`stem_fast.STEMNet` and
-    :func:`stem_fast.step.clip_grad_norm_` take none, ``zero_grad`` of a module around them does.
+    :func:`stem_fast.training.step.clip_grad_norm_` take none, ``zero_grad`` of a module around them
+    does.
 
     ``state_dict`` has the form of ``torch.optim.Adam``'s for the dense table, and each loads the
     other's.

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from stem_fast import ops
 from stem_fast.common import DataError
-from stem_fast.config import TrainingConfig
 from stem_fast.data.dataset import Batch
 from stem_fast.models.network import STEMNet
 from stem_fast.nn.arena import runs_ahead
 from stem_fast.nn.grouped import has_batch_norm
 from stem_fast.nn.modules import parameters_of, parts_of
+from stem_fast.nn.precision import autocast, tf32
 from stem_fast.optim import OPTIMIZERS, TableOptimizer
-from stem_fast.precision import autocast, tf32
+from stem_fast.training.options import TrainingConfig
 
 WARM_UP = 3  # steps before a capture: kernels are compiled, and state is made
 FLUSH = 16000  # steps between two flushes of the tables; their schedules have more room

@@ -21,8 +21,8 @@ from stem_fast.data.joins import Join
 from stem_fast.data.schema import LARGEST, Schema, parse_sequences
 from stem_fast.models.config import MAX_DIM, MAX_LAYERS, MAX_UNITS
 from stem_fast.models.family import MODELS
+from stem_fast.nn.precision import PRECISIONS
 from stem_fast.ops import MAX_EXPERTS
-from stem_fast.precision import PRECISIONS
 
 EMBEDDING_OPTIMIZERS = ("adam", "dense_adam", "lazy_adam", "sgd", "adagrad", "rowwise_adagrad")
 
@@ -190,7 +190,7 @@ class TrainingConfig:
     seed                   of the shuffles (and, in ``stem-fast fit``, of the first weights)
     task_weights           factor on each task's loss; None: all 1
     precision              of matrix products: fp32, tf32 (CUDA) or bf16, or all in fp64, see
-                           :mod:`stem_fast.precision`
+                           :mod:`stem_fast.nn.precision`
     micro_batch_size       rows of a batch that are in the network together, forward and backward,
                            for less memory; 0: all
 

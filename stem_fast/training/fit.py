@@ -17,15 +17,16 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from stem_fast import checks, metrics
+from stem_fast import metrics
 from stem_fast.common import DataError, nearest
-from stem_fast.config import TrainingConfig as TrainingConfig
 from stem_fast.data.dataset import Dataset
 from stem_fast.models.network import STEMNet
 from stem_fast.nn.grouped import has_batch_norm
-from stem_fast.precision import check as check_precision
-from stem_fast.step import TrainStep, make_optimizers
-from stem_fast.step import train_step as train_step
+from stem_fast.nn.precision import check as check_precision
+from stem_fast.training import checks
+from stem_fast.training.options import TrainingConfig as TrainingConfig
+from stem_fast.training.step import TrainStep, make_optimizers
+from stem_fast.training.step import train_step as train_step
 
 MIN_DELTA = 1e-6  # an epoch must be better than the best one by this much
 LR_FACTOR, MIN_LR = 0.1, 1e-6  # after an epoch that is not

@@ -32,14 +32,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from stem_fast.common import DataError, nearest, shown
-from stem_fast.config import TrainingConfig
 from stem_fast.data.cache import DAY
 from stem_fast.data.schema import Encoding
 from stem_fast.models.family import MODELS
 from stem_fast.models.network import STEMNet
+from stem_fast.training.options import TrainingConfig
 
 if TYPE_CHECKING:
-    from stem_fast.train import EpochRecord
+    from stem_fast.training.fit import EpochRecord
 
 VERSION = 2
 WEIGHTS, SCHEMA, CONFIG = "model.safetensors", "schema.json", "config.json"

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stem_fast import ops
-from stem_fast import precision as precisions
 from stem_fast.nn import batched
+from stem_fast.nn import precision as precisions
 from stem_fast.nn.grouped import GroupedLinear, GroupedMLP
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Inference:
 
     Args:
         model: on the device to predict on.
-        precision: fp32, bf16, tf32 or fp64 (:mod:`stem_fast.precision`).
+        precision: fp32, bf16, tf32 or fp64 (:mod:`stem_fast.nn.precision`).
 
     Raises DataError for a precision that the device cannot do.
     """
