@@ -25,11 +25,12 @@ import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
-from stem_fast import data, ops, report
-from stem_fast.cli import app
+from stem_fast import data, ops
+from stem_fast.cli import report
+from stem_fast.cli.app import app
 from stem_fast.common import DataError
 from stem_fast.data.schema import SequenceField
-from stem_fast.training import checkpoint
+from stem_fast.training import checkpoint, config_file
 from stem_fast.training import fit as train
 from stem_fast.training import options as config
 
@@ -816,7 +817,7 @@ BOMB = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{f'*a{i - 1},' * 10}]\n" for i i
         ("{a: " * 3000 + "}" * 3000, "it is nested too deeply"),
         (BOMB, "c.yaml is not valid YAML: with its aliases written out it is too long"),
         ("labels: &a [*a]", "with its aliases written out it is too long"),
-        ("header: x" + "x" * config.MAX_TEXT, "c.yaml: is longer than a configuration file's"),
+        ("header: x" + "x" * config_file.MAX_TEXT, "c.yaml: is longer than a configuration file's"),
         ("epochs: " + "9" * 5000, "c.yaml is not valid YAML: Exceeds the limit"),
         (
             "categorical: user_id\nepochs: 0x" + "f" * 5000,
@@ -950,7 +951,7 @@ def test_a_network_too_large_is_no_bug(monkeypatch: pytest.MonkeyPatch) -> None:
         "--min-count",
     )
     with monkeypatch.context() as patch:
-        patch.setattr("stem_fast.cli._memory", lambda: float("inf"))
+        patch.setattr("stem_fast.cli.fit._memory", lambda: float("inf"))
         refused(fit(ok=False, **wide), *said, "DefaultCPUAllocator")
 
     def no_memory(*_: object, **__: object) -> None:
@@ -1173,7 +1174,7 @@ def test_help() -> None:
     assert "fit" in stem_fast().stdout
     assert stem_fast("--help").exit_code == 0
     shown = stem_fast("fit", "--help").stdout
-    for key in config.KEYS:
+    for key in config.OPTIONS:
         assert f"--{key.replace('_', '-')}" in shown  # every key of the file is a flag
     for command in ("fit", "synth"):
         shown = stem_fast(command, "--help").stdout.splitlines()

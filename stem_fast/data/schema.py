@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stem_fast.common import KINDS, DataError, nearest, shown
+from stem_fast.common import KINDS, DataError, described, nearest, shown
 
 POOLINGS = ("mean", "sum")
 ENCODING_VERSION = 1
@@ -66,15 +66,34 @@ class Schema:
     Raises DataError for a wrong type and when the parts contradict each other.
     """
 
-    labels: dict[str, str]
-    categorical: tuple[str, ...] = ()
-    numeric: tuple[str, ...] = ()
-    sequences: tuple[SequenceField, ...] = ()
-    group: str | None = None
-    weight: str | None = None
-    min_count: int = 10
-    header: tuple[str, ...] | None = None
-    delimiter: str | None = None
+    labels: dict[str, str] = described(  # noqa: RUF009, a field
+        dataclasses.MISSING,
+        "Columns",
+        "tasks (needed): is_click,watch_time:regression",
+        many=True,
+        metavar="A,B",
+    )
+    categorical: tuple[str, ...] = described(
+        (), "Columns", "columns looked up in a vocabulary", many=True, metavar="A,B"
+    )
+    numeric: tuple[str, ...] = described(
+        (), "Columns", "columns standardised as numbers", many=True, metavar="A,B"
+    )
+    sequences: tuple[SequenceField, ...] = described(
+        (),
+        "Columns",
+        "list columns: watch_seq=video_id (shares video_id's vocabulary),tags",
+        many=True,
+        flags=("--sequence", "--sequences"),
+        metavar="A,B",
+    )
+    group: str | None = described(None, "Columns", "column that gAUC groups by")
+    weight: str | None = described(None, "Columns", "column of sample weights")
+    min_count: int = described(10, "Columns", "rarer values become unknown", kind=int)
+    header: tuple[str, ...] | None = described(
+        None, "Columns", "column names of a file without them", many=True, metavar="A,B"
+    )
+    delimiter: str | None = described(None, "Columns", "of text files (default: by suffix)")
 
     def __post_init__(self) -> None:
         converted: dict[str, Any] = {

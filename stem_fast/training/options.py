@@ -6,7 +6,6 @@ value is checked for type and range before any data is read.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -14,19 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from stem_fast.common import DataError, nearest, shown
+from stem_fast.common import DataError, Option, described, nearest, options_of, shown
 from stem_fast.data.joins import Join
 from stem_fast.data.schema import LARGEST, Schema, parse_sequences
 from stem_fast.models.config import MAX_DIM, MAX_LAYERS, MAX_UNITS
 from stem_fast.models.family import MODELS
 from stem_fast.nn.precision import PRECISIONS
 from stem_fast.ops import MAX_EXPERTS
+from stem_fast.training.config_file import read_yaml
 
 EMBEDDING_OPTIMIZERS = ("adam", "dense_adam", "lazy_adam", "sgd", "adagrad", "rowwise_adagrad")
-
-MAX_TEXT = 1 << 22  # characters and values of a file, its aliases written out
 
 Check = Callable[[str, Any], Any]  # (key, value) -> typed value, or DataError
 
@@ -130,47 +126,76 @@ def parse_size(key: str, value: Any) -> float:
 _POSITIVE = _number("a number above 0", lambda x: x > 0)
 _NOT_NEGATIVE = _number("a number of at least 0", lambda x: x >= 0)
 _COUNT = _integer(1)
-_WIDTHS = _list_of(_integer(1, MAX_UNITS))
 
-_FILES: dict[str, Check] = {
-    "train": _path,
-    "valid": _path,
-    "join": _list_of(parse_join),
-    "cache": _path,
-    "cache_limit": parse_size,
-    "out": _path,
-    "overwrite": _boolean,
-    "device": _text,
+DATA, COLUMNS, NETWORK, TRAINING = "Data", "Columns", "Network", "Training"
+
+
+def _widths(text: str) -> Option:
+    return Option(NETWORK, text, many=True, check=_list_of(_integer(1, MAX_UNITS)), metavar="N,N")
+
+
+FILES: dict[str, Option] = {
+    "train": Option(DATA, "training table: CSV, TSV, Parquet, or a folder (needed)", check=_path),
+    "valid": Option(DATA, "validation table (needed)", check=_path),
+    "out": Option(DATA, "run folder to make (needed)", check=_path),
+    "overwrite": Option(
+        DATA, "replace a run", bool, check=_boolean, flags=("--overwrite",), metavar=""
+    ),
+    "join": Option(
+        DATA,
+        "FILE:KEY, a side table joined on a column; may be given several times",
+        many=True,
+        check=_list_of(parse_join),
+    ),
+    "cache": Option(
+        DATA,
+        "folder for encoded data",
+        check=_path,
+        shown="$STEM_FAST_CACHE, ~/.cache/stem_fast",
+    ),
+    "cache_limit": Option(
+        DATA,
+        "size such as 10GB: remove cached data, that longest unused first, beyond it",
+        check=parse_size,
+    ),
+    "device": Option(TRAINING, "auto, cpu, cuda or cuda:N", check=_text, shown="auto"),
 }
-_NETWORK: dict[str, Check] = {
-    "embedding_dim": _integer(1, MAX_DIM),
-    "num_layers": _integer(1, MAX_LAYERS),
-    "num_shared_experts": _integer(0, MAX_EXPERTS),
-    "num_specific_experts": _integer(0, MAX_EXPERTS),
-    "expert_hidden_units": _WIDTHS,
-    "gate_hidden_units": _WIDTHS,
-    "tower_hidden_units": _WIDTHS,
-    "hidden_activations": _text,
-    "net_dropout": _number("a number from 0 to below 1", lambda x: 0 <= x < 1),
-    "batch_norm": _boolean,
+POOLING = Option(COLUMNS, "of the sequences: mean or sum", check=_pooling)
+MODEL = Option(NETWORK, ", ".join(MODELS), check=_one_of(MODELS), shown="stem")
+# Their defaults are those of the model's constructor.
+SIZES: dict[str, Option] = {
+    "embedding_dim": Option(
+        NETWORK, "of each embedding space", int, check=_integer(1, MAX_DIM), shown=16
+    ),
+    "num_layers": Option(
+        NETWORK, "of experts and gates", int, check=_integer(1, MAX_LAYERS), shown=1
+    ),
+    "num_shared_experts": Option(
+        NETWORK, "default: the model's", int, check=_integer(0, MAX_EXPERTS)
+    ),
+    "num_specific_experts": Option(
+        NETWORK, "a task; default: the model's", int, check=_integer(0, MAX_EXPERTS)
+    ),
+    "expert_hidden_units": _widths("widths")._replace(shown="512,512,512"),
+    "gate_hidden_units": _widths("widths, where there are gates")._replace(shown="128,64"),
+    "tower_hidden_units": _widths("widths")._replace(shown="128,64"),
+    "hidden_activations": Option(NETWORK, "by name", check=_text, shown="relu"),
+    "net_dropout": Option(
+        NETWORK,
+        "after hidden layers",
+        float,
+        check=_number("a number from 0 to below 1", lambda x: 0 <= x < 1),
+        shown=0,
+    ),
+    "batch_norm": Option(
+        NETWORK,
+        "in hidden layers",
+        bool,
+        check=_boolean,
+        flags=("--batch-norm/--no-batch-norm",),
+        metavar="",
+    ),
 }
-_TRAINING: dict[str, Check] = {
-    "epochs": _COUNT,
-    "batch_size": _COUNT,
-    "learning_rate": _POSITIVE,
-    "embedding_optimizer": _one_of(EMBEDDING_OPTIMIZERS),
-    "embedding_regularizer": _NOT_NEGATIVE,
-    "net_regularizer": _NOT_NEGATIVE,
-    "max_gradient_norm": _NOT_NEGATIVE,
-    "patience": _COUNT,
-    "monitor": _text,
-    "seed": _integer(0, 2**63 - 1),
-    "task_weights": _list_of(_NOT_NEGATIVE),
-    "precision": _one_of(PRECISIONS),
-    "micro_batch_size": _integer(0),
-}
-_SCHEMA = tuple(field.name for field in dataclasses.fields(Schema))
-KEYS = (*_FILES, *_SCHEMA, "pooling", "model", *_NETWORK, *_TRAINING)
 
 
 @dataclass(frozen=True)
@@ -197,25 +222,69 @@ class TrainingConfig:
     Raises DataError for a value of another type or out of range.
     """
 
-    epochs: int = 20
-    batch_size: int = 4096
-    learning_rate: float = 1e-3
-    embedding_optimizer: str = "adam"
-    embedding_regularizer: float = 1e-6
-    net_regularizer: float = 0.0
-    max_gradient_norm: float = 10.0
-    patience: int = 1
-    monitor: str = "auc"
-    seed: int = 2023
-    task_weights: tuple[float, ...] | None = None
-    precision: str = "fp32"
-    micro_batch_size: int = 0
+    epochs: int = described(20, TRAINING, "at most", kind=int, check=_COUNT)
+    batch_size: int = described(4096, TRAINING, "rows", kind=int, check=_COUNT)
+    learning_rate: float = described(1e-3, TRAINING, "the first", kind=float, check=_POSITIVE)
+    embedding_optimizer: str = described(
+        "adam", TRAINING, ", ".join(EMBEDDING_OPTIMIZERS), check=_one_of(EMBEDDING_OPTIMIZERS)
+    )
+    embedding_regularizer: float = described(
+        1e-6, TRAINING, "L2 of embeddings", kind=float, check=_NOT_NEGATIVE
+    )
+    net_regularizer: float = described(
+        0.0, TRAINING, "L2 of other weights", kind=float, check=_NOT_NEGATIVE
+    )
+    max_gradient_norm: float = described(
+        10.0, TRAINING, "clipping, 0 = none", kind=float, check=_NOT_NEGATIVE
+    )
+    patience: int = described(1, TRAINING, "epochs without progress", kind=int, check=_COUNT)
+    monitor: str = described(
+        "auc",
+        TRAINING,
+        "auc, gauc, logloss, finish.auc ...",
+        check=_text,
+        shown="auc; rmse if all tasks are regressions",
+    )
+    seed: int = described(
+        2023, TRAINING, "of weights, shuffles", kind=int, check=_integer(0, 2**63 - 1)
+    )
+    task_weights: tuple[float, ...] | None = described(
+        None,
+        TRAINING,
+        "one a task: 1,0.5",
+        many=True,
+        check=_list_of(_NOT_NEGATIVE),
+        metavar="X,X",
+    )
+    precision: str = described(
+        "fp32",
+        TRAINING,
+        "of products: fp32, tf32, bf16; or fp64",
+        check=_one_of(PRECISIONS),
+    )
+    micro_batch_size: int = described(
+        0,
+        TRAINING,
+        "rows in the network together, 0 = all: for less memory",
+        kind=int,
+        check=_integer(0),
+    )
 
     def __post_init__(self) -> None:
-        for key, check in _TRAINING.items():
+        for key, option in options_of(TrainingConfig).items():
             value = getattr(self, key)
-            if key != "task_weights" or value is not None:
-                object.__setattr__(self, key, check(key, value))
+            if option.check and (key != "task_weights" or value is not None):
+                object.__setattr__(self, key, option.check(key, value))
+
+
+OPTIONS: dict[str, Option] = {
+    **FILES,
+    **options_of(Schema),
+    "pooling": POOLING,
+    "model": MODEL,
+    **SIZES,
+    **options_of(TrainingConfig),
+}
 
 
 @dataclass(frozen=True)
@@ -245,9 +314,9 @@ def fit_settings(flags: Mapping[str, Any], file: Path | None = None) -> FitSetti
     """
     given = {} if file is None else read_yaml(file)
     for key in given:
-        if key not in KEYS:
+        if key not in OPTIONS:
             found = str(key)[:100]
-            raise DataError(f"{file}: unknown key '{found}'.{nearest(found, KEYS)}")
+            raise DataError(f"{file}: unknown key '{found}'.{nearest(found, OPTIONS)}")
     given = {key: value for key, value in {**given, **flags}.items() if value is not None}
     absent = [key for key in ("train", "valid", "labels", "out") if key not in given]
     if absent:
@@ -257,94 +326,29 @@ def fit_settings(flags: Mapping[str, Any], file: Path | None = None) -> FitSetti
     def named(key: str) -> str:
         return f"--{key.replace('_', '-')}" if flags.get(key) is not None else key
 
-    def take(checks: Mapping[str, Check]) -> dict[str, Any]:
-        return {key: check(named(key), given[key]) for key, check in checks.items() if key in given}
+    def take(options: Mapping[str, Option]) -> dict[str, Any]:
+        return {
+            key: option.check(named(key), given[key]) if option.check else given[key]
+            for key, option in options.items()
+            if key in given
+        }
 
-    files = take(_FILES)
+    files = take(FILES)
     files["joins"] = files.pop("join", ())
-    schema = {key: given[key] for key in _SCHEMA if key in given}
-    if "pooling" in given:
-        pooling = _pooling(named("pooling"), given["pooling"])
+    schema = take(options_of(Schema))
+    if pooling := take({"pooling": POOLING}).get("pooling"):
         schema["sequences"] = _with_pooling(schema.get("sequences"), pooling)
     columns = Schema.from_dict(schema)
-    training = take(_TRAINING)
+    training = take(options_of(TrainingConfig))
     if "binary" not in columns.labels.values():
         training.setdefault("monitor", "rmse")
     return FitSettings(
         **files,
         schema=columns,
-        model=_one_of(MODELS)(named("model"), given.get("model", "stem")),
-        network=take(_NETWORK),
+        model=take({"model": MODEL}).get("model", MODEL.shown),
+        network=take(SIZES),
         training=TrainingConfig(**training),
     )
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping that a YAML file holds. Raises DataError if it cannot be read, is damaged or no
-    mapping, or names a key twice."""
-    try:
-        with path.open(encoding="utf-8") as file:
-            text = file.read(MAX_TEXT + 1)
-        if len(text) > MAX_TEXT:
-            raise DataError(f"{path}: is longer than a configuration file's {MAX_TEXT} characters.")
-        content = yaml.load(text, _Loader)
-    except FileNotFoundError:
-        raise DataError(f"no configuration file {path}.") from None
-    except OSError as error:
-        raise DataError(f"configuration file {path} cannot be read: {error.strerror}.") from error
-    except RecursionError as error:
-        raise DataError(f"{path} is not valid YAML: it is nested too deeply.") from error
-    except DataError:
-        raise
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, no such date
-        raise DataError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        found = str(content)
-        found = f"{found[:60]!r} ..." if len(found) > 60 else repr(found)
-        raise DataError(f"{path} must hold `key: value` lines, found {found}.")
-    return content
-
-
-class _Loader(yaml.SafeLoader):
-    """The safe loader, which also refuses a key that stands twice (YAML would drop the first), and
-    aliases of aliases that a few lines make a content of gigabytes with."""
-
-    def get_single_node(self) -> yaml.Node | None:
-        node = super().get_single_node()
-        if node is not None:
-            self._measure(node, {})
-        return node
-
-    def _measure(self, node: yaml.Node, sizes: dict[int, int]) -> int:
-        """Values and characters of a node with its aliases written out."""
-        if id(node) not in sizes:
-            sizes[id(node)] = MAX_TEXT + 1  # for an alias of what it is itself in
-            if isinstance(node, yaml.ScalarNode):
-                size = len(node.value)
-            elif isinstance(node, yaml.MappingNode):
-                size = sum(self._measure(each, sizes) for pair in node.value for each in pair)
-            else:
-                size = sum(self._measure(each, sizes) for each in node.value)
-            if size > MAX_TEXT:
-                raise yaml.constructor.ConstructorError(
-                    None, None, "with its aliases written out it is too long", node.start_mark
-                )
-            sizes[id(node)] = 1 + size
-        return sizes[id(node)]
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(
-                    None, None, "a key must be text, not a list or mapping", key.start_mark
-                )
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key '{key.value}' stands twice", key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
 
 
 def _with_pooling(sequences: Any, pooling: str) -> Any:

@@ -25,6 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stem_fast.data.cache import Entry
+from stem_fast.data.dataset import Known
 from stem_fast.training.fit import EpochRecord
 
 PIPED_WIDTH = 200  # of tables in a pipe or file, which has no width of its own
@@ -152,6 +153,28 @@ def print_metrics(result: Mapping[str, Any], title: str) -> None:
     out = console()
     out.print(f"{title}, {result['rows']:,} rows")  # a table's own title breaks at its width
     out.print(table)
+
+
+def print_unknown(known: Mapping[str, Known], which: str = "") -> None:
+    """A line of the columns with the most values that the model has not learned."""
+    shares = {name: each.unknown_share for name, each in known.items()}
+    most = sorted((name for name in shares if shares[name]), key=lambda name: -shares[name])
+    parts = [f"{name} {100 * shares[name]:.1f} %" for name in most[:5]]
+    parts += [f"less in {len(most) - 5} more"] * (len(most) > 5)
+    console().print(f"unknown values{which}: {', '.join(parts) or 'none'}")
+
+
+def print_scores(result: dict[str, Any], title: str, group: str | None) -> None:
+    """:func:`print_metrics`, and why some tasks have no gAUC."""
+    print_metrics(result, title)
+    reasons: dict[str, list[str]] = {}
+    for task, values in result["tasks"].items():
+        if values.get("gauc", 0) is None:
+            why = "the run has no --group" if group is None else f"no {group} has both classes"
+            why = "no row has the label" if values["logloss"] is None else why
+            reasons.setdefault(why, []).append(task)
+    for why, tasks in reasons.items():
+        console().print(f"no gauc for {', '.join(tasks)}: {why}")
 
 
 def print_by(result: Mapping[str, Any]) -> None:
