@@ -6,12 +6,16 @@ import sys
 
 
 def main() -> None:
-    """Entry point of the console script. What goes wrong while torch and the ops are imported is
-    one line, as later errors are."""
+    """Entry point of the console script."""
     try:
         from stem_fast.cli import app
     except KeyboardInterrupt:
         sys.exit(130)
+    except ImportError as error:
+        if type(error).__name__ != "BackendError":  # its class may be what was not imported
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     app()
 
 

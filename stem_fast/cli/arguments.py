@@ -24,7 +24,7 @@ from stem_fast.training.options import FILES, parse_join
 def flag(option: Option) -> Any:
     """The flag of an option, for ``Annotated``."""
     text = option.help if option.shown is None else f"{option.help} (default {option.shown})"
-    extra = {} if option.metavar is None else {"metavar": option.metavar}
+    extra: dict[str, Any] = {} if option.metavar is None else {"metavar": option.metavar}
     return typer.Option(
         *option.flags, help=text, rich_help_panel=option.panel, show_default=False, **extra
     )

@@ -131,7 +131,10 @@ class STEMNet(nn.Module):
             raise ValueError(f"{type(self).__name__} has one layer, num_layers is {num_layers}")
 
         self.embedding = EmbeddingArena(
-            *(config[name] for name in ("vocab_sizes", "numeric", "sequences", "pooling")),
+            config["vocab_sizes"],
+            config["numeric"],
+            config["sequences"],
+            config["pooling"],
             max(wiring.spaces) + 1,
             embedding_dim,
         )
