@@ -56,7 +56,17 @@ def _load_triton(without: Sequence[str] = ()) -> str:
     if not interpreted and not torch.cuda.is_available():
         return "no CUDA device"
     try:
-        from stem_fast.kernels import adagrad, adam, linear, lookup, loss, mixture, row_plan, sgd
+        from stem_fast.kernels import (
+            adagrad,
+            adam,
+            check_ids,
+            linear,
+            lookup,
+            loss,
+            mixture,
+            row_plan,
+            sgd,
+        )
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
@@ -66,8 +76,9 @@ def _load_triton(without: Sequence[str] = ()) -> str:
         # Some ops are C++'s too, and this is the choice between the two.
         warnings.filterwarnings("ignore", "Warning only once for all operators")
         for module, names in (
-            (lookup, ("lookup", "row_gradients", "check_ids")),
-            (row_plan, ("row_plan",)),
+            (lookup, ("lookup",)),
+            (row_plan, ("row_plan", "row_gradients")),
+            (check_ids, ("check_ids",)),
             (mixture, ("mixture", "mixture_backward")),
             (linear, ("bias_relu", "relu_backward", "expert_mixture_inference")),
             (linear, ("grouped_linear", "grouped_linear_backward")),
