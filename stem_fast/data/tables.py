@@ -18,6 +18,8 @@ from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet
 
 from stem_fast.common import DataError, nearest
 from stem_fast.data.blocks import Block

@@ -1,12 +1,10 @@
-"""The mathematics of STEM-Net in plain PyTorch, one loop for one sum.
+"""The mathematics of STEM-Net in plain PyTorch, one loop for one sum; imports no other room.
 
 Every faster version of an op is tested against the function of the same name here, so these stay
 simple enough to be checked by eye against the paper (Su et al., AAAI 2024, section 4) and the
-official code (LiangcaiSu/STEM, ``models/STEM.py``). Autograd of these functions *is* the
-definition of the gradients, the asymmetric backward included.
-
-Symbols: B batch, F categorical fields, G embedding spaces, D embedding dimension, E experts,
-K gates, I and O the widths of a layer's input and output, H the width of an expert's output.
+official code (``models/STEM.py``). Their autograd *defines* the gradients.
+Symbols: B batch, F categorical fields, G embedding spaces, D embedding dimension, E experts, K
+gates, I and O the widths of a layer's input and output, H the width of an expert's output.
 """
 
 # The functions lookup and mixture take the names of their modules.
