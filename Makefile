@@ -6,7 +6,7 @@ READY := .venv/.ready
 TESTED := .venv$(TORCH:%=-%)
 FIT := $(BIN)/stem-fast fit --config bench/demo.yaml --overwrite
 
-.PHONY: demo test sanitize bench lint format clean setup
+.PHONY: demo test sanitize bench lint format docs clean setup
 
 demo: $(READY)  ## train STEM-Net, single-task and shared-bottom models on made data, and compare
 	$(BIN)/stem-fast synth --seed 1 --out runs/demo/data --overwrite
@@ -44,6 +44,14 @@ lint: $(READY)  ## style and types
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: .venv/.docs  ## the site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+
+# The package is there already: only what the extra adds is installed, and nothing is built again.
+.venv/.docs: $(READY)
+	$(BIN)/python -m pip install --quiet -c constraints.txt 'stem_fast[docs]'
+	touch $@
 
 setup: $(READY)
 
