@@ -1,33 +1,9 @@
-"""Optimizers of embedding tables that pay for the rows of a batch alone.
+"""``torch.optim.Adam`` of embedding tables, at the cost of a batch's rows.
 
-Dense Adam moves every row at every step: where no sample reads a row, its gradient is zero and its
-momentum still carries it on. :class:`ExactAdam` makes those steps later, when the row is next
-needed, and so keeps to ``torch.optim.Adam``'s trajectory at the cost of the rows of a batch.
-
-A row with m, v after step ``s`` that misses steps ``s + 1 .. now`` (no L2): at the j-th of them
-its momentum is ``beta1^j m`` and its ``sqrt(v)`` is ``q^j sqrt(v)``, with ``q = sqrt(beta2)``. So
-it moves altogether by ``-m * sum_j a_j / (sqrt(v) x_j + eps)``, where
-
-    a_j = lr_{s+j} / (1 - beta1^{s+j}) * beta1^j        x_j = q^j / sqrt(1 - beta2^{s+j})
-
-are the same for every row of that age. ``f(x) = 1 / (sqrt(v) x + eps)`` hardly bends over the few
-steps in which a_j is not yet nothing, so its sum is the series of f around the mean x, whose
-coefficients are the central moments of x_j under the weights a_j: seven numbers for each ``s``,
-kept by :class:`Schedule`. Where the series is not exact to rounding (the first 200 steps of a
-training) the sum is made term by term.
-
-With L2 a row that misses steps has the gradient ``weight_decay * w`` at each of them. In float32 a
-weight that no gradient has touched makes them all at once: it is its first value times a number
-that depends on that value's size, whose series :func:`stem_fast.reference.new_rows` keeps. Any
-other makes them one by one, in registers, until nothing moves any more. Several at once would have
-to know how ``weight_decay`` changes, which clipping does at every step: where ``sqrt(v)`` is not
-far above eps a weight moves by a tenth of itself in one, so these changes matter to first order.
-
-Error, row by row: single steps round as torch's do. The series is cut after eight terms. Its growth
-g is the least number with ``|a_k| <= a_0 g^k / k!`` for the terms that are kept, and it is used
-where ``g |W| <= 0.5``; terms that follow the same law leave out ``0.5^8 / 8! = 1e-7`` of the row,
-and with weight decays that jump, swing or are clipped 3e-7 was the most that was measured. Below
-1e-24 a weight's L2 gradient leaves float32's range, and nothing is promised.
+Dense Adam moves every row at every step, because a row that no sample reads still has momentum,
+and with L2 a gradient. :class:`ExactAdam` postpones these steps until the row is next needed: in
+closed form without L2, one by one with it, or by a power series for rows that no gradient has
+touched. docs/exact-adam.md derives the formulas and their error bounds.
 """
 
 from __future__ import annotations
@@ -49,31 +25,35 @@ class ExactAdam(TableOptimizer):
     """``torch.optim.Adam``'s trajectory of embedding tables, at the cost of a batch's rows.
 
     Args:
-        params: as :class:`TableOptimizer`'s.
-        lr, betas, eps, weight_decay: as ``torch.optim.Adam``'s.
-        decoupled: ``torch.optim.AdamW``'s weight decay.
-        state_dtype: of m; torch.bfloat16 saves half its memory. (float64 tables: float64.) v stays
-            float32: bfloat16 has too few digits to shrink by a thousandth.
+        params: see :class:`TableOptimizer`.
+        lr, betas, eps, weight_decay: as in ``torch.optim.Adam``.
+        decoupled: whether the weight decay is ``torch.optim.AdamW``'s instead of L2.
+        state_dtype: dtype of m; torch.bfloat16 halves its memory. (float64 tables: float64.) v
+            stays float32: bfloat16 has too few digits to shrink by a thousandth.
 
-    ``betas`` and ``eps`` may change too, but each change makes the steps of all rows: of schedulers
-    that cycle momentum by default (``OneCycleLR``, ``CyclicLR``) ask for ``cycle_momentum=False``.
-    Decoupled decay is known where ``lr`` and ``weight_decay`` are no tensors on a GPU; with those,
-    flush before what it leaves of a weight is below 1e-150.
+    Raises:
+        TypeError: a parameter that is not an :class:`EmbeddingArena`.
+        ValueError: a hyperparameter out of range.
 
-    ``step`` may be left out, as a gradient scaler does when gradients overflow. What a table lacks
-    is made up whenever it is read: by the arena in a forward pass (with autograd the batch's rows,
-    without the whole table), in the ``state_dict`` of model and optimizer, in a copy, before it is
-    cast or moved, and before anybody walks over the parameters or modules of what holds the arena
+    ``lr`` and ``weight_decay`` may change at every step. ``betas`` and ``eps`` may change too, but
+    each change makes all rows catch up: give schedulers that cycle momentum by default
+    (``OneCycleLR``, ``CyclicLR``) ``cycle_momentum=False``. With decoupled decay whose ``lr`` or
+    ``weight_decay`` is a tensor on a GPU, flush before the product of the decays falls below
+    1e-150.
+
+    Rows catch up before they are read: in a forward pass (with autograd the batch's rows, without
+    it the whole table), in the ``state_dict`` of model and optimizer, in a copy, before a cast or
+    move, and when code iterates over the parameters or modules of a model that holds the arena
     (``parameters``, ``torch.export``, ``torch.func``, ``torch.optim.swa_utils.AveragedModel``,
-    ``DistributedDataParallel``). Who reads ``arena.weight`` itself (``get_parameter`` does), or a
-    tensor kept from before, calls ``arena.flush()`` first; an exported program, which shares the
-    model's tensors, is such a reader once training goes on. A walk at every step costs what
-    dense Adam's step does: ``zero_grad`` of the optimizers and of :class:`stem_fast.STEMNet` and
-    :func:`stem_fast.training.step.clip_grad_norm_` take none, ``zero_grad`` of a module around them
-    does.
+    ``DistributedDataParallel``). Call ``arena.flush()`` before you read ``arena.weight`` directly
+    (``get_parameter`` does so) or a tensor kept from before, such as an exported program's, which
+    are the model's own. Catching up the whole table costs as much as a step of dense Adam:
+    ``zero_grad`` of the optimizers and of :class:`stem_fast.STEMNet`, and
+    :func:`stem_fast.training.step.clip_grad_norm_`, avoid it; ``zero_grad`` of a module around
+    them does not.
 
-    ``state_dict`` has the form of ``torch.optim.Adam``'s for the dense table, and each loads the
-    other's.
+    ``step`` may be left out, as a gradient scaler does when gradients overflow. ``state_dict`` has
+    the form of ``torch.optim.Adam``'s for the dense table, and each loads the other's.
     """
 
     def __init__(
