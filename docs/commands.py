@@ -43,15 +43,21 @@ def fit_options() -> str:
     ]
     for panel in dict.fromkeys(option.panel for option in OPTIONS.values()):
         parts.append(f"### {panel}")
-        rows = [["Flag", "Key", "Type", "Default", ""]]
+        rows = [["Flag and key", "Type", "Default", "Meaning"]]
         for name, option in OPTIONS.items():
             if option.panel == panel:
                 flags = option.flags or (f"--{name.replace('_', '-')}",)
-                default = "" if option.shown is None else f"`{option.shown}`"
-                flag = " ".join(f"`{flag}`" for flag in flags)
-                rows.append([flag, f"`{name}`", kind_of(option), default, option.help])
+                names = "<br>".join(f"`{each}`" for each in (*flags, name))
+                rows.append([names, kind_of(option), shown(option.shown), option.help])
         parts.append(markdown(rows))
     return "\n\n".join(parts)
+
+
+def shown(default: Any) -> str:
+    """A default: a value as code, an explanation as it is."""
+    if default is None or default is False:
+        return ""
+    return str(default) if " " in str(default) else f"`{default}`"
 
 
 def kind_of(option: Option) -> str:
@@ -63,16 +69,14 @@ def kind_of(option: Option) -> str:
 
 def table(command: Any) -> str:
     """Arguments and options of a command."""
-    rows = [["Argument", "Default", ""]]
+    rows = [["Argument", "Default", "Meaning"]]
     for each in command.params:
         if each.name in ("help", "version"):
             continue
         option = each.param_type_name == "option"
         name = " ".join([*each.opts, *each.secondary_opts]) if option else each.metavar or each.name
-        default = each.default
-        shown = "" if default is None or default is False or each.required else f"`{default}`"
-        needed = "needed" if each.required and option else shown
-        rows.append([f"`{name}`", needed, getattr(each, "help", "") or ""])
+        default = "needed" if each.required and option else shown(each.default)
+        rows.append([f"`{name}`", default, getattr(each, "help", "") or ""])
     return markdown(rows) if len(rows) > 1 else "It takes no options."
 
 

@@ -3,15 +3,15 @@ formulas are made here, so that pages cannot fall behind the code."""
 
 from __future__ import annotations
 
-import html
 import re
 import sys
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import latex2mathml.converter
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.utils import get_relative_url
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
@@ -20,6 +20,14 @@ import commands  # noqa: E402
 import rooms  # noqa: E402
 import tables  # noqa: E402
 
+# MathJax looks at nothing but what pymdownx.arithmatex has marked.
+SETTINGS = r"""
+window.MathJax = {
+  tex: {inlineMath: [["\\(", "\\)"]], displayMath: [["\\[", "\\]"]]},
+  options: {ignoreHtmlClass: ".*|", processHtmlClass: "arithmatex"},
+};
+"""
+
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the pages and pictures that lie elsewhere in the tree."""
@@ -27,6 +35,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         ("contributing.md", ROOT / "CONTRIBUTING.md"),
         ("changelog.md", ROOT / "CHANGELOG.md"),
         ("peers_cpu.svg", tables.RESULTS / "peers_cpu.svg"),
+        ("mathjax.js", resources.files("mathjax") / "static/mathjax/es5/tex-svg.js"),
     ):
         files.append(File.generated(config, name, abs_src_path=str(path)))
     return files
@@ -40,7 +49,9 @@ def on_page_markdown(markdown: str, page: Any, config: MkDocsConfig, files: File
 
     def table(found: re.Match[str]) -> str:
         indent, name = found.groups()
-        return "\n".join(indent + line for line in tables.markdown(name).splitlines())
+        # Two numbers of a cell stay on one line.
+        text = re.sub(r"(\d%?x?) / (?=\d)", r"\1&nbsp;/&nbsp;", tables.markdown(name))
+        return "\n".join(indent + line for line in text.splitlines())
 
     markdown = re.sub(r"\{\{ (.+?) \}\}", figure, markdown)
     markdown = re.sub(r"^( *)<!-- table: (.+?) -->$", table, markdown, flags=re.MULTILINE)
@@ -51,14 +62,8 @@ def on_page_markdown(markdown: str, page: Any, config: MkDocsConfig, files: File
 
 
 def on_page_content(content: str, page: Any, config: MkDocsConfig, files: Files) -> str:
-    """Formulas as MathML, which browsers set without a script."""
-
-    def formula(found: re.Match[str]) -> str:
-        latex = html.unescape(found[2]).strip()
-        display = latex.startswith(r"\[")
-        return latex2mathml.converter.convert(
-            latex[2:-2].strip(), display="block" if display else "inline"
-        )
-
-    pattern = r'<(span|div) class="arithmatex">(.*?)</\1>'
-    return re.sub(pattern, formula, content, flags=re.DOTALL)
+    """Pages with formulas load MathJax, which is part of the site."""
+    if 'class="arithmatex"' not in content:
+        return content
+    script = get_relative_url("mathjax.js", page.url)
+    return f'{content}<script>{SETTINGS}</script><script src="{script}" defer></script>'

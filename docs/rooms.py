@@ -51,36 +51,49 @@ def picture() -> str:
         room: {a for a in uses if not any(a in needs_of(b, graph) for b in uses - {a})}
         for room, uses in graph.items()
     }
+    # A room stands as high as its users let it, so that few lines pass other rooms.
+    order = [*TopologicalSorter(graph).static_order()]
     level: dict[str, int] = {}
-    for room in TopologicalSorter(graph).static_order():
+    for room in order:
         level[room] = 1 + max((level[each] for each in graph[room]), default=-1)
+    for room in reversed(order):
+        users = [level[each] for each in graph if room in graph[each]]
+        level[room] = min(users, default=level[room] + 1) - 1
     floors = [[r for r in graph if level[r] == floor] for floor in range(max(level.values()) + 1)]
-    width, height, gap = 128, 40, 44
-    across = max(map(len, floors))
-    total = across * (width + 24)
-    top = len(floors) * (height + gap) - gap
-    place = {}
-    for floor, row in enumerate(floors):
-        for i, room in enumerate(sorted(row)):
-            x = total * (i + 1) / (len(row) + 1)
-            place[room] = x, top - height - floor * (height + gap)
-    lines = []
-    for room, uses in direct.items():
-        x, y = place[room]
-        for each in sorted(uses):
-            to_x, to_y = place[each]
-            middle = (y + height + to_y) / 2
-            lines.append(
-                f'<path d="M{x:.0f},{y + height} C{x:.0f},{middle:.0f} {to_x:.0f},{middle:.0f} '
-                f'{to_x:.0f},{to_y}"/>'
-            )
+    width, height, gap = 120, 36, 40
+    top = len(floors) * (height + gap) - gap + 2
+    across = dict.fromkeys(graph, 0.0)  # of the middle of each box
+    for row in floors:
+        # Over the rooms that it imports, as near as neighbours allow.
+        wish = {r: [across[each] for each in direct[r]] or [i * 260.0] for i, r in enumerate(row)}
+        lean = {r: sum(across[each] for each in graph[r]) / max(len(graph[r]), 1) for r in row}
+        row.sort(key=lambda r: (sum(wish[r]) / len(wish[r]), lean[r]))
+        for i, room in enumerate(row):
+            across[room] = sum(wish[room]) / len(wish[room])
+            if i:
+                across[room] = max(across[room], across[row[i - 1]] + width + 20)
+        shift = sum(across[r] - sum(wish[r]) / len(wish[r]) for r in row) / len(row)
+        for room in row:
+            across[room] -= shift
+    left = min(across.values()) - width / 2 - 1
+    total = max(across.values()) + width / 2 + 1 - left
+    place = {
+        room: (across[room] - left, top - 1 - height - level[room] * (height + gap))
+        for room in graph
+    }
+    lines = [
+        f'<line x1="{place[room][0]:.0f}" y1="{place[room][1] + height}" '
+        f'x2="{place[each][0]:.0f}" y2="{place[each][1]}"/>'
+        for room, uses in direct.items()
+        for each in sorted(uses)
+    ]
     boxes = [
-        f'<g><rect x="{x - width / 2:.0f}" y="{y}" width="{width}" height="{height}" rx="4"/>'
-        f'<text x="{x:.0f}" y="{y + height / 2 + 5:.0f}">{room}</text></g>'
+        f'<rect x="{x - width / 2:.0f}" y="{y}" width="{width}" height="{height}" rx="4"/>'
+        f'<text x="{x:.0f}" y="{y + height / 2 + 5:.0f}">{room}</text>'
         for room, (x, y) in place.items()
     ]
     return (
-        f'<svg class="rooms" viewBox="0 0 {total} {top}" role="img" '
+        f'<svg class="rooms" viewBox="0 0 {total:.0f} {top}" width="{total:.0f}" role="img" '
         'aria-label="Rooms of stem_fast and the imports between them" '
         f'xmlns="http://www.w3.org/2000/svg">{"".join(lines)}{"".join(boxes)}</svg>'
     )

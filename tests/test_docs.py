@@ -336,10 +336,10 @@ def test_the_command_reference_has_every_option(docs: Any) -> None:
     )
     assert {*sections} >= {*COMMANDS}
     for name, option in OPTIONS.items():
-        (line,) = (row for row in sections["fit"].splitlines() if f"| `{name}` |" in row)
+        (line,) = (row for row in sections["fit"].splitlines() if f"`{name}` |" in row)
         assert option.help in line
         assert f"`--{name.replace('_', '-')}" in line
-        assert option.shown is None or f"| `{option.shown}` |" in line
+        assert option.shown is None or str(option.shown) in line.split(" | ")[2]
     for name in {*COMMANDS} - {"fit"}:
         for flag in FLAGS[name] - {"--help"}:
             assert flag in sections[name].lower() or flag.upper() in sections[name]
