@@ -364,6 +364,19 @@ def auc_drop(task: str) -> str:
     return f"{auc(name, 'adam', task) - auc(name, 'lazy_adam', task):.3f}"
 
 
+def float32_distance() -> str:
+    """How far either Adam in float32 ends from its AUC in float64, at most."""
+    name = "optimizers_kuairand"
+    return format(
+        max(
+            abs(auc(name, of, task) - auc(name, f"{of}_fp64", task))
+            for of in ("adam", "dense_adam")
+            for task in ("finish", "is_like")
+        ),
+        ".5f",
+    )
+
+
 def mixture_share() -> str:
     found = [
         timed("kernels_cpu_zen4", "tiktok", "mixture_forward_backward", "stem_fast", each)
@@ -413,6 +426,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "mixture share": mixture_share,
     "lazy drop finish": lambda: auc_drop("finish"),
     "lazy drop is_like": lambda: auc_drop("is_like"),
+    "float32 distance": float32_distance,
     "micro-batch MB": lambda: micro("memory"),
     "micro-batch ms": lambda: micro("step"),
     "peak MB": peak,
@@ -429,4 +443,4 @@ def gpu_speedup(op: str) -> str:
         times = [timed(GPU_OPS, setting, op, "stem_fast", each) for each in ("triton", "cuda")]
         slow, fast = (each["seconds"] for each in times if each)
         found.append(f"{slow / fast:.1f}")
-    return " to ".join(sorted(found, key=float))
+    return " to ".join(sorted({*found}, key=float))

@@ -244,9 +244,8 @@ def resolves(name: str) -> bool:
             found: Any = importlib.import_module(".".join(parts[:end]))
         except ModuleNotFoundError:
             continue
-        for part in parts[end:]:
-            found = getattr(found, part, None)
-        return found is not None
+        if all((found := getattr(found, part, None)) is not None for part in parts[end:]):
+            return True
     return False
 
 
@@ -286,6 +285,10 @@ def test_what_does_not_exist_is_seen() -> None:
     assert resolves("stem_fast.optim.ExactAdam")
     assert not resolves("stem_fast.optim.InexactAdam")
     assert not resolves("stem_fast.nothing.ExactAdam")
+
+
+def test_readme_is_short() -> None:
+    assert len(README.read_text("utf-8").splitlines()) <= 150
 
 
 # Figures
