@@ -37,7 +37,7 @@ class TableOptimizer(torch.optim.Optimizer):
 
     def __init__(self, params: EmbeddingArena | Iterable[Any], defaults: dict[str, Any]) -> None:
         self._arenas: dict[Tensor, EmbeddingArena] = {}
-        self._histories: dict[Tensor, Any] = {}  # History of each table whose rows may miss steps
+        self._logs: dict[Tensor, Any] = {}  # StepLog of each table whose rows may miss steps
         self._last: dict[Tensor, Tensor] = {}  # the newest step of each of their rows, int32 [R]
         # Threads that predict have missed steps made, and none may be made twice.
         self._lock = threading.RLock()
@@ -116,25 +116,25 @@ class TableOptimizer(torch.optim.Optimizer):
                 self._catch_up(weight, rows)
 
     def _catch_up(self, weight: Tensor, rows: Tensor | None) -> None:
-        history = self._histories.get(weight)
-        if history is None:
+        log = self._logs.get(weight)
+        if log is None:
             return
         # A batch's catch-up is part of every step that a CUDA graph is to make.
-        if history.made or history.hidden or (rows is not None and is_captured(weight)):
-            if history.owing:
+        if log.made or log.hidden or (rows is not None and is_captured(weight)):
+            if log.owing:
                 self._run(weight, self._group(weight), rows, None)
             if rows is None:
-                history.flushed()
+                log.flushed()
 
     @property
     def made(self) -> int:
         """Steps that a table has made since its last flush, as far as the host knows."""
-        return max((history.made for history in self._histories.values()), default=0)
+        return max((log.made for log in self._logs.values()), default=0)
 
     @property
     def fading(self) -> bool:
         """Whether a flush is due before another step like the last: see :class:`Schedule`."""
-        return any(history.fading for history in self._histories.values())
+        return any(log.fading for log in self._logs.values())
 
     def replayed(self) -> None:
         """Counts a step of every table, which the replay of a CUDA graph made.
@@ -142,8 +142,8 @@ class TableOptimizer(torch.optim.Optimizer):
         Who calls it after each replay spares the flush that otherwise comes before every reading of
         a table of which a step was captured.
         """
-        for history in self._histories.values():
-            history.replayed()
+        for log in self._logs.values():
+            log.replayed()
 
     def tensors(self) -> Iterator[Tensor]:
         """What a step works on, tables and gradients aside: a CUDA graph needs them where they
@@ -151,8 +151,8 @@ class TableOptimizer(torch.optim.Optimizer):
         for state in self.state.values():
             yield from (t for t in state.values() if isinstance(t, Tensor) and t.dim())
         yield from self._last.values()
-        for history in self._histories.values():
-            yield from (t for t in vars(history).values() if isinstance(t, Tensor))
+        for log in self._logs.values():
+            yield from (t for t in vars(log).values() if isinstance(t, Tensor))
 
     def flush(self) -> None:
         """Make all steps that rows have missed: every table is then what it would be without."""
@@ -221,7 +221,7 @@ class TableOptimizer(torch.optim.Optimizer):
                 # torch has cast it to the weight's type.
                 dtype = self._state_dtype(weight, name)
                 self.state[weight][name] = value.to(weight.device, dtype, copy=True).contiguous()
-            self._histories.clear()
+            self._logs.clear()
             self._last.clear()
 
     def _state_dtype(self, weight: Tensor, name: str) -> torch.dtype:

@@ -94,7 +94,7 @@ class ExactAdam(TableOptimizer):
     def _run(
         self, weight: Tensor, group: dict[str, Any], rows: Tensor | None, values: Tensor | None
     ) -> None:
-        state, schedule = self.state[weight], self._histories[weight]
+        state, schedule = self.state[weight], self._logs[weight]
         torch.ops.stem_fast.adam_rows(
             weight,
             state["exp_avg"],
@@ -118,7 +118,7 @@ class ExactAdam(TableOptimizer):
             "eps": group["eps"],
             "decoupled": group["decoupled_weight_decay"],
         }
-        old = self._histories.get(weight)
+        old = self._logs.get(weight)
         if old is not None and any(getattr(old, k) != value for k, value in options.items()):
             if old.made == 1:
                 warnings.warn(
@@ -128,8 +128,8 @@ class ExactAdam(TableOptimizer):
                 )
             self.catch_up(weight, None)
             self.state[weight]["step"] = old.clock[1].cpu().float()
-            del self._histories[weight]
-        if weight not in self._histories:
+            del self._logs[weight]
+        if weight not in self._logs:
             state = self.state[weight]
             if not state:
                 state["step"] = torch.zeros(())
@@ -137,9 +137,9 @@ class ExactAdam(TableOptimizer):
                     dtype = self._state_dtype(weight, name)
                     state[name] = ops.new_table(torch.empty_like(weight, dtype=dtype)).zero_()
             step = int(state["step"])
-            self._histories[weight] = Schedule(step, weight.device, **options)
+            self._logs[weight] = Schedule(step, weight.device, **options)
             self._last[weight] = row_steps(weight, step)
-        schedule: Schedule = self._histories[weight]
+        schedule: Schedule = self._logs[weight]
         return schedule
 
     def _state_dtype(self, weight: Tensor, name: str) -> torch.dtype:
@@ -148,6 +148,6 @@ class ExactAdam(TableOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """State of the form of ``torch.optim.Adam``'s, after :meth:`flush`."""
-        for weight, schedule in self._histories.items():
+        for weight, schedule in self._logs.items():
             self.state[weight]["step"] = schedule.clock[1].cpu().float()
         return super().state_dict()

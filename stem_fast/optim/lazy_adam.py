@@ -20,5 +20,5 @@ class LazyAdam(ExactAdam):
         self, weight: Tensor, group: dict[str, Any], rows: Tensor | None, values: Tensor
     ) -> None:
         super()._update(weight, group, rows, values)
-        self._histories[weight].flushed()
-        self._histories[weight].owing = False
+        self._logs[weight].flushed()
+        self._logs[weight].owing = False

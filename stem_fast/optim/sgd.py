@@ -11,10 +11,10 @@ from torch import Tensor
 from stem_fast import ops
 from stem_fast.nn.arena import EmbeddingArena
 from stem_fast.optim.base import TableOptimizer, row_steps
-from stem_fast.optim.step_log import History, first_lines, step_options
+from stem_fast.optim.step_log import StepLog, first_lines, step_options
 
 
-class Products(History):
+class Products(StepLog):
     """What every step of SGD since the last flush did, as the table that ``sgd_rows`` reads.
 
     ``steps`` is float64 [N, 7]. Line i, of step ``base + i``, holds in columns
@@ -87,21 +87,21 @@ class SGD(TableOptimizer):
     def _update(
         self, weight: Tensor, group: dict[str, Any], rows: Tensor | None, values: Tensor
     ) -> None:
-        if weight not in self._histories:
-            self._histories[weight] = Products(weight.device)
+        if weight not in self._logs:
+            self._logs[weight] = Products(weight.device)
             self._last[weight] = row_steps(weight, 0)
         if group["momentum"] and self.state[weight].get("momentum_buffer") is None:
             dtype = self._state_dtype(weight, "momentum_buffer")
             buffer = ops.new_table(torch.empty_like(weight, dtype=dtype))
             buffer.zero_()
             self.state[weight]["momentum_buffer"] = buffer
-        self._histories[weight].advance(group["lr"], group["momentum"], group["weight_decay"])
+        self._logs[weight].advance(group["lr"], group["momentum"], group["weight_decay"])
         self._run(weight, group, rows, values)
 
     def _run(
         self, weight: Tensor, group: dict[str, Any], rows: Tensor | None, values: Tensor | None
     ) -> None:
-        products = self._histories[weight]
+        products = self._logs[weight]
         torch.ops.stem_fast.sgd_rows(
             weight,
             self.state[weight].get("momentum_buffer"),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-class History:
+class StepLog:
     """The steps of a table since its last flush, on its device: no line waits for it.
 
     ``clock`` is int64 [2], (base, now).
@@ -30,7 +30,7 @@ class History:
         self.made, self.hidden = self.made + 1, False
 
     def flushed(self) -> None:
-        """Every row has made every step: the history begins anew."""
+        """Every row has made every step: the log begins anew."""
         self.clock[0].copy_(self.clock[1])
         self.made = 0
 

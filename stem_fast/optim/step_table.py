@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stem_fast.optim.step_log import History, first_lines, step_options
+from stem_fast.optim.step_log import StepLog, first_lines, step_options
 from stem_fast.reference.adam import COLUMNS
 
 
-class Schedule(History):
+class Schedule(StepLog):
     """What every step since the last flush did, as the table that ``adam_rows`` reads.
 
     ``steps`` is float64 [N, 29]. Line i, of step ``t = base + i``, holds in columns
