@@ -133,7 +133,7 @@ class TableOptimizer(torch.optim.Optimizer):
 
     @property
     def fading(self) -> bool:
-        """Whether a flush is due before another step like the last: see :class:`Schedule`."""
+        """Whether a flush is due before another step like the last: see :class:`AdamStepTable`."""
         return any(log.fading for log in self._logs.values())
 
     def replayed(self) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from stem_fast import ops
 from stem_fast.nn.arena import EmbeddingArena
 from stem_fast.optim.base import TableOptimizer, row_steps
-from stem_fast.optim.step_table import Schedule, decay_factor
+from stem_fast.optim.step_table import AdamStepTable, decay_factor
 
 
 class ExactAdam(TableOptimizer):
@@ -84,17 +84,17 @@ class ExactAdam(TableOptimizer):
     def _update(
         self, weight: Tensor, group: dict[str, Any], rows: Tensor | None, values: Tensor
     ) -> None:
-        schedule = self._schedule(weight, group)
-        schedule.decays(group["lr"], group["weight_decay"])
-        if schedule.fading:
+        step_table = self._step_table(weight, group)
+        step_table.decays(group["lr"], group["weight_decay"])
+        if step_table.fading:
             self.catch_up(weight, None)
-        schedule.advance(group["lr"], group["weight_decay"])
+        step_table.advance(group["lr"], group["weight_decay"])
         self._run(weight, group, rows, values)
 
     def _run(
         self, weight: Tensor, group: dict[str, Any], rows: Tensor | None, values: Tensor | None
     ) -> None:
-        state, schedule = self.state[weight], self._logs[weight]
+        state, step_table = self.state[weight], self._logs[weight]
         torch.ops.stem_fast.adam_rows(
             weight,
             state["exp_avg"],
@@ -102,16 +102,16 @@ class ExactAdam(TableOptimizer):
             self._last[weight],
             rows,
             values,
-            schedule.steps,
-            schedule.clock,
-            *schedule.betas,
-            schedule.eps,
-            schedule.decoupled,
-            schedule.l2,
+            step_table.steps,
+            step_table.clock,
+            *step_table.betas,
+            step_table.eps,
+            step_table.decoupled,
+            step_table.l2,
         )
 
-    def _schedule(self, weight: Tensor, group: dict[str, Any]) -> Schedule:
-        """The table's schedule; with its state, made at its first step. One has the same betas and
+    def _step_table(self, weight: Tensor, group: dict[str, Any]) -> AdamStepTable:
+        """The table's step table; with its state, made at its first step. One has the same betas and
         eps in all steps: where they change, every row makes the steps that it owes."""
         options = {
             "betas": tuple(group["betas"]),
@@ -137,10 +137,10 @@ class ExactAdam(TableOptimizer):
                     dtype = self._state_dtype(weight, name)
                     state[name] = ops.new_table(torch.empty_like(weight, dtype=dtype)).zero_()
             step = int(state["step"])
-            self._logs[weight] = Schedule(step, weight.device, **options)
+            self._logs[weight] = AdamStepTable(step, weight.device, **options)
             self._last[weight] = row_steps(weight, step)
-        schedule: Schedule = self._logs[weight]
-        return schedule
+        step_table: AdamStepTable = self._logs[weight]
+        return step_table
 
     def _state_dtype(self, weight: Tensor, name: str) -> torch.dtype:
         wide = super()._state_dtype(weight, name)
@@ -148,6 +148,6 @@ class ExactAdam(TableOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """State of the form of ``torch.optim.Adam``'s, after :meth:`flush`."""
-        for weight, schedule in self._logs.items():
-            self.state[weight]["step"] = schedule.clock[1].cpu().float()
+        for weight, step_table in self._logs.items():
+            self.state[weight]["step"] = step_table.clock[1].cpu().float()
         return super().state_dict()

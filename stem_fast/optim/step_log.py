@@ -36,7 +36,7 @@ class StepLog:
 
 
 def first_lines(device: torch.device) -> int:
-    """Of a new schedule. It grows where the host sees it fill up: not in a CUDA graph, which needs
+    """Of a new step table. It grows where the host sees it fill up: not in a CUDA graph, which needs
     room for all steps between two flushes, and those of a large table take long."""
     return 16384 if device.type == "cuda" else 1024
 

@@ -9,7 +9,7 @@ from stem_fast.optim.step_log import StepLog, first_lines, step_options
 from stem_fast.reference.adam import COLUMNS
 
 
-class Schedule(StepLog):
+class AdamStepTable(StepLog):
     """What every step since the last flush did, as the table that ``adam_rows`` reads.
 
     ``steps`` is float64 [N, 29]. Line i, of step ``t = base + i``, holds in columns
@@ -55,7 +55,9 @@ class Schedule(StepLog):
             self.steps, self.clock, options, *self.betas, self.eps, self.decoupled, self.l2
         )
         if self.clock.is_cuda:  # a CUDA graph does not count its steps
-            torch._assert_async(self.steps[0, 3], "flush the table: its schedule is full")
+            torch._assert_async(
+                self.steps[0, 3], "its step table is full: flush the table more often"
+            )
 
     def replayed(self) -> None:
         super().replayed()

@@ -1,4 +1,4 @@
-"""Adam's rows and schedule against the float64 reference."""
+"""Adam's rows and step table against the float64 reference."""
 
 from __future__ import annotations
 
