@@ -121,7 +121,7 @@ class TableOptimizer(torch.optim.Optimizer):
             return
         # A batch's catch-up is part of every step that a CUDA graph is to make.
         if log.made or log.hidden or (rows is not None and is_captured(weight)):
-            if log.owing:
+            if log.has_pending:
                 self._run(weight, self._group(weight), rows, None)
             if rows is None:
                 log.flushed()

@@ -21,4 +21,4 @@ class LazyAdam(ExactAdam):
     ) -> None:
         super()._update(weight, group, rows, values)
         self._logs[weight].flushed()
-        self._logs[weight].owing = False
+        self._logs[weight].has_pending = False

@@ -31,7 +31,7 @@ class Products(StepLog):
     def __init__(self, device: torch.device) -> None:
         super().__init__(0, device)
         self.steps = torch.zeros(first_lines(device), 7, dtype=torch.float64, device=device)
-        self.owing = False  # no step yet moves rows that have no gradient
+        self.has_pending = False  # no step yet moves rows that have no gradient
         self._bits = torch.arange(32, device=device)
         self._identity = torch.eye(2, dtype=torch.float64, device=device).flatten()
         self.steps[0, 3:] = self._identity
@@ -40,7 +40,7 @@ class Products(StepLog):
         """Adds a step."""
         options = step_options(self.steps, lr, momentum, weight_decay)
         self.count()
-        self.owing |= momentum != 0 or isinstance(weight_decay, Tensor) or weight_decay != 0
+        self.has_pending |= momentum != 0 or isinstance(weight_decay, Tensor) or weight_decay != 0
         if self.made >= len(self.steps):
             self.steps = torch.cat([self.steps, torch.zeros_like(self.steps)])
         self.clock[1] += 1

@@ -12,7 +12,7 @@ class StepLog:
     ``clock`` is int64 [2], (base, now).
     """
 
-    owing = True  # whether a row that has missed steps differs from what it would be
+    has_pending = True  # whether a row that has missed steps differs from what it would be
     fading = False  # whether a flush is due before another step like the last
 
     def __init__(self, step: int, device: torch.device) -> None:
