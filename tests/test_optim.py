@@ -760,7 +760,7 @@ def test_a_step_of_sgd_costs_the_same_after_any_number(device: str) -> None:
         assert changed <= 1 + step.bit_length()
     lines = 16384 if device == "cuda" else 4096  # a graph has room from the start
     assert len(products.steps) == lines
-    products.flushed()
+    products.caught_up()
     products.advance(1e-2, 0.9, 1e-4)
     assert products.clock.tolist() == [2999, 3000]
     assert len(products.steps) == lines

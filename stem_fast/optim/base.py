@@ -124,7 +124,7 @@ class TableOptimizer(torch.optim.Optimizer):
             if log.has_pending:
                 self._run(weight, self._group(weight), rows, None)
             if rows is None:
-                log.flushed()
+                log.caught_up()
 
     @property
     def made(self) -> int:

@@ -20,5 +20,5 @@ class LazyAdam(ExactAdam):
         self, weight: Tensor, group: dict[str, Any], rows: Tensor | None, values: Tensor
     ) -> None:
         super()._update(weight, group, rows, values)
-        self._logs[weight].flushed()
+        self._logs[weight].caught_up()
         self._logs[weight].has_pending = False

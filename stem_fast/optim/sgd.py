@@ -58,8 +58,8 @@ class Products(StepLog):
         self.steps[:, 3:].index_copy_(0, lines, products.flatten(1))
         self.steps.index_copy_(0, line, torch.cat([options, self._identity])[None])
 
-    def flushed(self) -> None:
-        super().flushed()
+    def caught_up(self) -> None:
+        super().caught_up()
         self.steps[0, 3:].copy_(self._identity)
 
 

@@ -29,7 +29,7 @@ class StepLog:
         """Counts a step that a CUDA graph has made."""
         self.made, self.hidden = self.made + 1, False
 
-    def flushed(self) -> None:
+    def caught_up(self) -> None:
         """Every row has made every step: the log begins anew."""
         self.clock[0].copy_(self.clock[1])
         self.made = 0

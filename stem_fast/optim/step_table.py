@@ -74,8 +74,8 @@ class AdamStepTable(StepLog):
         """Sets the factor of the next step."""
         self.factor = decay_factor(lr, weight_decay) if self.decoupled else 1.0
 
-    def flushed(self) -> None:
-        super().flushed()
+    def caught_up(self) -> None:
+        super().caught_up()
         self.left = 1.0
         self.steps[0].zero_()
         self.steps[0, 3].fill_(1)
