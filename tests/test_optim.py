@@ -329,7 +329,7 @@ def test_a_step_that_is_refused_is_made_of_no_table() -> None:
         table.weight.grad = torch.ones_like(table.weight)
     with pytest.raises(ValueError, match="would leave nothing of a weight"):
         optimizer.step()
-    assert optimizer.made == 0
+    assert optimizer.pending_steps == 0
     assert not optimizer.state
     for table, weight in zip(tables, before, strict=True):
         assert torch.equal(table.weight, weight)
@@ -455,7 +455,7 @@ def test_a_step_that_fails_is_not_counted() -> None:
     train(table, optimizer, batches(3))
     with pytest.raises(RuntimeError):
         train(table, optimizer, batches(1), lambda step: torch.ones(2))  # type: ignore[arg-type]
-    assert optimizer.made == 3
+    assert optimizer.pending_steps == 3
 
 
 def test_an_optimizer_is_not_copied() -> None:
@@ -687,7 +687,7 @@ def test_a_training_step_leaves_the_rows_that_it_does_not_read() -> None:
     table = model.embedding.optimizer
     assert isinstance(table, optim.ExactAdam)
     rest = torch.optim.Adam([p for p in parameters_of(model) if p is not model.embedding.weight])
-    made = table.made
+    made = table.pending_steps
     settings = TrainingConfig(max_gradient_norm=1.0, net_regularizer=1e-3, micro_batch_size=8)
     steps = TrainStep(model, [table, rest], settings)
     for ids, _ in batches(3):
@@ -696,7 +696,7 @@ def test_a_training_step_leaves_the_rows_that_it_does_not_read() -> None:
         steps(Batch(ids, None, {}, torch.ones(len(ids), 1), None))
         steps._kept()  # on a GPU every step looks at it
         made += 1
-        assert table.made == made
+        assert table.pending_steps == made
 
 
 # ---- the others ------------------------------------------------------------------------------

@@ -120,16 +120,16 @@ class TableOptimizer(torch.optim.Optimizer):
         if log is None:
             return
         # A batch's catch-up is part of every step that a CUDA graph is to make.
-        if log.made or log.hidden or (rows is not None and is_captured(weight)):
+        if log.done or log.hidden or (rows is not None and is_captured(weight)):
             if log.has_pending:
                 self._run(weight, self._group(weight), rows, None)
             if rows is None:
                 log.caught_up()
 
     @property
-    def made(self) -> int:
+    def pending_steps(self) -> int:
         """Steps that a table has made since its last flush, as far as the host knows."""
-        return max((log.made for log in self._logs.values()), default=0)
+        return max((log.done for log in self._logs.values()), default=0)
 
     @property
     def fading(self) -> bool:

@@ -120,7 +120,7 @@ class ExactAdam(TableOptimizer):
         }
         old = self._logs.get(weight)
         if old is not None and any(getattr(old, k) != value for k, value in options.items()):
-            if old.made == 1:
+            if old.done == 1:
                 warnings.warn(
                     "betas or eps change after a single step: each change makes the steps of all "
                     "rows, as dense Adam does. Give OneCycleLR or CyclicLR cycle_momentum=False.",

@@ -41,7 +41,7 @@ class Products(StepLog):
         options = step_options(self.steps, lr, momentum, weight_decay)
         self.count()
         self.has_pending |= momentum != 0 or isinstance(weight_decay, Tensor) or weight_decay != 0
-        if self.made >= len(self.steps):
+        if self.done >= len(self.steps):
             self.steps = torch.cat([self.steps, torch.zeros_like(self.steps)])
         self.clock[1] += 1
         line = (

@@ -17,22 +17,22 @@ class StepLog:
 
     def __init__(self, step: int, device: torch.device) -> None:
         self.clock = torch.tensor([step, step], device=device)
-        self.made = 0  # steps, as far as the host knows
+        self.done = 0  # steps, as far as the host knows
         self.hidden = False  # whether a CUDA graph makes steps that the host does not count
 
     def count(self) -> None:
         """Counts a step."""
         self.hidden |= is_captured(self.clock)
-        self.made += 1
+        self.done += 1
 
     def replayed(self) -> None:
         """Counts a step that a CUDA graph has made."""
-        self.made, self.hidden = self.made + 1, False
+        self.done, self.hidden = self.done + 1, False
 
     def caught_up(self) -> None:
         """Every row has made every step: the log begins anew."""
         self.clock[0].copy_(self.clock[1])
-        self.made = 0
+        self.done = 0
 
 
 def first_lines(device: torch.device) -> int:

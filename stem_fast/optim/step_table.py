@@ -49,7 +49,7 @@ class AdamStepTable(StepLog):
         self.count()
         self.left *= self.factor
         self.l2 |= not self.decoupled and (isinstance(weight_decay, Tensor) or weight_decay != 0)
-        if self.made >= len(self.steps):
+        if self.done >= len(self.steps):
             self.steps = torch.cat([self.steps, torch.zeros_like(self.steps)])
         torch.ops.stem_fast.adam_schedule(
             self.steps, self.clock, options, *self.betas, self.eps, self.decoupled, self.l2
@@ -68,7 +68,7 @@ class AdamStepTable(StepLog):
         """Whether column 3 would come so near to 0 that no quotient of two lines is known, or so
         much faster than momentum that sums over it are large."""
         near = abs(self.left * self.factor) < 1e-150
-        return self.made > 0 and (near or abs(self.factor) < self.betas[0] ** 2)
+        return self.done > 0 and (near or abs(self.factor) < self.betas[0] ** 2)
 
     def decays(self, lr: float | Tensor, weight_decay: float | Tensor) -> None:
         """Sets the factor of the next step."""
