@@ -367,12 +367,12 @@ def test_decay_is_known_of_steps_that_a_graph_replays() -> None:
     table = arena()
     optimizer = optim.ExactAdam(table, lr=0.1, weight_decay=0.5, decoupled=True)
     train(table, optimizer, batches(1), lambda step: 0.1)
-    assert not optimizer.fading
+    assert not optimizer.needs_flush
     for _ in range(6800):  # 0.95^6800 is 1e-151
         optimizer.replayed()
-    assert optimizer.fading
+    assert optimizer.needs_flush
     optimizer.flush()
-    assert not optimizer.fading
+    assert not optimizer.needs_flush
 
 
 def test_betas_and_eps_change() -> None:

@@ -132,9 +132,9 @@ class TableOptimizer(torch.optim.Optimizer):
         return max((log.done for log in self._logs.values()), default=0)
 
     @property
-    def fading(self) -> bool:
+    def needs_flush(self) -> bool:
         """Whether a flush is due before another step like the last: see :class:`AdamStepTable`."""
-        return any(log.fading for log in self._logs.values())
+        return any(log.needs_flush for log in self._logs.values())
 
     def replayed(self) -> None:
         """Counts a step of every table, which the replay of a CUDA graph made.

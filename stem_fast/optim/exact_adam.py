@@ -86,7 +86,7 @@ class ExactAdam(TableOptimizer):
     ) -> None:
         step_table = self._step_table(weight, group)
         step_table.decays(group["lr"], group["weight_decay"])
-        if step_table.fading:
+        if step_table.needs_flush:
             self.catch_up(weight, None)
         step_table.advance(group["lr"], group["weight_decay"])
         self._run(weight, group, rows, values)

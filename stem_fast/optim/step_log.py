@@ -13,7 +13,7 @@ class StepLog:
     """
 
     has_pending = True  # whether a row that has missed steps differs from what it would be
-    fading = False  # whether a flush is due before another step like the last
+    needs_flush = False  # whether a flush is due before another step like the last
 
     def __init__(self, step: int, device: torch.device) -> None:
         self.clock = torch.tensor([step, step], device=device)

@@ -64,7 +64,7 @@ class AdamStepTable(StepLog):
         self.left *= self.factor
 
     @property
-    def fading(self) -> bool:  # type: ignore[override]
+    def needs_flush(self) -> bool:  # type: ignore[override]
         """Whether column 3 would come so near to 0 that no quotient of two lines is known, or so
         much faster than momentum that sums over it are large."""
         near = abs(self.left * self.factor) < 1e-150

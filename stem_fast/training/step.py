@@ -267,7 +267,7 @@ class TrainStep:
     def __call__(self, batch: Batch) -> Tensor:
         """The loss of the step, as train_step's; errors too."""
         tables = [each for each in self.optimizers if isinstance(each, TableOptimizer)]
-        due = any(table.pending_steps >= FLUSH or table.fading for table in tables)
+        due = any(table.pending_steps >= FLUSH or table.needs_flush for table in tables)
         if self.graph is not None and due:
             self.model.embedding.flush()  # a schedule that grew would be another one
         if not self._capturable(batch):
