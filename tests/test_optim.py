@@ -316,7 +316,7 @@ def test_decoupled_decay_that_leaves_little(decay: float, steps: int, bound: flo
         train(model, each, batches(steps))
     assert_same((ours, optimizer), (theirs, dense), bound)
     optimizer.param_groups[0]["lr"] = 1 / decay
-    with pytest.raises(ValueError, match="lr \\* weight_decay is 1: decoupled decay would leave"):
+    with pytest.raises(ValueError, match=r"lr \* weight_decay: expected other than 1 .*, got 1,"):
         optimizer.step()
 
 
@@ -327,7 +327,10 @@ def test_a_step_that_is_refused_is_made_of_no_table() -> None:
     before = [table.weight.detach().clone() for table in tables]
     for table in tables:
         table.weight.grad = torch.ones_like(table.weight)
-    with pytest.raises(ValueError, match="would leave nothing of a weight"):
+    with pytest.raises(
+        ValueError,
+        match=r"lr [*] weight_decay: expected other than 1 with decoupled decay, got 1, which",
+    ):
         optimizer.step()
     assert optimizer.pending_steps == 0
     assert not optimizer.state
@@ -444,7 +447,7 @@ def test_an_optimizer_takes_over_what_the_one_before_owed() -> None:
             train(model, each, part, lambda step, rate=rate: rate)
     assert_same((ours, optimizer), (theirs, dense), 1e-9)
     other = optim.SGD(ours, lr=0.1)
-    with pytest.raises(RuntimeError, match="another SGD trains the table now"):
+    with pytest.raises(RuntimeError, match="only optimizer, got another SGD"):
         optimizer.step()
     train(ours, other, data[:1])
 
@@ -462,7 +465,7 @@ def test_an_optimizer_is_not_copied() -> None:
     table = arena()
     for optimizer in (optim.ExactAdam(table), optim.SGD(table)):
         for copied in (copy.copy, copy.deepcopy, pickle.dumps):
-            with pytest.raises(TypeError, match="cannot be copied or pickled: make one for the"):
+            with pytest.raises(TypeError, match="cannot be copied or pickled: create one for"):
                 copied(optimizer)
 
 
@@ -939,14 +942,26 @@ def test_every_optimizer_resumes_and_takes_dense_gradients(
             TypeError,
             "got Embedding: give it model.e",
         ),
-        (lambda a: optim.ExactAdam(a, lr=-1.0), ValueError, "lr is -1.0"),
-        (lambda a: optim.Adagrad(a, lr=math.inf), ValueError, "lr is inf, expected a finite"),
-        (lambda a: optim.ExactAdam(a, lr=torch.tensor(math.nan)), ValueError, "lr is nan"),
-        (lambda a: optim.ExactAdam(a, lr="1"), ValueError, "lr is '1', expected a finite"),
-        (lambda a: optim.ExactAdam(a, weight_decay=math.inf), ValueError, "weight_decay is inf"),
+        (lambda a: optim.ExactAdam(a, lr=-1.0), ValueError, r"lr: .*, got -1.0"),
+        (
+            lambda a: optim.Adagrad(a, lr=math.inf),
+            ValueError,
+            "lr: expected a finite .*, got inf",
+        ),
+        (lambda a: optim.ExactAdam(a, lr=torch.tensor(math.nan)), ValueError, r"lr: .*, got nan"),
+        (
+            lambda a: optim.ExactAdam(a, lr="1"),
+            ValueError,
+            "lr: expected a finite .*, got '1'",
+        ),
+        (
+            lambda a: optim.ExactAdam(a, weight_decay=math.inf),
+            ValueError,
+            r"weight_decay: .*, got inf",
+        ),
         (lambda a: optim.ExactAdam(a, betas=(0.9,)), ValueError, "expected two numbers"),
-        (lambda a: optim.ExactAdam(a, betas=(0.9, 1.0)), ValueError, r"betas\[1\] is 1.0"),
-        (lambda a: optim.SGD(a, momentum=-0.5), ValueError, "momentum is -0.5"),
+        (lambda a: optim.ExactAdam(a, betas=(0.9, 1.0)), ValueError, r"betas\[1\]: .*, got 1.0"),
+        (lambda a: optim.SGD(a, momentum=-0.5), ValueError, r"momentum: .*, got -0.5"),
     ],
 )
 def test_what_is_refused(make: Make, error: type[Exception], message: str) -> None:
@@ -967,10 +982,10 @@ def test_states_that_do_not_fit_are_refused() -> None:
     train(table, optimizer, batches(2))
     state = optimizer.state_dict()
     other = torch.optim.Adam([table.weight], amsgrad=True)
-    with pytest.raises(ValueError, match="group 0 has amsgrad=True"):
+    with pytest.raises(ValueError, match="group 0: expected no amsgrad, got amsgrad=True"):
         optimizer.load_state_dict(other.state_dict())
     state["state"][0]["exp_avg"] = state["state"][0]["exp_avg"][:3]
-    with pytest.raises(ValueError, match=r"exp_avg is \[3, 6\], the table \[400, 6\]"):
+    with pytest.raises(ValueError, match=r"exp_avg: expected shape \[400, 6\] .*, got \[3, 6\]"):
         optimizer.load_state_dict(state)
 
 
@@ -980,9 +995,9 @@ def test_sums_of_the_other_adagrad_are_refused() -> None:
     for table, optimizer in zip(tables, both, strict=True):
         train(table, optimizer, batches(2))
     states = [optimizer.state_dict() for optimizer in both]
-    with pytest.raises(ValueError, match=r"sum is \[400\], .*: \[400, 6\] is due"):
+    with pytest.raises(ValueError, match=r"sum: expected shape \[400, 6\] .*, got \[400\]:"):
         both[0].load_state_dict(states[1])
-    with pytest.raises(ValueError, match=r"sum is \[400, 6\], .*: \[400\] is due"):
+    with pytest.raises(ValueError, match=r"sum: expected shape \[400\] .*, got \[400, 6\]:"):
         both[1].load_state_dict(states[0])
     for table, optimizer, state in zip(tables, both, states, strict=True):
         assert torch.equal(optimizer.state[table.weight]["sum"], state["state"][0]["sum"])
@@ -1004,5 +1019,5 @@ def test_options_of_torch_alone_are_refused(
 ) -> None:
     table = arena()
     state = theirs([table.weight]).state_dict()
-    with pytest.raises(ValueError, match=f"group 0 has {message}: not supported"):
+    with pytest.raises(ValueError, match=f"group 0: expected no .*, got {message}, which has no"):
         ours(table).load_state_dict(state)

@@ -1,8 +1,8 @@
-"""Optimizers of embedding tables that pay for the rows of a batch alone.
+"""Optimizers of embedding tables whose cost is that of a batch's rows.
 
-``base`` is what they share, ``exact_adam`` is torch's Adam with ``step_table`` telling rows of the
-steps they missed, and ``lazy_adam``, ``sgd`` and ``adagrad`` are the others. Imports ``reference``,
-``ops`` and ``nn``: this room knows no model.
+``base`` is what they share. ``exact_adam`` is torch's Adam, whose rows catch up on missed steps
+from ``step_table``; ``lazy_adam``, ``sgd`` and ``adagrad`` are the others. Imports ``reference``,
+``ops`` and ``nn``; knows no model.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Adagrad of a batch's rows, with a sum for each weight or for each row."""
+"""Adagrad of a batch's rows, with a sum of squares for each weight or for each row."""
 
 from __future__ import annotations
 
@@ -17,12 +17,16 @@ from stem_fast.optim.step_log import step_options
 class Adagrad(TableOptimizer):
     """``torch.optim.Adagrad`` of the batch's rows (Duchi et al., 2011).
 
-    Without L2 this is the dense trajectory, for a gradient of zero moves nothing; ``weight_decay``
-    acts on the batch's rows only.
+    Without L2 this is the dense trajectory, because a gradient of zero moves nothing.
+    ``weight_decay`` acts on the batch's rows only.
 
     Args:
-        params: as :class:`TableOptimizer`'s.
-        lr, eps, weight_decay: as ``torch.optim.Adagrad``'s.
+        params: see :class:`TableOptimizer`.
+        lr, eps, weight_decay: as in ``torch.optim.Adagrad``.
+
+    Raises:
+        TypeError: a parameter that is not an :class:`EmbeddingArena`.
+        ValueError: a hyperparameter out of range.
     """
 
     def __init__(
@@ -46,8 +50,8 @@ class Adagrad(TableOptimizer):
 
 
 class RowWiseAdagrad(Adagrad):
-    """Adagrad with one sum for each row of the table, of the mean of its squared gradients
-    (FBGEMM's EXACT_ROWWISE_ADAGRAD): as good as no state to keep."""
+    """Adagrad that accumulates one number a row, the mean of its squared gradients (FBGEMM's
+    EXACT_ROWWISE_ADAGRAD). Its state is [R] instead of [R, G*D]."""
 
     def __init__(
         self,

@@ -15,7 +15,8 @@ from stem_fast import ops
 from stem_fast.nn.arena import EmbeddingArena
 from stem_fast.optim.step_log import is_captured
 
-TORCHS_ALONE = ("amsgrad", "maximize", "nesterov", "dampening", "lr_decay")  # options
+# Options of torch's optimizers that have no sparse form here.
+TORCHS_ALONE = ("amsgrad", "maximize", "nesterov", "dampening", "lr_decay")
 
 
 class TableOptimizer(torch.optim.Optimizer):
@@ -23,74 +24,77 @@ class TableOptimizer(torch.optim.Optimizer):
 
     Args:
         params: an :class:`EmbeddingArena`, several, or parameter groups whose ``"params"`` are
-            arenas. Of each its ``weight`` is trained, and nothing else; its gradient is sparse from
-            now on (``arena.sparse``).
+            arenas. Only their ``weight`` is trained; its gradient is sparse from now on
+            (``arena.sparse``).
         defaults: options of the groups.
 
-    Gradients may be added up over several backward passes. ``lr`` and ``weight_decay`` may change
-    at every step, and may be tensors of one value.
+    Gradients may be accumulated over several backward passes. ``lr`` and ``weight_decay`` may
+    change at every step, and may be tensors of one value.
 
     Raises:
-        TypeError: parameters that are no arena.
+        TypeError: a parameter that is not an :class:`EmbeddingArena`.
         ValueError: a hyperparameter out of range.
     """
 
     def __init__(self, params: EmbeddingArena | Iterable[Any], defaults: dict[str, Any]) -> None:
         self._arenas: dict[Tensor, EmbeddingArena] = {}
-        self._logs: dict[Tensor, Any] = {}  # StepLog of each table whose rows may miss steps
-        self._last: dict[Tensor, Tensor] = {}  # the newest step of each of their rows, int32 [R]
-        # Threads that predict have missed steps made, and none may be made twice.
+        self._logs: dict[Tensor, Any] = {}  # the StepLog of each table whose rows may miss steps
+        self._last: dict[Tensor, Tensor] = {}  # the last step of each of their rows, int32 [R]
+        # Threads that predict make rows catch up, and no step may be made twice.
         self._lock = threading.RLock()
         groups: list[Any] = list(params) if isinstance(params, Iterable) else [params]
         super().__init__(groups, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Refused: a copy would train the table of the original."""
+        """Raises TypeError: a copy would train the original's table."""
         raise TypeError(
-            f"{type(self).__name__} cannot be copied or pickled: make one for the copied arena, "
-            "and load this one's state_dict()"
+            f"{type(self).__name__} cannot be copied or pickled: create one for the copied "
+            "arena and load this one's state_dict()"
         )
 
     def add_param_group(self, group: dict[str, Any]) -> None:
         """Adds arenas with options of their own: ``{"params": arena or arenas, "lr": ...}``."""
-        given = group["params"]
-        arenas = list(given) if isinstance(given, Iterable) else [given]
+        params = group["params"]
+        arenas = list(params) if isinstance(params, Iterable) else [params]
         for arena in arenas:
             if not isinstance(arena, EmbeddingArena):
                 raise TypeError(
-                    f"{type(self).__name__} trains embedding arenas, got {type(arena).__name__}: "
-                    "give it model.embedding of a STEMNet, or EmbeddingArena({'id': rows}, (), {}, "
-                    "{}, 1, dim) in place of an nn.Embedding; and to an optimizer of torch all else"
+                    f"{type(self).__name__}: expected an EmbeddingArena, got "
+                    f"{type(arena).__name__}: give it model.embedding of a STEMNet, or "
+                    "EmbeddingArena({'id': rows}, (), {}, {}, 1, dim) in place of an nn.Embedding, "
+                    "and give all other parameters to an optimizer of torch"
                 )
         _check(self.defaults | group)
         super().add_param_group(group | {"params": [arena.weight for arena in arenas]})
         for arena in arenas:
             self._arenas[arena.weight] = arena
-            arena.flush()  # of steps under an optimizer before
+            arena.flush()  # the steps pending under another optimizer
             arena.sparse, arena.optimizer = True, self
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forgets the gradients; with ``set_to_none`` False as torch does."""
+        """Drops the gradients, or zeroes them as torch does where ``set_to_none`` is False."""
         if set_to_none:
-            for weight in self._arenas:  # torch's way costs a twentieth of a step of ours
+            for weight in self._arenas:  # torch's own takes a twentieth of a whole step
                 weight.grad = None
         else:
             super().zero_grad(set_to_none)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step with the gradients of the batch's rows, or of all where a gradient is dense.
+        """One step with the gradients of the batch's rows, or of all rows where it is dense.
 
-        A table without a gradient makes no step, as in torch.
+        A table without a gradient makes no step, as in torch. After an error no table has made one.
 
-        Raises RuntimeError where another optimizer has taken a table over, ValueError where
-        decoupled decay would leave nothing of a weight; no table makes its step then.
+        Raises:
+            RuntimeError: another optimizer has taken over a table.
+            ValueError: decoupled decay would set every weight to 0.
         """
         for arena in self._arenas.values():
             if arena.optimizer not in (self, None):
                 raise RuntimeError(
-                    f"another {type(arena.optimizer).__name__} trains the table now, which would "
-                    f"not know of this {type(self).__name__}'s steps: keep to one"
+                    f"expected to be the table's only optimizer, got another "
+                    f"{type(arena.optimizer).__name__} that has taken it over from this "
+                    f"{type(self).__name__}: create a single optimizer for the arena"
                 )
         loss = None
         if closure is not None:
@@ -108,8 +112,10 @@ class TableOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def catch_up(self, weight: Tensor, rows: Tensor | None) -> None:
-        """Make the steps that rows [U] of a table (None: all rows) have missed."""
-        if torch.compiler.is_compiling():  # dynamo traces no lock, in one thread at a time
+        """Makes the steps that rows int64 [U] of a table (None: all rows) have missed."""
+        if (
+            torch.compiler.is_compiling()
+        ):  # dynamo cannot trace a lock; it runs one thread at a time
             self._catch_up(weight, rows)
         else:
             with self._lock:
@@ -119,7 +125,7 @@ class TableOptimizer(torch.optim.Optimizer):
         log = self._logs.get(weight)
         if log is None:
             return
-        # A batch's catch-up is part of every step that a CUDA graph is to make.
+        # While capturing, record the catch-up even if nothing is missing now: replays need it.
         if log.done or log.hidden or (rows is not None and is_captured(weight)):
             if log.has_pending:
                 self._run(weight, self._group(weight), rows, None)
@@ -128,26 +134,27 @@ class TableOptimizer(torch.optim.Optimizer):
 
     @property
     def pending_steps(self) -> int:
-        """Steps that a table has made since its last flush, as far as the host knows."""
+        """Steps that rows may have missed since the last flush, as far as the host knows."""
         return max((log.done for log in self._logs.values()), default=0)
 
     @property
     def needs_flush(self) -> bool:
-        """Whether a flush is due before another step like the last: see :class:`AdamStepTable`."""
+        """Whether a table must be flushed before another step like the last; see
+        :class:`stem_fast.optim.step_table.AdamStepTable`."""
         return any(log.needs_flush for log in self._logs.values())
 
     def replayed(self) -> None:
-        """Counts a step of every table, which the replay of a CUDA graph made.
+        """Counts a step of every table that the replay of a CUDA graph made.
 
-        Who calls it after each replay spares the flush that otherwise comes before every reading of
-        a table of which a step was captured.
+        Without this call after each replay, a table with a captured step is flushed every time it
+        is read, because the host cannot know whether rows have missed steps.
         """
         for log in self._logs.values():
             log.replayed()
 
     def tensors(self) -> Iterator[Tensor]:
-        """What a step works on, tables and gradients aside: a CUDA graph needs them where they
-        are."""
+        """The tensors that a step reads or writes, except tables and gradients. A captured CUDA
+        graph is valid only as long as they stay where they are."""
         for state in self.state.values():
             yield from (t for t in state.values() if isinstance(t, Tensor) and t.dim())
         yield from self._last.values()
@@ -155,64 +162,66 @@ class TableOptimizer(torch.optim.Optimizer):
             yield from (t for t in vars(log).values() if isinstance(t, Tensor))
 
     def flush(self) -> None:
-        """Make all steps that rows have missed: every table is then what it would be without."""
+        """Makes all missed steps, so that every table equals the dense optimizer's."""
         for weight in self._arenas:
             self.catch_up(weight, None)
 
     def _refuse(self, group: dict[str, Any]) -> None:
-        """Raise ValueError for options with which the group can make no step."""
+        """Raises ValueError for options with which the group cannot make a step."""
 
     def _update(
         self, weight: Tensor, group: dict[str, Any], rows: Tensor | None, values: Tensor
     ) -> None:
-        """A step of rows [U], each once (None: all), with their gradients [U, W]."""
+        """One step of distinct rows [U] (None: all) with their gradients [U, W]."""
         raise NotImplementedError
 
     def _run(
         self, weight: Tensor, group: dict[str, Any], rows: Tensor | None, values: Tensor | None
     ) -> None:
-        """The steps that rows have missed, and with values [U, W] the newest."""
+        """Makes the steps that rows have missed and, with gradients [U, W], the newest step."""
         raise NotImplementedError
 
     def _group(self, weight: Tensor) -> dict[str, Any]:
         return next(g for g in self.param_groups if any(p is weight for p in g["params"]))
 
     def state_dict(self) -> dict[str, Any]:
-        """The state after :meth:`flush`."""
+        """Flushes, and returns the state in the form of torch's optimizer of the dense table."""
         self.flush()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a ``state_dict`` of this class, or of torch's of the dense table.
+        """Continues from a ``state_dict`` of this class, or of torch's for the dense table.
 
         Raises:
             ValueError: groups of other sizes, state of another shape, or an option of torch's that
-                has no sparse form here; nothing is loaded then.
+                has no sparse form here. Nothing is loaded then.
         """
         for number, group in enumerate(state_dict["param_groups"]):
             _check(self.defaults | group)
             for option in TORCHS_ALONE:
                 if group.get(option):
                     raise ValueError(
-                        f"parameter group {number} has {option}={group[option]}: not supported"
+                        f"parameter group {number}: expected no {option}, got "
+                        f"{option}={group[option]}, which has no sparse form: train without it"
                     )
         saved = [
             state_dict["state"].get(i) for g in state_dict["param_groups"] for i in g["params"]
         ]
         large: list[tuple[Tensor, str, Tensor]] = []
-        for weight, given in zip(self._arenas, saved, strict=False):
-            for name, value in (given or {}).items():
+        for weight, state in zip(self._arenas, saved, strict=False):
+            for name, value in (state or {}).items():
                 if not isinstance(value, Tensor) or not value.dim():
                     continue
-                due = self._state_shape(weight)
-                if value.shape != due:
+                expected = self._state_shape(weight)
+                if value.shape != expected:
                     raise ValueError(
-                        f"{name} is {list(value.shape)}, the table {list(weight.shape)}: "
-                        f"{list(due)} is due"
+                        f"{name}: expected shape {list(expected)} for a table of shape "
+                        f"{list(weight.shape)}, got {list(value.shape)}: load the state of a model "
+                        "with the same vocabularies and sizes"
                     )
                 large.append((weight, name, value))
         with self._lock:
-            self.flush()  # steps owed under the old state
+            self.flush()  # the steps pending under the old state
             super().load_state_dict(state_dict)
             for group in self.param_groups:  # torch before 2.7 has no decoupled_weight_decay
                 for option, value in self.defaults.items():
@@ -232,7 +241,7 @@ class TableOptimizer(torch.optim.Optimizer):
 
 
 def row_steps(weight: Tensor, step: int) -> Tensor:
-    """That step for every row, int32 [R]."""
+    """A tensor int32 [R] with that step for every row."""
     return ops.new_table(weight.new_empty(len(weight), dtype=torch.int32)).fill_(step)
 
 
@@ -243,10 +252,10 @@ def _check(options: Mapping[str, Any]) -> None:
         if isinstance(value, Tensor) and value.numel() == 1:
             value = value.item()
         if not isinstance(value, Real) or not 0 <= float(value) < math.inf:
-            raise ValueError(f"{name} is {value!r}, expected a finite number of at least 0")
+            raise ValueError(f"{name}: expected a finite number of at least 0, got {value!r}")
     betas = options.get("betas", (0.9, 0.999))
     if not isinstance(betas, Sequence) or len(betas) != 2:
-        raise ValueError(f"betas is {betas!r}, expected two numbers")
+        raise ValueError(f"betas: expected two numbers, got {betas!r}")
     for number, beta in enumerate(betas):
         if not isinstance(beta, Real | Tensor) or not 0 <= float(beta) < 1:
-            raise ValueError(f"betas[{number}] is {beta!r}, expected a number from 0 to below 1")
+            raise ValueError(f"betas[{number}]: expected a number from 0 to below 1, got {beta!r}")

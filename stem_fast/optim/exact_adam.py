@@ -85,7 +85,7 @@ class ExactAdam(TableOptimizer):
         self, weight: Tensor, group: dict[str, Any], rows: Tensor | None, values: Tensor
     ) -> None:
         step_table = self._step_table(weight, group)
-        step_table.decays(group["lr"], group["weight_decay"])
+        step_table.set_next_decay(group["lr"], group["weight_decay"])
         if step_table.needs_flush:
             self.catch_up(weight, None)
         step_table.advance(group["lr"], group["weight_decay"])
@@ -111,8 +111,10 @@ class ExactAdam(TableOptimizer):
         )
 
     def _step_table(self, weight: Tensor, group: dict[str, Any]) -> AdamStepTable:
-        """The table's step table; with its state, made at its first step. One has the same betas and
-        eps in all steps: where they change, every row makes the steps that it owes."""
+        """The step table of an embedding table, created with its state at the first step.
+
+        All steps in it share betas and eps: when they change, all rows catch up and it restarts.
+        """
         options = {
             "betas": tuple(group["betas"]),
             "eps": group["eps"],
@@ -122,8 +124,9 @@ class ExactAdam(TableOptimizer):
         if old is not None and any(getattr(old, k) != value for k, value in options.items()):
             if old.done == 1:
                 warnings.warn(
-                    "betas or eps change after a single step: each change makes the steps of all "
-                    "rows, as dense Adam does. Give OneCycleLR or CyclicLR cycle_momentum=False.",
+                    "betas or eps changed after a single step: each change makes all rows catch "
+                    "up, which costs as much as dense Adam. Give OneCycleLR or CyclicLR "
+                    "cycle_momentum=False.",
                     stacklevel=2,
                 )
             self.catch_up(weight, None)

@@ -1,4 +1,4 @@
-"""Adam that leaves out the steps a row misses."""
+"""Adam that skips the steps a row misses."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from stem_fast.optim.exact_adam import ExactAdam
 
 
 class LazyAdam(ExactAdam):
-    """Adam that leaves out the steps which a row misses, as ``torch.optim.SparseAdam`` does.
+    """Adam that skips the steps a row misses, as ``torch.optim.SparseAdam`` does.
 
-    Not Adam's trajectory: a row's momentum stands still while no batch reads it, and L2 pulls it
-    only then. :class:`ExactAdam` costs hardly more.
+    This is not Adam's trajectory: a row's momentum and its L2 act only at steps whose batch reads
+    the row. :class:`ExactAdam` costs hardly more. Arguments and errors are :class:`ExactAdam`'s.
     """
 
     def _update(

@@ -15,43 +15,42 @@ from stem_fast.optim.step_log import StepLog, first_lines, step_options
 
 
 class Products(StepLog):
-    """What every step of SGD since the last flush did, as the table that ``sgd_rows`` reads.
+    """Every SGD step since the last flush, as the table that ``sgd_rows`` reads.
 
-    ``steps`` is float64 [N, 7]. Line i, of step ``base + i``, holds in columns
+    ``steps`` is float64 [N, 7]. Line i describes step ``base + i`` in columns
 
     0 .. 2  its ``lr``, ``momentum`` and ``weight_decay``
-    3 .. 6  the product of the steps ``i + 1 .. i + b``, of those that were made, b the lowest bit
-            of i (line 0: of all steps since ``base``), as a matrix on a row's (w, b).
+    3 .. 6  the 2x2 matrix on a row's (w, b) that is the product of the steps ``i + 1 .. i + k``
+            made so far, where k is the lowest set bit of i (line 0: of all steps since ``base``).
 
-    A row of line i makes the steps of that line, then those of line ``i + b``, and so on: at most
-    ``log2(N)`` products. A new step belongs to as many lines: to that before it and to those whose
-    number is that one's with its lowest bits cleared, as in a Fenwick tree.
+    The matrices form a Fenwick tree. A row whose last step is line i multiplies by the matrix of
+    that line, then by that of line ``i + k``, and so on: at most ``log2(N)`` products. A new step
+    updates as many lines: the one before it, and those reached by clearing its lowest set bits.
     """
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(0, device)
         self.steps = torch.zeros(first_lines(device), 7, dtype=torch.float64, device=device)
-        self.has_pending = False  # no step yet moves rows that have no gradient
+        self.has_pending = False  # no step so far moves rows without a gradient
         self._bits = torch.arange(32, device=device)
         self._identity = torch.eye(2, dtype=torch.float64, device=device).flatten()
         self.steps[0, 3:] = self._identity
 
     def advance(self, lr: float | Tensor, momentum: float, weight_decay: float | Tensor) -> None:
-        """Adds a step."""
+        """Adds a step, and its matrix to the products of the lines before it."""
         options = step_options(self.steps, lr, momentum, weight_decay)
         self.count()
         self.has_pending |= momentum != 0 or isinstance(weight_decay, Tensor) or weight_decay != 0
         if self.done >= len(self.steps):
             self.steps = torch.cat([self.steps, torch.zeros_like(self.steps)])
         self.clock[1] += 1
-        line = (
-            self.clock[1:] - self.clock[:1]
-        )  # not a scalar: an index of those would be waited for
+        # Of shape [1]: the host would wait for an index that is a scalar.
+        line = self.clock[1:] - self.clock[:1]
         rate, _, decay = options[:, None]
         keep = 1 - rate * decay
         if momentum:
             step = torch.cat([keep, -momentum * rate, decay, options[1:2]])
-        else:  # the momentum of steps before stands still
+        else:  # the momentum buffer stays as it is
             step = torch.cat([keep, torch.zeros_like(keep).expand(2), torch.ones_like(keep)])
         lines = (line - 1) >> self._bits << self._bits  # repeat, with the same product
         products = step.view(2, 2) @ self.steps[lines, 3:].view(-1, 2, 2)
@@ -71,8 +70,12 @@ class SGD(TableOptimizer):
     them is one 2x2 matrix, the same for all rows that made their last step together.
 
     Args:
-        params: as :class:`TableOptimizer`'s.
-        lr, momentum, weight_decay: as ``torch.optim.SGD``'s.
+        params: see :class:`TableOptimizer`.
+        lr, momentum, weight_decay: as in ``torch.optim.SGD``.
+
+    Raises:
+        TypeError: a parameter that is not an :class:`EmbeddingArena`.
+        ValueError: a hyperparameter out of range.
     """
 
     def __init__(

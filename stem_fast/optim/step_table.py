@@ -1,4 +1,4 @@
-"""The table of an Adam's steps: what a row needs to make those it has missed."""
+"""The table of Adam's steps, from which a row catches up."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ from stem_fast.reference.adam import COLUMNS
 
 
 class AdamStepTable(StepLog):
-    """What every step since the last flush did, as the table that ``adam_rows`` reads.
+    """Every Adam step since the last flush, as the table that ``adam_rows`` reads.
 
-    ``steps`` is float64 [N, 29]. Line i, of step ``t = base + i``, holds in columns
+    ``steps`` is float64 [N, 29]. Line i describes step ``t = base + i`` in columns
 
     0  ``lr / (1 - beta1^t)``
     1  ``1 / sqrt(1 - beta2^t)``
     2  ``weight_decay``; decoupled: ``1 - lr * weight_decay``
-    3  decoupled: the product of column 2 since ``base``; else 1. On CUDA that of line 0 is 0 after
-       a step for which there is no line
-    4 .. 10  for rows that made step t and none since, the sums over j of ``a_j * (x_j - x_1)^p``,
-       p = 0 .. 6, decoupled: of ``a_j`` over the product up to there
-    4 .. 28  with L2, in their place: what :func:`stem_fast.reference.new_rows` makes of rows that
-       were not trained by step t
+    3  decoupled: the product of column 2 since ``base``; else 1. On CUDA line 0 holds 0 after a
+       step for which the table had no line left
+    4 .. 10  for rows whose last step is t: the sums over j of ``a_j * (x_j - x_1)^p``,
+       p = 0 .. 6 (decoupled: with ``a_j`` divided by the product of decays up to step t + j)
+    4 .. 28  with L2, instead: the series of :func:`stem_fast.reference.new_rows` for rows that no
+       gradient has touched up to step t
+
+    docs/exact-adam.md derives the sums and the series.
     """
 
     def __init__(
@@ -36,15 +38,15 @@ class AdamStepTable(StepLog):
     ) -> None:
         super().__init__(step, device)
         self.betas, self.eps, self.decoupled = betas, eps, decoupled
-        # What decoupled decay leaves of a weight, since base and in the last step, as far as the
-        # host knows.
+        # The factor by which decoupled decay has shrunk weights since base, and in the last step,
+        # as far as the host knows.
         self.left, self.factor = 1.0, 1.0
         self.steps = torch.zeros(first_lines(device), COLUMNS, dtype=torch.float64, device=device)
         self.steps[0, 3] = 1
         self.l2 = False  # whether coupled weight decay was above 0 in one of them
 
     def advance(self, lr: float | Tensor, weight_decay: float | Tensor) -> None:
-        """Adds a step."""
+        """Adds a step, and its terms to the sums of the lines before it."""
         options = step_options(self.steps, lr, weight_decay)
         self.count()
         self.left *= self.factor
@@ -65,13 +67,13 @@ class AdamStepTable(StepLog):
 
     @property
     def needs_flush(self) -> bool:  # type: ignore[override]
-        """Whether column 3 would come so near to 0 that no quotient of two lines is known, or so
-        much faster than momentum that sums over it are large."""
+        """Whether another step would bring the product in column 3 so near 0 that the quotient of
+        two lines is lost, or weights shrink so much faster than momentum that the sums blow up."""
         near = abs(self.left * self.factor) < 1e-150
         return self.done > 0 and (near or abs(self.factor) < self.betas[0] ** 2)
 
-    def decays(self, lr: float | Tensor, weight_decay: float | Tensor) -> None:
-        """Sets the factor of the next step."""
+    def set_next_decay(self, lr: float | Tensor, weight_decay: float | Tensor) -> None:
+        """Tells ``needs_flush`` the options of the next step."""
         self.factor = decay_factor(lr, weight_decay) if self.decoupled else 1.0
 
     def caught_up(self) -> None:
@@ -79,21 +81,23 @@ class AdamStepTable(StepLog):
         self.left = 1.0
         self.steps[0].zero_()
         self.steps[0, 3].fill_(1)
-        # The steps of a CUDA graph are L2's if that of its capture was.
+        # A CUDA graph replays the kernel that it captured, with L2 or without.
         self.l2 = self.l2 and self.clock.is_cuda
 
 
 def decay_factor(lr: float | Tensor, weight_decay: float | Tensor) -> float:
-    """What a step of decoupled decay leaves of a weight; 1 where they are on a GPU, for the host
-    does not know it then.
+    """The factor ``1 - lr * weight_decay`` of a step of decoupled decay; 1 if either is on a GPU,
+    where the host does not know its value.
 
-    Raises ValueError where that is nothing.
+    Raises:
+        ValueError: the factor is 0, up to 1e-6.
     """
     if any(isinstance(option, Tensor) and option.is_cuda for option in (lr, weight_decay)):
         return 1.0
     decay = float(lr) * float(weight_decay)
     if abs(1 - decay) < 1e-6:
         raise ValueError(
-            f"lr * weight_decay is {decay:g}: decoupled decay would leave nothing of a weight"
+            f"lr * weight_decay: expected other than 1 with decoupled decay, got {decay:g}, which "
+            "would set every weight to 0: lower one of them"
         )
     return 1 - decay
