@@ -55,7 +55,7 @@ def fit_options() -> str:
 
 def shown(default: Any) -> str:
     """A default: a value as code, an explanation as it is."""
-    if default is None or default is False:
+    if isinstance(default, bool) or not isinstance(default, (str, int, float)):
         return ""
     return str(default) if " " in str(default) else f"`{default}`"
 
