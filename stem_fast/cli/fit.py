@@ -74,7 +74,9 @@ def _flags_named(given: Iterable[str]) -> Iterator[None]:
             # A name of one word is a word like others but at the start.
             start = r"(?<![\w'-])" if "_" in key else "^"
             flag = f"--{key.replace('_', '-')}"
-            message = re.sub(rf"{start}{key}(?=:? (?:is|must|names?|has|needs|'))", flag, message)
+            message = re.sub(
+                rf"{start}{key}(?=:? (?:expected|is|must|names?|has|needs|'))", flag, message
+            )
         raise DataError(message) from error
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from stem_fast import ops
 from stem_fast.common import KINDS
 
-# Far beyond any use, and small enough for sizes of tensors to stay within 64 bits.
+# Far beyond any use, but small enough that sizes of tensors stay within 64 bits.
 MAX_DIM, MAX_LAYERS, MAX_UNITS, MAX_ROWS = 1 << 16, 1 << 10, 1 << 20, 2**31 - 1
 
 
@@ -30,11 +30,11 @@ def make_config(
     fields: Sequence[str] | None,
     **others: Any,
 ) -> dict[str, Any]:
-    """Arguments as :class:`stem_fast.STEMNet` takes them, with defaults filled in, as plain types.
+    """The arguments of :class:`stem_fast.STEMNet` as plain types, with defaults filled in.
 
-    Raises ValueError for sizes, names or orders that don't fit together.
+    Raises ValueError for sizes, names or orders that do not fit together.
     """
-    for name, given in (
+    for name, value in (
         ("tasks", tasks),
         ("numeric", numeric),
         ("fields", fields or ()),
@@ -42,21 +42,21 @@ def make_config(
         ("gate_hidden_units", gate_hidden_units),
         ("tower_hidden_units", tower_hidden_units),
     ):
-        if isinstance(given, str) or not isinstance(given, Iterable):
-            raise ValueError(f"{name} is {reprlib.repr(given)}: give a list")
+        if isinstance(value, str) or not isinstance(value, Iterable):
+            raise ValueError(f"{name}: expected a list, got {reprlib.repr(value)}")
     for name, mapping in (
         ("vocab_sizes", vocab_sizes),
         ("kinds", kinds or {}),
         ("scales", scales or {}),
     ):
         if not isinstance(mapping, Mapping):
-            raise ValueError(f"{name} is {reprlib.repr(mapping)}: give a mapping from names")
+            raise ValueError(f"{name}: expected a mapping from names, got {reprlib.repr(mapping)}")
     if not isinstance(sequences or {}, Mapping):
-        raise ValueError(f"sequences is {reprlib.repr(sequences)}: give a mapping from names")
+        raise ValueError(f"sequences: expected a mapping from names, got {reprlib.repr(sequences)}")
     sequences = dict(sequences or {})
     if not isinstance(pooling, (str, Mapping)):
         raise ValueError(
-            f"pooling is {reprlib.repr(pooling)}: give mean, sum, or a mapping to them"
+            f"pooling: expected mean, sum or a mapping to them, got {reprlib.repr(pooling)}"
         )
     if isinstance(pooling, str):
         pooling = dict.fromkeys(sequences, pooling)
@@ -94,65 +94,71 @@ def _check(config: dict[str, Any], default_order: Sequence[str]) -> None:
         for units in config[name]:
             _check_size(name, units, 1, MAX_UNITS)
     if not config["expert_hidden_units"]:
-        raise ValueError("expert_hidden_units is empty; an expert has at least one layer")
+        raise ValueError("expert_hidden_units: expected at least one layer, got []")
     dropout = config["net_dropout"]
     if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
-        raise ValueError(f"net_dropout is {reprlib.repr(dropout)}, must be in [0, 1)")
+        raise ValueError(f"net_dropout: expected a number in [0, 1), got {reprlib.repr(dropout)}")
     if not isinstance(config["batch_norm"], bool):
         raise ValueError(
-            f"batch_norm is {reprlib.repr(config['batch_norm'])}, must be True or False"
+            f"batch_norm: expected True or False, got {reprlib.repr(config['batch_norm'])}"
         )
     if not isinstance(config["hidden_activations"], str):
-        found = reprlib.repr(config["hidden_activations"])
-        raise ValueError(f"hidden_activations is {found}, must be the name of one")
+        got = reprlib.repr(config["hidden_activations"])
+        raise ValueError(f"hidden_activations: expected the name of one, got {got}")
     for where in ("tasks", "vocab_sizes", "numeric", "sequences", "fields"):
         for name in config[where]:
             if not isinstance(name, str):
-                raise ValueError(f"{where} names {reprlib.repr(name)}, a name must be text")
+                raise ValueError(f"{where}: expected names as text, got {reprlib.repr(name)}")
     for where in ("vocab_sizes", "sequences"):
         for name, size in config[where].items():
             if where == "vocab_sizes" or not isinstance(size, str):
                 _check_size(f"the vocabulary of {name!r}", size, 1, MAX_ROWS)
     tasks = config["tasks"]
     if not tasks or len(set(tasks)) != len(tasks):
-        raise ValueError(f"tasks {tasks} must be one or more different names")
+        raise ValueError(f"tasks: expected one or more different names, got {tasks}")
     if len(set(default_order)) != len(default_order):
-        raise ValueError(f"a field is named twice in {list(default_order)}")
+        raise ValueError(f"fields: expected different names, got {list(default_order)}")
     if not default_order:
-        raise ValueError("the model has no field")
+        raise ValueError(
+            "fields: expected at least one in vocab_sizes, numeric or sequences, got none"
+        )
     if sorted(config["fields"]) != sorted(default_order):
-        raise ValueError(f"fields {config['fields']} must name each of {list(default_order)}")
+        raise ValueError(
+            f"fields: expected each of {list(default_order)} once, got {config['fields']}"
+        )
     if config["pooling"].keys() != config["sequences"].keys():
-        raise ValueError(f"pooling {config['pooling']} must name each sequence once")
+        raise ValueError(
+            f"pooling: expected each of {list(config['sequences'])}, got {config['pooling']}"
+        )
     for name, pooling in config["pooling"].items():
         if pooling not in ("mean", "sum"):
-            raise ValueError(f"sequence {name!r}: pooling {pooling!r} is not mean or sum")
+            raise ValueError(f"sequence {name!r}: expected pooling mean or sum, got {pooling!r}")
     for task, kind in config["kinds"].items():
         if task not in tasks:
-            raise ValueError(f"kinds names {task!r}, which is no task of {tasks}")
+            raise ValueError(f"kinds: expected tasks of {tasks}, got {task!r}")
         if kind not in KINDS:
-            raise ValueError(f"task {task!r}: kind {kind!r} is not one of {', '.join(KINDS)}")
+            raise ValueError(f"task {task!r}: expected a kind of {', '.join(KINDS)}, got {kind!r}")
     for task, scale in config["scales"].items():
         if config["kinds"].get(task, "binary") == "binary":
-            raise ValueError(f"scales names {task!r}, which is no regression task")
+            raise ValueError(f"scales: expected regression tasks, got {task!r}")
         try:
             mean, std = map(float, scale)
         except (TypeError, ValueError):
             mean = std = math.nan
         if not (math.isfinite(mean) and 0 < std < math.inf):
-            found = reprlib.repr(scale)
             raise ValueError(
-                f"scales of {task!r} are {found}: give a mean, and a deviation above 0"
+                f"scales of {task!r}: expected a mean and a deviation above 0, got "
+                f"{reprlib.repr(scale)}"
             )
         config["scales"][task] = [mean, std]
 
 
 def _check_size(name: str, value: Any, low: int, high: int) -> None:
-    rule = f"be at least {low}" if low else "not be negative"
+    expected = f"at least {low}"
     if isinstance(value, bool) or not isinstance(value, Integral):
-        rule = "be a whole number"
+        expected = "a whole number"
     elif int(value) > high:
-        rule = f"be at most {high}"
+        expected = f"at most {high}"
     elif int(value) >= low:
         return
-    raise ValueError(f"{name} is {reprlib.repr(value)}, must {rule}")
+    raise ValueError(f"{name}: expected {expected}, got {reprlib.repr(value)}")

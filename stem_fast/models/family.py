@@ -1,4 +1,4 @@
-"""The members of the family beside STEM-Net: each a table of wires over the same network."""
+"""The other models of the family: each a wiring of the same network."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class PLE(STEMNet):
     @staticmethod
     def wire(tasks: int, specific: int, shared: int) -> Wiring:
         if not shared:
-            raise ValueError("PLE's shared gate sees the shared experts: there is none")
+            raise ValueError("num_shared_experts: expected at least 1 for PLE's shared gate, got 0")
         _, own, common = expert_masks(tasks, specific, shared)
         see = (*(mask | common for mask in own), common)
         return Wiring(
@@ -38,7 +38,7 @@ class MMoE(STEMNet):
     @staticmethod
     def wire(tasks: int, specific: int, shared: int) -> Wiring:
         if specific:
-            raise ValueError(f"MMoE has no specific experts; num_specific_experts is {specific}")
+            raise ValueError(f"num_specific_experts: expected 0 for MMoE, got {specific}")
         everything = (1 << shared) - 1
         return Wiring(
             spaces=(0,),
@@ -62,7 +62,10 @@ class SharedBottom(STEMNet):
     ) -> None:
         experts = (num_shared_experts, num_specific_experts)
         if experts != (1, 0):
-            raise ValueError("SharedBottom has one shared expert and no specific ones")
+            raise ValueError(
+                "SharedBottom: expected num_shared_experts 1 and num_specific_experts 0, got "
+                f"{num_shared_experts} and {num_specific_experts}"
+            )
         super().__init__(*args, num_shared_experts=1, num_specific_experts=0, **options)
 
     @staticmethod
@@ -80,8 +83,8 @@ class SingleTask(STEMNet):
     def wire(tasks: int, specific: int, shared: int) -> Wiring:
         if shared or not specific:
             raise ValueError(
-                f"SingleTask has specific experts only: num_shared_experts is {shared}, must be 0, "
-                f"num_specific_experts is {specific}, must be at least 1"
+                "SingleTask: expected num_shared_experts 0 and num_specific_experts of at least 1, "
+                f"got {shared} and {specific}"
             )
         _, own, _ = expert_masks(tasks, specific, shared)
         return Wiring(

@@ -120,15 +120,17 @@ class STEMNet(nn.Module):
         self.wiring = self.wire(len(tasks), num_specific_experts, num_shared_experts)
         wiring, num_experts = self.wiring, len(self.wiring.reads)
         if not num_experts:
-            raise ValueError("the model has no expert")
+            raise ValueError(
+                "num_shared_experts, num_specific_experts: expected at least 1 expert, got 0"
+            )
         wiring.check(len(tasks))
         if num_experts > ops.MAX_EXPERTS or len(wiring.gates) > ops.MAX_GATES:
             raise ValueError(
-                f"{num_experts} experts and {len(wiring.gates)} gates; "
-                f"at most {ops.MAX_EXPERTS} and {ops.MAX_GATES}"
+                f"expected at most {ops.MAX_EXPERTS} experts and {ops.MAX_GATES} gates, got "
+                f"{num_experts} and {len(wiring.gates)}: use fewer experts or tasks"
             )
         if num_layers > 1 and len(wiring.see) != len(wiring.spaces):
-            raise ValueError(f"{type(self).__name__} has one layer, num_layers is {num_layers}")
+            raise ValueError(f"num_layers: expected 1 for {type(self).__name__}, got {num_layers}")
 
         self.embedding = EmbeddingArena(
             config["vocab_sizes"],
@@ -215,7 +217,9 @@ class STEMNet(nn.Module):
         if not recompute:
             return self.network(*self.lookup(ids, numeric, sequences))
         if has_batch_norm(self):
-            raise ValueError("recompute is on: give a model without batch norm and Dice")
+            raise ValueError(
+                "recompute: expected a model without batch norm and Dice: turn one of them off"
+            )
         random = self.training and self.config["net_dropout"] > 0
         parts = (each.split(RECOMPUTED, 1) for each in self.lookup(ids, numeric, sequences))
         logits = [
@@ -393,7 +397,9 @@ class STEMNet(nn.Module):
             A scalar; a task without any label adds 0.
         """
         if labels.shape != logits.shape:
-            raise ValueError(f"labels have shape {list(labels.shape)}, logits {list(logits.shape)}")
+            raise ValueError(
+                f"labels: expected shape {list(logits.shape)}, got {list(labels.shape)}"
+            )
         regression = [int(self.config["kinds"][task] != "binary") for task in self.tasks]
         labels = self.standardised(labels)
         means = ops.task_losses(logits, labels, regression, mask, sample_weights, counts)
@@ -449,7 +455,7 @@ class STEMNet(nn.Module):
     @classmethod
     def _require_stem(cls) -> None:
         if cls.wire is not STEMNet.wire:
-            raise TypeError(f"{cls.__name__} has no official STEM checkpoint; only STEMNet has")
+            raise TypeError(f"expected STEMNet for an official STEM checkpoint, got {cls.__name__}")
 
 
 def _filled(model: STEMNet, keys: Any) -> None:

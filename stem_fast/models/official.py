@@ -84,24 +84,26 @@ def from_official(
     }
     order = list(tables if fields is None else fields)
     if sorted(order) != sorted(tables):
-        raise ValueError(f"fields {order} differ from the checkpoint's tables {list(tables)}")
+        raise ValueError(f"fields: expected the checkpoint's tables {list(tables)}, got {order}")
     shared = dict(sequences or {})
     if not shared.keys() <= tables.keys():
-        raise ValueError(f"sequences {list(shared)} are not all among the tables {list(tables)}")
+        raise ValueError(
+            f"sequences: expected some of the tables {list(tables)}, got {list(shared)}"
+        )
     sizes = _sizes(state_dict, len(tasks))
     numeric = [name for name in order if tables[name].shape[1] == 1]
     spaces = len(tasks) + 1
     width = {t.shape[0] if name in numeric else t.shape[1] for name, t in tables.items()}
     if len(width) != 1 or next(iter(width)) % spaces:
         raise ValueError(
-            f"tables are {sorted(width)} wide; {len(tasks)} tasks need one width, a multiple of "
-            f"{spaces}"
+            f"tables: expected one width, a multiple of {spaces} for {len(tasks)} tasks, got "
+            f"{sorted(width)}"
         )
     has_dropout = sizes.pop("has_dropout")
     if has_dropout is not None and has_dropout != bool(net_dropout):
         raise ValueError(
-            f"the checkpoint was made {'with' if has_dropout else 'without'} dropout, net_dropout "
-            f"is {net_dropout}"
+            f"net_dropout: expected {'above 0' if has_dropout else '0'} as in the checkpoint, got "
+            f"{net_dropout}"
         )
     sizes.setdefault("hidden_activations", hidden_activations)
     model = cls(
@@ -121,11 +123,14 @@ def from_official(
     views = dict(_views(model))
     if views.keys() != state_dict.keys():
         missing, unknown = sorted(views.keys() - state_dict), sorted(state_dict.keys() - views)
-        raise ValueError(f"the checkpoint lacks {missing[:5]} and has unknown {unknown[:5]}")
+        raise ValueError(
+            f"expected the model's tensors; the checkpoint lacks {missing[:5]} and has unknown "
+            f"{unknown[:5]}"
+        )
     for key, view in views.items():
         if view.shape != state_dict[key].shape:
-            found, wanted = list(state_dict[key].shape), list(view.shape)
-            raise ValueError(f"{key} is {found}, the other tensors make it {wanted}")
+            expected, got = list(view.shape), list(state_dict[key].shape)
+            raise ValueError(f"{key}: expected shape {expected} by the other tensors, got {got}")
         view.copy_(state_dict[key])
     for name, other in shared.items():
         if other is not None and not torch.equal(tables[name], tables[other]):
@@ -141,7 +146,7 @@ def _sizes(state_dict: Mapping[str, Tensor], tasks: int) -> dict[str, Any]:
         return len({m[1] for key in state_dict if (m := re.match(pattern, key))})
 
     if (towers := count(r"tower\.(\d+)\.")) != tasks:
-        raise ValueError(f"the checkpoint has {towers} towers, {tasks} tasks are named")
+        raise ValueError(f"tasks: expected {towers}, one a tower of the checkpoint, got {tasks}")
     specific = count(r"stem_layers\.0\.specific_experts\.0\.(\d+)\.")
     common = count(r"stem_layers\.0\.shared_experts\.(\d+)\.")
     first = "stem_layers.0." + ("specific_experts.0.0" if specific else "shared_experts.0")
@@ -149,7 +154,9 @@ def _sizes(state_dict: Mapping[str, Tensor], tasks: int) -> dict[str, Any]:
         name: _linears(state_dict, name) for name in (first, "stem_layers.0.gate.0", "tower.0")
     }
     if not all(linears.values()):
-        raise ValueError("not a checkpoint of the official STEM: no experts, gates or towers")
+        raise ValueError(
+            "expected a checkpoint of the official STEM, got one without experts, gates or towers"
+        )
     keys = [re.sub(r".*\.mlp\.\d+\.", "", key) for key in state_dict if ".mlp." in key]
     batch_norm = "running_mean" in keys
     steps = [b - a for at in linears.values() for a, b in zip(at, list(at)[1:], strict=False)]

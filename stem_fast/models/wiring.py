@@ -1,4 +1,4 @@
-"""Who reads, sees and teaches whom: all that tells one model of the family from another."""
+"""Who reads, sees and teaches whom: all that distinguishes the models of the family."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Wiring:
-    """All that tells one model of the family from another.
+    """All that distinguishes one model of the family from another.
 
     Experts are numbered task-major with the shared ones last, gates likewise. A mask is an int
     whose bit e stands for expert e.
     """
 
-    spaces: tuple[int, ...]  # input of the first layer -> embedding space it is
+    spaces: tuple[int, ...]  # input of the first layer -> its embedding space
     reads: tuple[int, ...]  # expert -> input it reads
-    gates: tuple[tuple[int, ...], ...]  # gate -> inputs whose sum it reads; () = nothing to weigh
-    see: tuple[int, ...]  # mixture -> experts in it (forward); one each where there are no gates
+    gates: tuple[tuple[int, ...], ...]  # gate -> inputs whose sum it reads; () = no gates
+    see: tuple[int, ...]  # mixture -> experts it sees (forward); one each without gates
     learn: tuple[int, ...]  # mixture -> experts it teaches (backward)
     towers: tuple[int, ...]  # task -> mixture its tower reads
 
     def check(self, tasks: int) -> None:
-        """Raises ValueError where parts don't fit together, or a mixture is of nothing."""
+        """Raises ValueError if the parts do not fit together or a mixture sees no expert."""
         inputs, experts, mixtures = len(self.spaces), len(self.reads), len(self.see)
         every = (1 << experts) - 1
-        for name, given, due in (
+        for name, got, expected in (
             ("towers", len(self.towers), tasks),
             ("learn", len(self.learn), mixtures),
             ("gates", len(self.gates) or mixtures, mixtures),
         ):
-            if given != due:
-                raise ValueError(f"wire: {name} are {given}, {due} are due")
+            if got != expected:
+                raise ValueError(f"wire: {name}: expected {expected} entries, got {got}")
         for name, places, end in (
             ("spaces", self.spaces, max(self.spaces, default=0) + 1),
             ("reads", self.reads, inputs),
@@ -39,18 +39,24 @@ class Wiring:
         ):
             for place in places:
                 if not 0 <= place < end:
-                    raise ValueError(f"wire: {name} have {place}, there are 0 to {end - 1}")
+                    raise ValueError(
+                        f"wire: {name}: expected numbers from 0 to {end - 1}, got {place}"
+                    )
         for name, masks, low in (("see", self.see, 1), ("learn", self.learn, 0)):
             for mask in masks:
                 if not low <= mask <= every:
-                    raise ValueError(f"wire: {name} has the mask {mask:#b}, of {experts} experts")
+                    raise ValueError(
+                        f"wire: {name}: expected masks from {low:#b} to {every:#b}, got {mask:#b}"
+                    )
         for seen, taught in zip(self.see, self.learn, strict=True):
             if taught & ~seen:
-                raise ValueError(f"wire: {taught:#b} is taught, of which {seen:#b} is seen")
+                raise ValueError(
+                    f"wire: learn: expected only experts in see ({seen:#b}), got {taught:#b}"
+                )
         if not self.gates and any(mask & (mask - 1) for mask in self.see):
-            raise ValueError("wire: without gates every mixture sees one expert")
+            raise ValueError("wire: see: expected one expert a mixture without gates, got several")
         if not all(self.gates):
-            raise ValueError("wire: a gate reads no input")
+            raise ValueError("wire: gates: expected at least one input a gate, got a gate of none")
 
 
 def expert_inputs(tasks: int, specific: int, shared: int) -> tuple[int, ...]:

@@ -23,11 +23,11 @@ class LateRows(Protocol):
     """An optimizer that lets rows miss steps, and makes them when the rows are needed."""
 
     def catch_up(self, weight: Tensor, rows: Tensor | None) -> None:
-        """Makes the steps that rows [U] of a table (None: all rows) have missed."""
+        """Makes the steps that rows int64 [U] of a table (None: all rows) have missed."""
 
 
 def runs_ahead(tensor: Tensor) -> bool:
-    """Whether looking at a tensor's values makes the device wait."""
+    """Whether reading a tensor's values on the host waits for the device."""
     return tensor.is_cuda
 
 
@@ -47,17 +47,20 @@ class EmbeddingArena(nn.Module):
     value side by side. ``numeric_weight`` is [N, G*D], None without numeric fields. They are drawn
     from N(0, 1e-4^2) and xavier_normal as in the official code; padding rows are zero.
 
-    ``sparse`` (default False) asks for a sparse COO gradient of ``weight``, of the batch's rows
-    alone, instead of a dense one; for optimizers that know it, and not for ``torch.compile``.
-    ``optimizer`` is set by one that lets rows miss steps (:mod:`stem_fast.optim`). The arena has
-    them made before it reads the table, and before anybody walks over its parameters or those of a
-    module that holds it; :meth:`flush` is for who reads ``weight`` directly.
-    ``bounds`` says what happens on CUDA to ids outside their vocabulary: "raise" (default) reads
-    the unknown value instead and notes the id for :meth:`raise_bad_ids`, so that no step waits;
-    "clamp" reads the unknown value; "off" does not look, for ids known to be right (a wrong one
-    reads another row). On CPU they always raise at once, and offsets of sequences are looked at on
-    CPU alone. All of it holds under ``torch.compile`` and in exported programs too; of what a
-    program on CUDA noted nobody hears.
+    ``sparse`` (default False) makes the gradient of ``weight`` a sparse COO tensor of the batch's
+    rows instead of a dense one. It needs an optimizer that takes sparse gradients, and has no
+    effect under ``torch.compile``.
+
+    ``optimizer`` is set by an optimizer whose rows may miss steps (:mod:`stem_fast.optim`). Rows
+    catch up before the arena reads them, and before code iterates over the parameters of the arena
+    or of a module that holds it. Call :meth:`flush` before you read ``weight`` directly.
+
+    ``bounds`` says what happens on CUDA to ids outside their vocabulary. "raise" (default) reads
+    the unknown value instead and records the id for :meth:`raise_bad_ids`, so that no step waits
+    for the device. "clamp" reads the unknown value. "off" does not check; a wrong id reads another
+    row. On CPU a wrong id always raises at once. Offsets of sequences are checked on CPU only. The
+    same holds under ``torch.compile`` and in exported programs, but ids that a program on CUDA
+    records are never reported.
     """
 
     offsets: Tensor
@@ -65,8 +68,8 @@ class EmbeddingArena(nn.Module):
     bad: Tensor
     sparse = False
     optimizer: LateRows | None = None
-    planned: Tensor | None = None  # rows of the newest plan
-    # Those that have trained it, and whether they leave it to itself: see stem_fast.nn.parallel.
+    planned: Tensor | None = None  # rows of the newest row plan
+    # DDP wrappers that have trained it, and whether they leave the table to stem_fast.nn.parallel.
     wrappers: WeakKeyDictionary[nn.Module, bool] | None = None
     bounds: Literal["raise", "clamp", "off"] = "raise"
 
@@ -84,7 +87,7 @@ class EmbeddingArena(nn.Module):
         self.numeric = tuple(numeric)
         self.sequences = dict(sequences)
         if len(sequences) > MAX_SEQUENCES:
-            raise ValueError(f"{len(sequences)} sequences; at most {MAX_SEQUENCES}")
+            raise ValueError(f"sequences: expected at most {MAX_SEQUENCES}, got {len(sequences)}")
         self.pooling = dict(pooling)
         self.spaces, self.dim = spaces, dim
         own = {name: size for name, size in sequences.items() if isinstance(size, int)}
@@ -92,14 +95,16 @@ class EmbeddingArena(nn.Module):
         rows = 0
         for name, size in {**vocab_sizes, **own}.items():
             if not isinstance(size, Integral) or size < 1:
-                raise ValueError(f"field {name!r}: a vocabulary of {size} rows")
+                raise ValueError(
+                    f"field {name!r}: expected a vocabulary of at least 1 row, got {size!r}"
+                )
             self.tables[name] = slice(rows, rows + size)
             rows += size
         for name, shared in sequences.items():
             if isinstance(shared, str):
                 if shared not in vocab_sizes:
                     raise ValueError(
-                        f"sequence {name!r} shares {shared!r}, which is no categorical field"
+                        f"sequence {name!r}: expected to share a categorical field, got {shared!r}"
                     )
                 self.tables[name] = self.tables[shared]
         self.weight = nn.Parameter(ops.new_table(torch.empty(rows, spaces * dim)))
@@ -112,9 +117,10 @@ class EmbeddingArena(nn.Module):
         self.reset_parameters()
 
     def _fill_buffers(self, noted: Tensor | None) -> None:
-        """What no checkpoint holds, on the table's device; ``noted`` are the bad ids so far.
+        """Fills the buffers that no checkpoint holds, on the table's device; ``noted`` are the bad
+        ids so far.
 
-        Without it a model that began on "meta" would never get the values.
+        A model that was created on "meta" gets its values here.
         """
         starts = [self.tables[name].start for name in self.categorical]
         sizes = [table.stop - table.start for table in self.tables.values()]
@@ -126,7 +132,7 @@ class EmbeddingArena(nn.Module):
             put_buffer(self, "bad", noted, self.weight)
 
     def reset_parameters(self) -> None:
-        self.flush()  # steps that are owed would change what is drawn
+        self.flush()  # pending steps would change the new values
         nn.init.normal_(self.weight, std=1e-4)
         with torch.no_grad():
             self.weight[[table.start for table in self.tables.values()]] = 0
@@ -158,12 +164,12 @@ class EmbeddingArena(nn.Module):
             ValueError, TypeError: inputs of another shape, type or set of names.
         """
         ids = self._check_ids(ids)
-        batch = ids.shape[0]  # len would make a number of a program's symbol
+        batch = ids.shape[0]  # len() would fix a symbolic size to a number
         bags, mean = self._bags(sequences or {}, batch, ids.dtype)
         wrapped = DistributedDataParallel._active_ddp_module is not None
         group = parallel.group_of(self) if wrapped else None
         plan = None
-        # Exporting walks over the parameters before; a program neither trains nor owes steps.
+        # Export has flushed the table already; an exported program has no optimizer.
         if not torch.compiler.is_exporting():
             learns = self.weight.requires_grad and torch.is_grad_enabled()
             if self.sparse and learns and not ops.transformed():
@@ -187,7 +193,9 @@ class EmbeddingArena(nn.Module):
             x = self._insert(x, scaled.permute(2, 0, 1, 3))
             z = self._insert(z, reference.space_sums(scaled.permute(2, 0, 1, 3), sums))
         elif numeric is not None:
-            raise ValueError("numeric values were given, but the model has no numeric field")
+            raise ValueError(
+                f"numeric: expected None without numeric fields, got {list(numeric.shape)}"
+            )
         return x, z
 
     def _insert(self, x: Tensor, numeric: Tensor) -> Tensor:
@@ -196,42 +204,42 @@ class EmbeddingArena(nn.Module):
         return torch.cat([x[:, :, :categorical], numeric, x[:, :, categorical:]], 2)
 
     def named_modules(self, *args: Any, **options: Any) -> Iterator[tuple[str, nn.Module]]:
-        """As torch's, after :meth:`flush`: every walk over the parameters of a module that holds
-        this one (``parameters``, ``torch.export``, averages of weights) comes through here."""
+        """Flushes, then does as torch's. Every iteration over the parameters of a module that holds
+        this one (``parameters``, ``torch.export``, averages of weights) calls this."""
         self.flush()
         return super().named_modules(*args, **options)
 
     def named_parameters(self, *args: Any, **options: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """As torch's, after :meth:`flush`."""
-        self.flush()  # without recurse torch does not ask for modules
+        """Flushes, then does as torch's."""
+        self.flush()  # with recurse=False torch does not call named_modules
         return super().named_parameters(*args, **options)
 
     def _apply(self, *args: Any, **options: Any) -> EmbeddingArena:
-        self.flush()  # before the table is rounded or moved, where its optimizer does not follow
+        self.flush()  # the optimizer does not follow when the table is cast or moved
         noted = self.bad
         super()._apply(*args, **options)
-        self._fill_buffers(noted)  # to_empty has left nothing of them
+        self._fill_buffers(noted)  # to_empty drops their values
         return self
 
     def flush(self) -> None:
-        """Make the steps that ``optimizer`` owes the table: for who reads ``weight`` directly."""
+        """Makes all missed steps. Call it before you read ``weight`` directly."""
         if self.optimizer is not None:
             self.optimizer.catch_up(self.weight, None)
 
     def release(self) -> None:
-        """Flush, and forget the optimizer: gradients are dense again."""
+        """Flushes and detaches the optimizer; gradients are dense again."""
         self.flush()
         self.optimizer, self.sparse = None, False
 
     def row_gradients(self) -> tuple[Tensor | None, Tensor]:
-        """The gradient of ``weight`` as (rows int64 [U], values [U, G*D]), each row once, on CUDA
-        padded with row 0; of a dense one (None, [R, G*D])."""
+        """The gradient of ``weight``: distinct rows int64 [U] and values [U, G*D], on CUDA padded
+        with row 0; (None, [R, G*D]) if it is dense."""
         grad = self.weight.grad
         assert grad is not None
         if not grad.is_sparse:
             return None, grad
         rows, values = grad._indices()[0], grad._values()
-        # A gradient of several batches, added up, has other memory than the newest plan.
+        # A gradient accumulated over several batches has other memory than the newest plan.
         alone = self.planned is not None and rows.data_ptr() == self.planned.data_ptr()
         if alone or grad.is_coalesced():
             return rows, values
@@ -242,22 +250,27 @@ class EmbeddingArena(nn.Module):
         super()._save_to_state_dict(*args)
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        self.flush()  # steps that are owed would change what is loaded
+        self.flush()  # pending steps would change the loaded values
         super()._load_from_state_dict(*args)
         if self.offsets.device != self.weight.device:  # a table was assigned
             self._fill_buffers(None)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies are made from: the optimizer is the original's."""
+        """Flushes. A copy has no optimizer: it stays with the original."""
         self.flush()
         own = "optimizer", "planned", "wrappers"
         kept = {key: value for key, value in self.__dict__.items() if key not in own}
-        # It was the optimizer that asked for sparse gradients.
+        # Gradients are dense without an optimizer that takes sparse ones.
         return kept if self.optimizer is None else kept | {"sparse": False}
 
     def raise_bad_ids(self) -> None:
-        """On CUDA, wait for the device and raise IndexError for the first id that was outside its
-        vocabulary since the last call (``bounds`` "raise"); training does so once an epoch."""
+        """Raises on CUDA for an id outside its vocabulary since the last call (``bounds`` "raise").
+
+        It waits for the device; training calls it once an epoch.
+
+        Raises:
+            IndexError: naming the field, the id and the first row or value that held it.
+        """
         if not runs_ahead(self.bad) or self.bounds != "raise":
             return
         for name, place in zip(self.tables, self.bad.tolist(), strict=True):
@@ -273,15 +286,15 @@ class EmbeddingArena(nn.Module):
         fields = len(self.categorical)
         if ids.dim() != 2 or ids.shape[1] != fields:
             expected = f"[B, {fields}] ({', '.join(self.categorical)})"
-            raise ValueError(f"ids have shape {list(ids.shape)}, expected {expected}")
+            raise ValueError(f"ids: expected shape {expected}, got {list(ids.shape)}")
         if ids.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"ids are {ids.dtype}, expected int32 or int64")
+            raise TypeError(f"ids: expected int32 or int64, got {ids.dtype}")
         return self._in_bounds(ids, self.categorical, slice(fields))
 
     def _in_bounds(
         self, ids: Tensor, names: Sequence[str], fields: slice, bounds: Tensor | None = None
     ) -> Tensor:
-        """ids [B, n] of the n named fields, checked: on CUDA replaced and noted, on CPU raised.
+        """Checks ids [B, n] of n fields: on CUDA replaces and records bad ones, on CPU raises.
 
         ``bounds`` are the offsets of a sequence field, whose ids are [values, 1].
         """
@@ -290,9 +303,8 @@ class EmbeddingArena(nn.Module):
                 return ids
             return ops.check_ids(ids, self.sizes[fields], self.bad[fields])
         sizes = self.sizes[fields]
-        if (
-            names and torch.compiler.is_compiling()
-        ):  # a raise that depends on data would break the graph
+        # A raise that depends on data would break the graph.
+        if names and torch.compiler.is_compiling():
             return torch.ops.stem_fast.checked(ids, sizes, list(names), bounds)
         place = torch.ops.stem_fast.outside(ids, sizes).item()
         if place >= 0:
@@ -304,21 +316,23 @@ class EmbeddingArena(nn.Module):
         if numeric is None or list(numeric.shape) != expected:
             got = None if numeric is None else list(numeric.shape)
             names = ", ".join(self.numeric)
-            raise ValueError(f"numeric has shape {got}, expected {expected} ({names})")
+            raise ValueError(f"numeric: expected shape {expected} ({names}), got {got}")
         return numeric
 
     def _bags(
         self,
-        given: Mapping[str, Tensor | tuple[Tensor, Tensor]],
+        sequences: Mapping[str, Tensor | tuple[Tensor, Tensor]],
         batch: int,
         dtype: torch.dtype,
     ) -> tuple[list[Tensor], int]:
-        """All sequences as the bags, and the mask of means, of :func:`reference.lookup`."""
-        if given.keys() != self.sequences.keys():
-            raise ValueError(f"sequences {sorted(given)} given, {sorted(self.sequences)} expected")
+        """All sequences as (bags, mask of means), the arguments of :func:`reference.lookup`."""
+        if sequences.keys() != self.sequences.keys():
+            raise ValueError(
+                f"sequences: expected {sorted(self.sequences)}, got {sorted(sequences)}"
+            )
         rows, bounds, mean, length = [], [], 0, 0
         for s, name in enumerate(self.sequences):
-            values, offsets = self._jagged(name, given[name], batch)
+            values, offsets = self._jagged(name, sequences[name], batch)
             first = self.tables[name].start
             rows.append(torch.where(values == 0, 0, values + first).to(dtype))
             bounds.append(offsets + length)
@@ -327,24 +341,27 @@ class EmbeddingArena(nn.Module):
         return [torch.cat(rows), torch.stack(bounds)] if rows else [], mean
 
     def _jagged(
-        self, name: str, given: Tensor | tuple[Tensor, Tensor], batch: int
+        self, name: str, sequence: Tensor | tuple[Tensor, Tensor], batch: int
     ) -> tuple[Tensor, Tensor]:
-        """A padded [B, L] or jagged (values [n], offsets [B+1]) sequence, checked, as jagged."""
-        padded = isinstance(given, Tensor)
-        if isinstance(given, Tensor):
-            if given.dim() != 2 or given.shape[0] != batch:
-                shape = list(given.shape)
-                raise ValueError(f"sequence {name!r} has shape {shape}, expected [{batch}, L]")
-            length = given.shape[1]
-            given = (
-                given.reshape(-1),
-                torch.arange(batch + 1, device=given.device) * length,
+        """Checks a sequence, padded [B, L] or jagged (values [n], offsets [B+1]), and returns it
+        jagged."""
+        padded = isinstance(sequence, Tensor)
+        if isinstance(sequence, Tensor):
+            if sequence.dim() != 2 or sequence.shape[0] != batch:
+                shape = list(sequence.shape)
+                raise ValueError(f"sequence {name!r}: expected shape [{batch}, L], got {shape}")
+            length = sequence.shape[1]
+            sequence = (
+                sequence.reshape(-1),
+                torch.arange(batch + 1, device=sequence.device) * length,
             )
-        values, offsets = given
+        values, offsets = sequence
         if values.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"sequence {name!r} is {values.dtype}, expected int32 or int64")
+            raise TypeError(f"sequence {name!r}: expected int32 or int64, got {values.dtype}")
         if offsets.shape[0] != batch + 1:
-            raise ValueError(f"sequence {name!r}: offsets must be [{batch + 1}]")
+            raise ValueError(
+                f"sequence {name!r}: expected offsets [{batch + 1}], got {list(offsets.shape)}"
+            )
         if not (padded or runs_ahead(offsets) or torch.compiler.is_compiling()):
             reference.check_bounds(name, offsets, len(values))
         field = list(self.tables).index(name)

@@ -1,4 +1,4 @@
-"""Walks over modules that make no table catch up, and copies in evaluation mode."""
+"""Iteration over modules that does not flush tables, and copies in evaluation mode."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 
 def parts_of(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """A module and all within it, each with what stands before the names of its parameters; unlike
-    ``named_modules``, a table's rows may still lack steps: for who needs no values of it."""
+    """A module and all its submodules, each with the prefix of its parameter names. Unlike
+    ``named_modules`` this does not flush tables, so their rows may lack steps."""
     yield prefix, module
     for name, child in module.named_children():
         yield from parts_of(child, f"{prefix}{name}.")
@@ -18,23 +18,23 @@ def parts_of(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Modu
 
 def parameters_of(module: nn.Module) -> dict[nn.Parameter, str]:
     """Every parameter and its name, by :func:`parts_of`."""
-    found: dict[nn.Parameter, str] = {}
+    names: dict[nn.Parameter, str] = {}
     for prefix, part in parts_of(module):
         for name, parameter in part._parameters.items():
             if parameter is not None:
-                found.setdefault(parameter, prefix + name)
-    return found
+                names.setdefault(parameter, prefix + name)
+    return names
 
 
 def put_buffer(module: nn.Module, name: str, values: list[int] | Tensor, like: Tensor) -> None:
     """Gives a buffer of int64 its values, on the device of ``like``; in the memory that it has
     there, which CUDA graphs read."""
-    given = torch.tensor(values, device="cpu") if isinstance(values, list) else values
+    tensor = torch.tensor(values, device="cpu") if isinstance(values, list) else values
     buffer = module._buffers[name]
     if buffer is None or buffer.device != like.device:
-        setattr(module, name, given.to(like.device, torch.int64))
+        setattr(module, name, tensor.to(like.device, torch.int64))
     else:
-        buffer.copy_(given)
+        buffer.copy_(tensor)
 
 
 def in_evaluation(module: nn.Module) -> nn.Module:

@@ -41,24 +41,29 @@ def task_losses(
     sample_weights: Tensor | None = None,
     counts: Tensor | None = None,
 ) -> Tensor:
-    """Mean loss of each task over the rows that have its label, [T]; arguments as in
-    :func:`reference.task_losses`.
+    """Mean loss of each task over the rows that have its label, [T].
+
+    The arguments are those of :func:`reference.task_losses`.
 
     Raises:
         ValueError: an argument of another shape or type.
     """
     batch, tasks = logits.shape
-    for name, given, shape, kind in (
+    for name, value, shape, dtype in (
         ("labels", labels, (batch, tasks), None),
         ("mask", mask, (batch, tasks), torch.bool),
         ("sample_weights", sample_weights, (batch,), None),
         ("counts", counts, (tasks,), torch.int64),
     ):
-        if given is not None and (given.shape != shape or (kind or given.dtype) != given.dtype):
-            found = f"{given.dtype} {list(given.shape)}"
-            raise ValueError(f"{name} is {found}, {kind or 'a number'} {list(shape)} is due")
+        if value is not None and (value.shape != shape or (dtype or value.dtype) != value.dtype):
+            raise ValueError(
+                f"{name}: expected {dtype or 'numbers of shape'} {list(shape)}, got {value.dtype} "
+                f"{list(value.shape)}"
+            )
     if len(regression) != tasks:
-        raise ValueError(f"regression has {len(regression)} tasks, the logits have {tasks}")
+        raise ValueError(
+            f"regression: expected {tasks} tasks as in the logits, got {len(regression)}"
+        )
     arguments = logits, labels, list(regression), mask, sample_weights, counts
     own = (each is not None and each.requires_grad for each in (labels, sample_weights))
     if transformed() or any(own):
@@ -67,8 +72,8 @@ def task_losses(
 
 
 class _TaskLosses(torch.autograd.Function):
-    """:func:`task_losses` with a gradient of the logits. Registered with the op, as the mixture's
-    is, it would take half as long again on CPU."""
+    """:func:`task_losses` with a gradient of the logits. It would take half as long again on CPU
+    if it were registered with the op, as the mixture's gradient is."""
 
     @staticmethod
     def forward(
