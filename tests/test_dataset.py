@@ -264,5 +264,5 @@ def test_batches_go_to_the_device() -> None:
 
 
 def test_a_batch_size_below_one_is_refused() -> None:
-    with pytest.raises(ValueError, match="batch_size must be at least 1, not 0"):
+    with pytest.raises(ValueError, match="batch_size: expected at least 1, got 0"):
         next(sample([1]).batches(0))

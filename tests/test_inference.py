@@ -292,7 +292,9 @@ def test_a_compiled_part_predicts_in_evaluation_mode() -> None:
 def test_what_is_wrong_is_refused() -> None:
     model, batch = build("stem")
     ids, *rest = batch(3)
-    with pytest.raises(DataError, match="precision is 'fp16': give one of fp32, tf32, bf16"):
+    with pytest.raises(
+        DataError, match="precision: expected one of fp32, tf32, bf16, fp64, got 'fp16'"
+    ):
         model.compile_inference("fp16")
     with pytest.raises(DataError, match="precision is 'tf32', which cpu cannot do"):
         model.compile_inference("tf32")

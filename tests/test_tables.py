@@ -499,17 +499,17 @@ def test_a_file_longer_than_what_is_parsed_at_once(
     assert values(path, "x") == [cell.strip('"') for cell in cells]
     with path.open("a") as file:
         file.write("1,2,3\n")
-    with refused("a.csv: row 50: expected 2 columns, found 3: '1,2,3'."):
+    with refused("a.csv: row 50: expected 2 columns, got 3: '1,2,3'."):
         values(path, "x")
 
 
 def test_ragged_rows(tmp_path: Path) -> None:
     path = text(tmp_path / "a.csv", "x,y\n1,2\n3\n")
-    with refused("a.csv: row 1: expected 2 columns, found 1: '3'."):
+    with refused("a.csv: row 1: expected 2 columns, got 1: '3'."):
         values(path, "x")
-    with refused("a.csv: row 2: expected 2 columns, found 1: '3'."):
+    with refused("a.csv: row 2: expected 2 columns, got 1: '3'."):
         values(path, "b", header=("a", "b"))  # now the first line is a row
-    with refused("a.csv: row 0: expected 3 columns, found 2: 'x,y'."):
+    with refused("a.csv: row 0: expected 3 columns, got 2: 'x,y'."):
         values(path, "b", header=("a", "b", "c"))
 
 

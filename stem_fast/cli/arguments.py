@@ -52,9 +52,9 @@ def find_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, index = name.partition(":")
     if kind not in ("cpu", "cuda") or (index and not re.fullmatch("[0-9]{1,9}", index)):
-        raise DataError(f"device is {name!r}: give auto, cpu, cuda or cuda:N.")
+        raise DataError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}.")
     if kind == "cpu" and name != "cpu":
-        raise DataError(f"device is {name!r}: cpu takes no index, give cpu.")
+        raise DataError(f"device: expected cpu without an index, got {name!r}.")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise DataError(
             f"device is {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices: "

@@ -120,7 +120,7 @@ class Dataset:
         to a device (:meth:`to`) stays there, whatever ``device`` says.
         """
         if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         order = None
         if seed is not None:
             order = torch.randperm(self.rows, generator=torch.Generator().manual_seed(seed))

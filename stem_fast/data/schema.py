@@ -39,12 +39,12 @@ class SequenceField:
             _check_name(f"{where}: shares", self.shares)
         if self.pooling not in POOLINGS:
             raise DataError(
-                f"{where}: unknown pooling {shown(self.pooling)}, known: {', '.join(POOLINGS)}."
+                f"{where}: expected pooling {' or '.join(POOLINGS)}, got {shown(self.pooling)}."
                 + nearest(shown(self.pooling), POOLINGS)
             )
-        _check_positive(f"{where}: max_len", self.max_len)
+        _check_positive(f"{where}, max_len", self.max_len)
         if not isinstance(self.delimiter, str) or not self.delimiter:
-            raise DataError(f"{where}: delimiter must be text, not {shown(self.delimiter)}.")
+            raise DataError(f"{where}: expected delimiter as text, got {shown(self.delimiter)}.")
 
 
 @dataclass(frozen=True)
@@ -106,12 +106,12 @@ class Schema:
         for key, value in converted.items():
             object.__setattr__(self, key, value)
         if not self.labels:
-            raise DataError("no label: name at least one column in labels.")
+            raise DataError("labels: expected at least one column, got none.")
         for name, kind in self.labels.items():
             _check_name("labels", name)
             if kind not in KINDS:
                 raise DataError(
-                    f"label '{name}': unknown kind {shown(kind)}, known: {', '.join(KINDS)}."
+                    f"label '{name}': expected a kind of {', '.join(KINDS)}, got {shown(kind)}."
                     + nearest(shown(kind), KINDS)
                 )
         self._check_columns()
@@ -124,22 +124,25 @@ class Schema:
             and self.delimiter not in '\n\r"'
         ):
             raise DataError(
-                "delimiter must be one ASCII character, no line end and no quote, "
-                f"not {shown(self.delimiter)}."
+                "delimiter: expected one ASCII character other than a line end or quote, got "
+                f"{shown(self.delimiter)}."
             )
 
     def _check_columns(self) -> None:
         if not self.features:
-            raise DataError("no feature: name columns in categorical, numeric or sequences.")
+            raise DataError(
+                "features: expected at least one column in categorical, numeric or sequences, got "
+                "none."
+            )
         _check_distinct(
             (*self.labels, *self.features),
-            "column '{}' is used twice: a column is one label or one feature.",
+            "column '{}' is used twice: expected one label or one feature a column.",
         )
         for field in self.sequences:
             if field.shares is not None and field.shares not in self.categorical:
                 raise DataError(
-                    f"sequence '{field.name}' shares '{field.shares}', which is not a categorical "
-                    f"field.{nearest(field.shares, self.categorical)}"
+                    f"sequence '{field.name}': expected to share a categorical field, got "
+                    f"'{field.shares}'.{nearest(field.shares, self.categorical)}"
                 )
         if self.group is not None:
             _check_name("group", self.group)
@@ -233,8 +236,8 @@ class Encoding:
         if not isinstance(mapping, Mapping) or mapping.get("version") != ENCODING_VERSION:
             found = mapping.get("version") if isinstance(mapping, Mapping) else None
             raise DataError(
-                f"encoding version {shown(found)} is not supported, only {ENCODING_VERSION}: "
-                "it was written by another release of stem_fast, fit again."
+                f"encoding version: expected {ENCODING_VERSION}, got {shown(found)} of another "
+                "release of stem_fast: fit again."
             )
         try:
             schema = Schema.from_dict(mapping["schema"])
@@ -252,14 +255,20 @@ class Encoding:
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise DataError(f"damaged encoding: {type(error).__name__}: {error}.") from error
         if set(encoding.vocabularies) != set(table_owners(schema)):
-            raise DataError("damaged encoding: its vocabularies are not those of its schema.")
+            raise DataError(
+                "damaged encoding: expected the vocabularies of its schema, got others."
+            )
         if not len(encoding.numeric_mean) == len(encoding.numeric_std) == len(schema.numeric):
-            raise DataError("damaged encoding: one mean and std a numeric column are needed.")
+            raise DataError(
+                "damaged encoding: expected one mean and std a numeric column, got others."
+            )
         if not all(map(math.isfinite, encoding.numeric_mean + encoding.numeric_std)):
-            raise DataError("damaged encoding: a mean or std is not finite.")
+            raise DataError(
+                "damaged encoding: expected a finite mean and std, got NaN or infinity."
+            )
         for name, std in zip(schema.numeric, encoding.numeric_std, strict=True):
             if std <= 0:
-                raise DataError(f"damaged encoding: the std of '{name}' is {std}, not above 0.")
+                raise DataError(f"damaged encoding: std of '{name}': expected above 0, got {std}.")
         for name, values in encoding.vocabularies.items():
             if not all(isinstance(value, str) and is_unicode(value) for value in values):
                 raise DataError(f"damaged encoding: a value of '{name}' is not text.")
@@ -271,7 +280,7 @@ class Encoding:
 def _typed(what: str, value: Any, *kinds: type) -> Any:
     if type(value) not in kinds:
         known = " or ".join(kind.__name__ for kind in kinds)
-        raise DataError(f"damaged encoding: {what} is {shown(value)}, expected {known}.")
+        raise DataError(f"damaged encoding: {what}: expected {known}, got {shown(value)}.")
     return value
 
 
@@ -307,7 +316,7 @@ def _labels(key: str, value: Any) -> dict[str, str]:
     if isinstance(value, Mapping):
         return dict(value)
     if not isinstance(value, Sequence):
-        raise DataError(f"{key} must be a list of column names, not {shown(value)}.")
+        raise DataError(f"{key}: expected a list of column names, got {shown(value)}.")
     labels: dict[str, str] = {}
     for item in value:
         if isinstance(item, Mapping):
@@ -331,7 +340,7 @@ def _sequences(key: str, value: Any) -> tuple[SequenceField, ...]:
             for name, options in value.items()
         ]
     if not isinstance(value, Sequence):
-        raise DataError(f"{key} must be a list or a mapping, not {shown(value)}.")
+        raise DataError(f"{key}: expected a list or a mapping, got {shown(value)}.")
     return tuple(field for item in value for field in _sequence(item))
 
 
@@ -342,7 +351,7 @@ def _sequence(item: Any) -> tuple[SequenceField, ...]:
         return parse_sequences(item)
     options = _check_keys(SequenceField, "sequence", item)
     if "name" not in options:
-        raise DataError(f"a sequence has no name: {shown(dict(options))}.")
+        raise DataError(f"sequences: expected a name, got {shown(dict(options))}.")
     return (SequenceField(**options),)
 
 
@@ -350,7 +359,7 @@ def _names(key: str, value: Any) -> tuple[str, ...]:
     if isinstance(value, str):
         return tuple(_split(value))
     if not isinstance(value, Sequence):
-        raise DataError(f"{key} must be a list of column names, not {shown(value)}.")
+        raise DataError(f"{key}: expected a list of column names, got {shown(value)}.")
     for name in value:
         _check_name(key, name)
     return tuple(value)
@@ -360,7 +369,7 @@ def _check_keys(cls: type, what: str, mapping: Any) -> Mapping[str, Any]:
     known = [field.name for field in dataclasses.fields(cls)]
     if not isinstance(mapping, Mapping):
         raise DataError(
-            f"{what} must be a mapping with keys of {', '.join(known)}, not {shown(mapping)}."
+            f"{what}: expected a mapping with keys of {', '.join(known)}, got {shown(mapping)}."
         )
     for key in mapping:
         if key not in known:
@@ -373,7 +382,9 @@ def _check_keys(cls: type, what: str, mapping: Any) -> Mapping[str, Any]:
 
 def _check_name(what: str, name: Any) -> None:
     if not isinstance(name, str) or not name or not is_unicode(name):
-        raise DataError(f"{what}: {shown(name)} is not a column name: write it as quoted text.")
+        raise DataError(
+            f"{what}: expected a column name, got {shown(name)}: write it as quoted text."
+        )
 
 
 def is_unicode(text: str) -> bool:
@@ -395,6 +406,6 @@ def _check_distinct(names: Iterable[str], message: str) -> None:
 
 def _check_positive(what: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise DataError(f"{what} must be a whole number of at least 1, not {shown(value)}.")
+        raise DataError(f"{what}: expected a whole number of at least 1, got {shown(value)}.")
     if value > LARGEST:
-        raise DataError(f"{what} must be at most {LARGEST}, not {shown(value)}.")
+        raise DataError(f"{what}: expected at most {LARGEST}, got {shown(value)}.")

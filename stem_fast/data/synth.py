@@ -108,11 +108,11 @@ def generate(
     sizes = {"rows": rows, "valid_rows": valid_rows, "users": users, "items": items}
     for name, size in sizes.items():
         if size < 1:
-            raise DataError(f"{name} is {size}: it must be at least 1.")
+            raise DataError(f"{name}: expected at least 1, got {size}.")
         if size > LARGEST:
-            raise DataError(f"{name} is {size}: it must be at most {LARGEST}.")
+            raise DataError(f"{name}: expected at most {LARGEST}, got {size}.")
     if seed < 0:
-        raise DataError(f"seed is {seed}: it must be at least 0.")
+        raise DataError(f"seed: expected at least 0, got {seed}.")
     folder = Path(os.path.realpath(out))
     _refuse_occupied(folder, overwrite)
 

@@ -195,7 +195,7 @@ class Table:
                     raise
                 row = ragged[0].number - first
                 raise DataError(
-                    f"{file}: row {row}: expected {ragged[0].expected_columns} columns, found "
+                    f"{file}: row {row}: expected {ragged[0].expected_columns} columns, got "
                     f"{ragged[0].actual_columns}: {ragged[0].text[:200]!r}."
                 ) from error
 

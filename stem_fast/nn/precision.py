@@ -25,7 +25,7 @@ def check(precision: str, device: str | torch.device) -> None:
     """Raises DataError for a precision that the device cannot do, or that there is not."""
     device = torch.device(device)
     if precision not in PRECISIONS:
-        raise DataError(f"precision is {precision!r}: give one of {', '.join(PRECISIONS)}.")
+        raise DataError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}.")
     if precision == "tf32" and (
         device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)
     ):

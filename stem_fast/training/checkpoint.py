@@ -304,8 +304,8 @@ def read_config(path: Path) -> dict[str, Any]:
             raise DataError(f"{path / CONFIG} has no {key!r}: it is not a run's configuration.")
     if config["version"] != VERSION:
         raise DataError(
-            f"{path / CONFIG} has version {shown(config['version'])}, this stem_fast reads version "
-            f"{VERSION}: use the release that made the run, or fit again."
+            f"{path / CONFIG}: expected version {VERSION}, got {shown(config['version'])}: use the "
+            "release that made the run, or fit again."
         )
     name = config["model"]
     if not isinstance(name, str) or name not in MODELS:
@@ -314,10 +314,10 @@ def read_config(path: Path) -> dict[str, Any]:
         )
     for key in ("config", "training", "source"):
         if not isinstance(value := config.setdefault(key, {}), dict):
-            raise DataError(f"{path / CONFIG}: {key} is {shown(value)}, must be a mapping.")
+            raise DataError(f"{path / CONFIG}: {key}: expected a mapping, got {shown(value)}.")
     join = config["source"].get("join", [])
     if not isinstance(join, list) or not all(isinstance(text, str) for text in join):
-        raise DataError(f"{path / CONFIG}: join is {shown(join)}, must be a list of FILE:KEY.")
+        raise DataError(f"{path / CONFIG}: join: expected a list of FILE:KEY, got {shown(join)}.")
     return config
 
 
@@ -377,8 +377,8 @@ def _read_weights(path: Path, model: STEMNet) -> dict[str, torch.Tensor]:
                 shape = file.get_slice(name).get_shape()
                 if shape != list(tensor.shape):
                     raise DataError(
-                        f"{path}: tensor {name} has shape {shape}, config.json asks for "
-                        f"{list(tensor.shape)}."
+                        f"{path}: tensor {name}: expected shape {list(tensor.shape)} by "
+                        f"config.json, got {shape}."
                     )
             tensors = {name: file.get_tensor(name) for name in wanted}
     except SafetensorError as error:
@@ -386,8 +386,8 @@ def _read_weights(path: Path, model: STEMNet) -> dict[str, torch.Tensor]:
     for name, tensor in tensors.items():
         if tensor.is_floating_point() != wanted[name].is_floating_point():
             raise DataError(
-                f"{path}: tensor {name} is {tensor.dtype}, config.json asks for "
-                f"{wanted[name].dtype}."
+                f"{path}: tensor {name}: expected {wanted[name].dtype} by config.json, got "
+                f"{tensor.dtype}."
             )
         # Extremes of a tensor show NaN and infinity without a copy of it.
         for value in tensor.aminmax() if tensor.numel() and tensor.is_floating_point() else ():

@@ -72,7 +72,7 @@ def check_weights(data: Dataset) -> None:
     if bad.any():
         row = int(bad.argmax())
         raise DataError(
-            f"the sample weight is {weights[row]} in row {row}: give finite ones of at least 0."
+            f"sample weight, row {row}: expected a finite number of at least 0, got {weights[row]}."
         )
     if not weights.any():
         raise DataError(
@@ -134,9 +134,9 @@ def _labels(
             bad |= values <= -1
         if bad.any():
             row = int(bad.argmax())
-            rule = "above -1, to have a log1p" if kind == "regression:log1p" else "finite"
+            expected = "a finite number" + " above -1" * (kind == "regression:log1p")
             raise DataError(
-                f"label {task!r} is {values[row]:g} in row {start + row}: it must be {rule}."
+                f"label {task!r}, row {start + row}: expected {expected}, got {values[row]:g}."
             )
         kept = ~np.isnan(values) & (weights > 0)
         if kept.any():

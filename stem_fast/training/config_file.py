@@ -32,9 +32,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, no such date
         raise DataError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        found = str(content)
-        found = f"{found[:60]!r} ..." if len(found) > 60 else repr(found)
-        raise DataError(f"{path} must hold `key: value` lines, found {found}.")
+        got = str(content)
+        got = f"{got[:60]!r} ..." if len(got) > 60 else repr(got)
+        raise DataError(f"{path}: expected `key: value` lines, got {got}.")
     return content
 
 

@@ -112,10 +112,10 @@ def check(config: TrainingConfig, kinds: Mapping[str, str]) -> Monitor:
     weights = config.task_weights
     if weights is not None and len(weights) != len(kinds):
         raise DataError(
-            f"task_weights is {list(weights)}: give one for each of {', '.join(kinds)}."
+            f"task_weights: expected one for each of {', '.join(kinds)}, got {list(weights)}."
         )
     if weights is not None and not any(weights):
-        raise DataError(f"task_weights is {list(weights)}: give at least one above 0.")
+        raise DataError(f"task_weights: expected at least one above 0, got {list(weights)}.")
     return Monitor.parse(config.monitor, kinds)
 
 

@@ -28,7 +28,7 @@ Check = Callable[[str, Any], Any]  # (key, value) -> typed value, or DataError
 
 
 def _refuse(key: str, value: Any, rule: str) -> DataError:
-    return DataError(f"{key} is {shown(value)}: give {rule}.")
+    return DataError(f"{key}: expected {rule}, got {shown(value)}.")
 
 
 def _integer(low: int, high: int = LARGEST) -> Check:
@@ -75,7 +75,7 @@ def _list_of(item: Check) -> Check:
 
 def _text(key: str, value: Any) -> str:
     if not isinstance(value, str) or not value:
-        raise _refuse(key, value, "a text")
+        raise _refuse(key, value, "text")
     return value
 
 
@@ -95,7 +95,7 @@ def _one_of(known: Collection[str]) -> Check:
     def check(key: str, value: Any) -> str:
         if not isinstance(value, str) or value not in known:
             hint = nearest(str(value), known)
-            raise DataError(f"{key} is {shown(value)}: give one of {', '.join(known)}.{hint}")
+            raise DataError(f"{key}: expected one of {', '.join(known)}, got {shown(value)}.{hint}")
         return value
 
     return check
