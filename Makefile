@@ -25,7 +25,7 @@ test: $(TESTED)/.ready  ## all tests
 # Python's, and the C++ runtime whose exceptions it follows; its reports go to the real stderr.
 sanitize: export STEM_FAST_SANITIZE := 1
 sanitize: export OMP_WAIT_POLICY := passive
-sanitize: export ASAN_OPTIONS := detect_leaks=0
+sanitize: export ASAN_OPTIONS := detect_leaks=0:allocator_may_return_null=1
 sanitize: export UBSAN_OPTIONS := print_stacktrace=1
 sanitize: $(READY)  ## nightly: tests of the ops under gcc's address and undefined behaviour sanitizers
 	$(BIN)/python setup.py --quiet build --build-base build/sanitize --build-lib build/sanitize/lib
