@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from stem_fast.optim.step_log import StepLog, first_lines, step_options
-from stem_fast.reference.adam import COLUMNS
+from stem_fast.reference.adam import COLUMNS, LEFT
 
 
 class AdamStepTable(StepLog):
@@ -42,7 +42,7 @@ class AdamStepTable(StepLog):
         # as far as the host knows.
         self.left, self.factor = 1.0, 1.0
         self.steps = torch.zeros(first_lines(device), COLUMNS, dtype=torch.float64, device=device)
-        self.steps[0, 3] = 1
+        self.steps[0, LEFT] = 1
         self.l2 = False  # whether coupled weight decay was above 0 in one of them
 
     def advance(self, lr: float | Tensor, weight_decay: float | Tensor) -> None:
@@ -58,7 +58,7 @@ class AdamStepTable(StepLog):
         )
         if self.clock.is_cuda:  # a CUDA graph does not count its steps
             torch._assert_async(
-                self.steps[0, 3], "its step table is full: flush the table more often"
+                self.steps[0, LEFT], "its step table is full: flush the table more often"
             )
 
     def replayed(self) -> None:
@@ -80,7 +80,7 @@ class AdamStepTable(StepLog):
         super().caught_up()
         self.left = 1.0
         self.steps[0].zero_()
-        self.steps[0, 3].fill_(1)
+        self.steps[0, LEFT].fill_(1)
         # A CUDA graph replays the kernel that it captured, with L2 or without.
         self.l2 = self.l2 and self.clock.is_cuda
 
