@@ -6,7 +6,7 @@ READY := .venv/.ready
 TESTED := .venv$(TORCH:%=-%)
 FIT := $(BIN)/stem-fast fit --config bench/demo.yaml --overwrite
 
-.PHONY: demo test sanitize bench lint format clean setup
+.PHONY: demo test sanitize bench lint format docs clean setup
 
 demo: $(READY)  ## train STEM-Net, single-task and shared-bottom models on made data, and compare
 	$(BIN)/stem-fast synth --seed 1 --out runs/demo/data --overwrite
@@ -25,7 +25,7 @@ test: $(TESTED)/.ready  ## all tests
 # Python's, and the C++ runtime whose exceptions it follows; its reports go to the real stderr.
 sanitize: export STEM_FAST_SANITIZE := 1
 sanitize: export OMP_WAIT_POLICY := passive
-sanitize: export ASAN_OPTIONS := detect_leaks=0
+sanitize: export ASAN_OPTIONS := detect_leaks=0:allocator_may_return_null=1
 sanitize: export UBSAN_OPTIONS := print_stacktrace=1
 sanitize: $(READY)  ## nightly: tests of the ops under gcc's address and undefined behaviour sanitizers
 	$(BIN)/python setup.py --quiet build --build-base build/sanitize --build-lib build/sanitize/lib
@@ -44,6 +44,14 @@ lint: $(READY)  ## style and types
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: .venv/.docs  ## the site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+
+# The package is there already: only what the extra adds is installed, and nothing is built again.
+.venv/.docs: $(READY)
+	$(BIN)/python -m pip install --quiet -c constraints.txt 'stem_fast[docs]'
+	touch $@
 
 setup: $(READY)
 

@@ -32,14 +32,15 @@ from torch.nn import functional as F
 from bench import cases, parity
 from bench import official as adapter
 from bench.ops.adam import WARM_UP
-from stem_fast import data, train
-from stem_fast.config import TrainingConfig
-from stem_fast.data import Batch, Dataset
-from stem_fast.model import STEMNet
+from stem_fast import data
+from stem_fast.data.dataset import Batch, Dataset
+from stem_fast.data.schema import Encoding
+from stem_fast.models.network import STEMNet
+from stem_fast.nn.precision import autocast, tf32
 from stem_fast.optim import TableOptimizer
-from stem_fast.precision import autocast, tf32
-from stem_fast.schema import Encoding
-from stem_fast.step import TrainStep
+from stem_fast.training import fit as train
+from stem_fast.training.options import TrainingConfig
+from stem_fast.training.step import TrainStep
 
 SETTINGS = {
     "tiktok": cases.SETTINGS["tiktok"],

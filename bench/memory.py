@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from bench import cases
 from bench import official as adapter
-from stem_fast.model import STEMNet
+from stem_fast.models.network import STEMNet
 
 CODES = ("official", "stem_fast")
 # Buffers of more than 64 KiB are mapped one by one.
@@ -73,7 +73,7 @@ def build(code: str, official: str | None, setting: cases.Setting, units: list[i
     ours = STEMNet(fields, tasks, expert_hidden_units=units, **NETWORK)
     table = ours.embedding.weight
 
-    def regularize() -> None:  # as stem_fast.train.train_step does
+    def regularize() -> None:  # as stem_fast.training.step.train_step does
         assert table.grad is not None
         table.grad.add_(table.detach(), alpha=REGULARIZER)
 

@@ -32,13 +32,14 @@ import torch
 from torch import Tensor
 
 from bench import official as adapter
-from stem_fast import data, train
-from stem_fast.checkpoint import replacing
-from stem_fast.config import TrainingConfig
-from stem_fast.data import Dataset
-from stem_fast.fuxictr import from_official
-from stem_fast.model import STEMNet
-from stem_fast.schema import Encoding, Schema
+from stem_fast import data
+from stem_fast.data.dataset import Dataset
+from stem_fast.data.schema import Encoding, Schema
+from stem_fast.models.network import STEMNet
+from stem_fast.models.official import from_official
+from stem_fast.training import fit as train
+from stem_fast.training.checkpoint import replacing
+from stem_fast.training.options import TrainingConfig
 
 CODES = ("official", "stem_fast")
 METRICS = ("auc", "gauc", "logloss")
@@ -187,7 +188,7 @@ def run_ours(
     config: TrainingConfig,
     paired: bool,
 ) -> dict[str, Any]:
-    """One run of `stem_fast.train.fit`, as `run_official`."""
+    """One run of `stem_fast.training.fit.fit`, as `run_official`."""
     tasks = encoding.schema.tasks
     if paired:
         start_weights = build_official(official, encoding, network, config, "").state_dict()
@@ -209,7 +210,7 @@ def run_ours(
 
 
 def epoch_order(training: Tensor, config: TrainingConfig, epoch: int) -> Tensor:
-    """The rows in the order that `stem_fast.train.fit` visits them."""
+    """The rows in the order that `stem_fast.training.fit.fit` visits them."""
     generator = torch.Generator().manual_seed(train.epoch_seed(config.seed, epoch))
     return torch.randperm(len(training), generator=generator)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from bench import memory, run
 from bench.contenders import OURS, REQUESTS
-from stem_fast.checkpoint import replacing
+from stem_fast.training.checkpoint import replacing
 
 WHAT = ("step", "inference", "memory", "epoch")
 # On CUDA there is a column for each precision, where on the CPU there is one for each allocator.

@@ -43,8 +43,8 @@ from bench.contenders import (
     synthetic,
 )
 from stem_fast import ops
-from stem_fast.layers import GroupedMLP
-from stem_fast.precision import tf32
+from stem_fast.nn.grouped import GroupedMLP
+from stem_fast.nn.precision import tf32
 
 # Of a tensor's entries on average, each of which Adam's first step moves by 1e-3. Rounding decides
 # whether a ReLU next to 0 is on, which turns the steps of a unit's weights: up to 5e-7 was seen, of
@@ -70,7 +70,7 @@ class Autocast(Ours):
             return ops.mixture(experts(inputs, reads), *rest).unbind()
 
         with (
-            mock.patch("stem_fast.model.expert_mixture", unfused),
+            mock.patch("stem_fast.nn.experts.expert_mixture", unfused),
             mock.patch.object(GroupedMLP, "forward", GroupedMLP.step_by_step),
             torch.autocast(self.device, torch.bfloat16),
         ):

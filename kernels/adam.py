@@ -12,23 +12,31 @@ from stem_fast.kernels import require
 from stem_fast.kernels.rows import check_steps, row_constants, row_count
 from torch import Tensor
 
-COLUMNS = tl.constexpr(29)  # of the table of steps, see stem_fast.optim.Schedule
-MOMENTS = tl.constexpr(4)  # the first of them; with L2 of the series in their place
-POWERS = tl.constexpr(7)
-SERIES = tl.constexpr(8)  # terms of each series
-GROWTH = tl.constexpr(28)
-LEAST_GROWTH = tl.constexpr(1e-30)  # so that it can be divided by
-UNKNOWN = tl.constexpr(2.0**100)  # in its place, where the series are not known
-CONVERGED = tl.constexpr(0.5)  # up to this growth times the weight, they are exact in float32
-SPENT = tl.constexpr(2.0**-60)  # momentum of which so little is left moves nothing
-LOOK = tl.constexpr(16)  # steps with L2 after which a row is looked at: it may be pulled to nothing
+from stem_fast.reference import adam as reference
+
+# Columns of a line of the table of steps, and the constants of the method.
+SIZE = tl.constexpr(reference.SIZE)
+ROOT = tl.constexpr(reference.ROOT)
+DECAY = tl.constexpr(reference.DECAY)
+LEFT = tl.constexpr(reference.LEFT)
+MOMENTS = tl.constexpr(reference.MOMENTS)
+POWERS = tl.constexpr(reference.POWERS)
+NEW = tl.constexpr(reference.NEW)
+SERIES = tl.constexpr(reference.SERIES)
+GROWTH = tl.constexpr(reference.GROWTH)
+COLUMNS = tl.constexpr(reference.COLUMNS)
+CONVERGED = tl.constexpr(reference.CONVERGED)
+LEAST_GROWTH = tl.constexpr(reference.LEAST_GROWTH)
+UNKNOWN = tl.constexpr(reference.UNKNOWN)
+NEGLIGIBLE_MOMENTUM = tl.constexpr(reference.NEGLIGIBLE_MOMENTUM)
+LOOK = tl.constexpr(reference.LOOK)
 
 
 @triton.jit
 def _make_step(w, m, v, grad, step, BETA1, BETA2, EPS, DECOUPLED, SUM):
     """One step of a row with a gradient, by its line in the table."""
-    size, root = tl.load(step).to(SUM), tl.load(step + 1).to(SUM)
-    decay = tl.load(step + 2).to(SUM)
+    size, root = tl.load(step + SIZE).to(SUM), tl.load(step + ROOT).to(SUM)
+    decay = tl.load(step + DECAY).to(SUM)
     if DECOUPLED:
         w *= decay
     else:
@@ -59,7 +67,7 @@ def _new_row(w, m, v, line, SUM: tl.constexpr):
     small = (m == 0) & ((v == 0) | (w == 0)) & (size <= CONVERGED)
     known = (tl.min(small.to(tl.int32)) == 1) & (growth < UNKNOWN)
     size = tl.minimum(size, CONVERGED)  # no overflow where they are not known
-    series = line + MOMENTS
+    series = line + NEW
     gained = w * w * _value(series + 2 * SERIES, size, SUM)
     new_m = w * _value(series + SERIES, size, SUM)
     return w * _value(series, size, SUM), new_m, gained, known
@@ -101,7 +109,7 @@ def _replay(w, m, v, steps, made, due, BETA1, BETA2, EPS, LOG2, LEAST, SUM):
 def _coast(
     w, m, v, steps, made, due, BETA1, BETA2, EPS, LOG1, LOG2, ROOT2, MOST, SUMMED, LEAST, SUM
 ):  # fmt: skip
-    """Steps made + 1 .. due without any gradient, at once: see stem_fast/optim.py."""
+    """Steps made + 1 .. due without any gradient, at once: see docs/exact-adam.md."""
     start = steps + made * COLUMNS
     first = tl.load(start + MOMENTS)
     share = 1 / tl.where(first != 0, first, 1.0)
@@ -113,7 +121,7 @@ def _coast(
     n6 = tl.load(start + MOMENTS + 6) * share
     d2 = n1 * n1
     d3 = d2 * n1
-    mean = tl.load(start + COLUMNS + 1) * ROOT2 + n1
+    mean = tl.load(start + COLUMNS + ROOT) * ROOT2 + n1
     c2 = n2 - d2
     c3 = n3 - 3 * n1 * n2 + 2 * d3
     c4 = n4 - 4 * n1 * n3 + 6 * d2 * n2 - 3 * d2 * d2
@@ -132,18 +140,18 @@ def _coast(
         if tl.max(tl.abs(m)) > LEAST:
             momentum = tl.full([], BETA1, tl.float64)
             second = tl.full([], ROOT2, tl.float64)
-            kept = tl.load(start + 3)
+            kept = tl.load(start + LEFT)
             t = made
-            while (t < due) & (momentum > SPENT):
+            while (t < due) & (momentum > NEGLIGIBLE_MOMENTUM):
                 t += 1
                 step = steps + t * COLUMNS
-                part = tl.load(step) * momentum * kept / tl.load(step + 3)
-                x = second * tl.load(step + 1)
+                part = tl.load(step + SIZE) * momentum * kept / tl.load(step + LEFT)
+                x = second * tl.load(step + ROOT)
                 total += part.to(SUM) / (root * x.to(SUM) + EPS)
                 momentum *= BETA1
                 second *= ROOT2
     missed = (due - made).to(tl.float64)
-    kept = tl.load(steps + due * COLUMNS + 3) / tl.load(start + 3)
+    kept = tl.load(steps + due * COLUMNS + LEFT) / tl.load(start + LEFT)
     w = kept.to(SUM) * (w - m * total)
     return w, m * tl.exp2(missed * LOG1).to(SUM), v * tl.exp2(missed * LOG2).to(SUM)
 
@@ -235,7 +243,7 @@ def _adam_schedule(
     tl.debug_barrier()  # every warp reads the clock for itself
     tl.store(clock + 1, now)
     if line >= lines:
-        tl.store(steps + 3, 0.0)  # Schedule.advance looks there
+        tl.store(steps + LEFT, 0.0)  # AdamStepTable.advance looks there
     else:
         own = steps + line * COLUMNS
         lr, decay = tl.load(lr_decay), tl.load(lr_decay + 1)
@@ -245,12 +253,12 @@ def _adam_schedule(
         left = tl.full([], 1.0, tl.float64)
         if DECOUPLED:
             decay = 1 - lr * decay
-            left = tl.load(own - COLUMNS + 3) * decay
-        tl.store(own, size)
-        tl.store(own + 1, root)
-        tl.store(own + 2, decay)
-        tl.store(own + 3, left)
-        first = own + MOMENTS
+            left = tl.load(own - COLUMNS + LEFT) * decay
+        tl.store(own + SIZE, size)
+        tl.store(own + ROOT, root)
+        tl.store(own + DECAY, decay)
+        tl.store(own + LEFT, left)
+        first = own + NEW
         if L2:
             _extend(first - COLUMNS, first, line == 1, size, root, decay, BETA1, BETA2, EPS, SERIES)
         else:
@@ -265,12 +273,12 @@ def _adam_schedule(
                 inside = (start >= 0) & (age <= LONGEST)
                 at = steps + start * COLUMNS
                 # This program's own root is not to be read before it is written.
-                after = tl.load(at + COLUMNS + 1, mask=inside, other=0.0)
+                after = tl.load(at + COLUMNS + ROOT, mask=inside, other=0.0)
                 after = tl.where(age == 1, root, after)
                 distance = tl.exp2(0.5 * LOG2 * age.to(tl.float64)) * root
                 distance -= tl.exp2(tl.full([], 0.5 * LOG2, tl.float64)) * after
                 term = size * tl.exp2(LOG1 * age.to(tl.float64)) / left
-                term *= tl.load(at + 3, mask=inside, other=0.0)
+                term *= tl.load(at + LEFT, mask=inside, other=0.0)
                 to_p = _powers(distance[:, None], p)
                 sums = at[:, None] + MOMENTS + p
                 gains = inside[:, None] & (p < POWERS)
@@ -480,7 +488,7 @@ def adam_rows(
 def _schedule_constants(
     beta1: float, beta2: float, eps: float, decoupled: bool, l2: bool
 ) -> dict[str, object]:
-    longest = int(math.log(SPENT.value) / math.log(beta1)) + 1 if beta1 else 1
+    longest = int(math.log(NEGLIGIBLE_MOMENTUM.value) / math.log(beta1)) + 1 if beta1 else 1
     return {
         "BETA1": beta1,
         "BETA2": beta2,

@@ -10,7 +10,7 @@ from stem_fast.kernels import require
 from stem_fast.kernels.rows import check_steps, row_constants, row_count
 from torch import Tensor
 
-COLUMNS = tl.constexpr(7)  # of the table of steps, see stem_fast.optim.Products
+COLUMNS = tl.constexpr(7)  # of the table of steps, see stem_fast.optim.sgd.Products
 PRODUCT = tl.constexpr(3)  # the first of a product's four
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from stem_fast.schema import KINDS, DataError
+from stem_fast.common import KINDS, DataError
 
 Values = npt.ArrayLike | torch.Tensor
 
@@ -92,8 +92,8 @@ def evaluate(
     y, p = _float64(labels), _float64(probabilities)
     if y.ndim != 2 or y.shape != p.shape or y.shape[1] != len(kinds):
         raise DataError(
-            f"labels have shape {list(y.shape)} and predictions {list(p.shape)}: both must be "
-            f"[rows, {len(kinds)}], one column for each task of {', '.join(kinds)}."
+            f"labels and predictions: expected shape [rows, {len(kinds)}], a column for each of "
+            f"{', '.join(kinds)}, got {list(y.shape)} and {list(p.shape)}."
         )
     codes = None if group is None else _codes(group, len(y))
     tasks: dict[str, dict[str, float | None]] = {}
@@ -113,11 +113,11 @@ def evaluate(
                 "pcoc": pcoc(targets, scores),
             }
         elif kind in KINDS:
-            _refuse(np.isinf(targets), targets, f"label of task '{task}'", "it must be finite")
+            _refuse(np.isinf(targets), targets, f"label of task '{task}'", "a finite number")
             targets, scores = targets[present], scores[present]
             values = {"rmse": rmse(targets, scores), "mae": mae(targets, scores)}
         else:
-            raise DataError(f"task '{task}' has kind '{kind}': use one of {', '.join(KINDS)}.")
+            raise DataError(f"task '{task}': expected a kind of {', '.join(KINDS)}, got '{kind}'.")
         tasks[task] = {name: v if math.isfinite(v) else None for name, v in values.items()}
     return {"rows": len(y), "tasks": tasks}
 
@@ -158,7 +158,7 @@ def _pair(y: Values, p: Values) -> tuple[np.ndarray, np.ndarray]:
     labels, predictions = _float64(y), _float64(p)
     for name, values in ("labels", labels), ("predictions", predictions):
         if values.ndim != 1:
-            raise DataError(f"{name} have shape {list(values.shape)}: give one value a row.")
+            raise DataError(f"{name}: expected shape [rows], got {list(values.shape)}.")
     _refuse_lengths(len(labels), len(predictions), "predictions")
     _refuse_infinite(labels, "label")
     _refuse_infinite(predictions, "prediction")
@@ -175,13 +175,13 @@ def _codes(group: Values, rows: int) -> np.ndarray:
     """Group codes as integers [N], in their own integer type: hashes may need all 64 bits."""
     codes = _array(group)
     if codes.ndim != 1:
-        raise DataError(f"groups have shape {list(codes.shape)}: give one value a row.")
+        raise DataError(f"groups: expected shape [rows], got {list(codes.shape)}.")
     _refuse_lengths(rows, len(codes), "groups")
     if codes.dtype.kind == "f":
-        _refuse(codes != np.floor(codes), codes, "group", "groups are integer codes")
+        _refuse(codes != np.floor(codes), codes, "group", "an integer code")
         _refuse_infinite(codes, "group")
     elif codes.dtype.kind not in "biu" and len(codes):
-        raise DataError(f"groups have type {codes.dtype}: encode them as integers first.")
+        raise DataError(f"groups: expected integers, got {codes.dtype}: encode them first.")
     return codes
 
 
@@ -197,24 +197,24 @@ def _float64(values: Values) -> np.ndarray:
     return _array(values).astype(np.float64, copy=False)
 
 
-def _refuse(bad: np.ndarray, values: np.ndarray, name: str, rule: str) -> None:
+def _refuse(bad: np.ndarray, values: np.ndarray, name: str, expected: str) -> None:
     if bad.any():
         row = int(np.argmax(bad))
-        raise DataError(f"{name} is {float(values[row])!r} in row {row}: {rule}.")
+        raise DataError(f"{name}, row {row}: expected {expected}, got {float(values[row])!r}.")
 
 
 def _refuse_infinite(values: np.ndarray, name: str) -> None:
-    _refuse(~np.isfinite(values), values, name, "it must be a finite number")
+    _refuse(~np.isfinite(values), values, name, "a finite number")
 
 
 def _refuse_not_binary(labels: np.ndarray, present: np.ndarray, name: str) -> None:
-    _refuse(present & (labels != 0) & (labels != 1), labels, name, "it must be 0 or 1")
+    _refuse(present & (labels != 0) & (labels != 1), labels, name, "0 or 1")
 
 
 def _refuse_not_probability(p: np.ndarray, name: str) -> None:
-    _refuse((p < 0) | (p > 1), p, name, "logloss needs a probability, not a logit")
+    _refuse((p < 0) | (p > 1), p, name, "a probability, not a logit")
 
 
 def _refuse_lengths(labels: int, others: int, name: str) -> None:
     if labels != others:
-        raise DataError(f"{labels} labels but {others} {name}: give one of each a row.")
+        raise DataError(f"{name}: expected {labels}, as many as labels, got {others}.")

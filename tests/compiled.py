@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import triton
-from stem_fast.kernels import adagrad, adam, linear, lookup, loss, mixture, row_plan, sgd
+from stem_fast.kernels import adagrad, adam, check_ids, linear, lookup, loss, mixture, row_plan, sgd
 from stem_fast.kernels.rows import row_constants
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
@@ -37,12 +37,12 @@ def sources() -> dict[str, tuple[ASTSource, int]]:
         for spaces, dim, sums in ((3, 16, 2), (9, 64, 8), (1, 576, 1)):
             sizes = lookup._sizes(dtype, spaces, dim, range(1, sums + 1))
             block = lookup._block(sizes)
-            chunk = sizes | lookup._chunk(sizes) | {"SCALED": True}
+            chunk = sizes | row_plan._chunk(sizes) | {"SCALED": True}
             for kernel, constants in (
                 (lookup._lookup, sizes | block),
                 (lookup._pool, sizes | {"BLOCK": min(block["BLOCK"], 16), "WEIGHTED": True}),
-                (lookup._chunk_sums, chunk),
-                (lookup._join_chunks, chunk),
+                (row_plan._chunk_sums, chunk),
+                (row_plan._join_chunks, chunk),
             ):
                 title = f"{kernel.fn.__name__} {name} {ids} G={spaces} D={dim}"
                 warps = constants.get("num_warps", 4)
@@ -53,7 +53,7 @@ def sources() -> dict[str, tuple[ASTSource, int]]:
                     sizes_1 -= set(kernel.do_not_specialize or ())
                     ones = dict.fromkeys(sizes_1, 1) | constants
                     found[f"{title} sizes 1"] = source(kernel, pointers, ones), warps
-        check = source(lookup._check_ids, pointers | {"out": ids}, {"BLOCK": 256})
+        check = source(check_ids._check_ids, pointers | {"out": ids}, {"BLOCK": 256})
         found[f"_check_ids {ids}"] = check, 4
         tensors = dict.fromkeys(("order", "slots", "rows"), "*i64")
         tensors |= dict.fromkeys(("offsets", "keys"), ids)

@@ -13,8 +13,8 @@ import pyarrow.parquet
 import pytest
 from torch import Tensor
 
-from stem_fast.data import Dataset
-from stem_fast.schema import DataError
+from stem_fast.common import DataError
+from stem_fast.data.dataset import Dataset
 
 
 def refused(message: str) -> Any:

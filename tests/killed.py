@@ -22,10 +22,10 @@ from pathlib import Path
 
 import torch
 
-from stem_fast import checkpoint
-from stem_fast.config import TrainingConfig
-from stem_fast.model import STEMNet
-from stem_fast.schema import Encoding, Schema
+from stem_fast.data.schema import Encoding, Schema
+from stem_fast.models.network import STEMNet
+from stem_fast.training import checkpoint
+from stem_fast.training.options import TrainingConfig
 
 EVENTS = ("open", "os.mkdir", "os.remove", "os.rename", "os.rmdir")
 ENCODING = Encoding(Schema({"click": "binary"}, categorical=("user",)), {"user": ["a", "b"]})

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from stem_fast import STEMNet, optim
-from stem_fast.layers import EmbeddingArena
-from stem_fast.step import clip_grad_norm_
+from stem_fast.nn.arena import EmbeddingArena
+from stem_fast.training.step import clip_grad_norm_
 
 RANKS, STEPS = 2, 5
 SIZES = [(6, 9), (4, 0), (1, 30), (0, 5), (7, 7)]  # rows of each rank's batch, step by step

@@ -7,9 +7,10 @@ import torch
 from cases import DEVICES, DTYPES, assert_within
 from torch import Tensor, nn
 
-from stem_fast import batched, reference
-from stem_fast.layers import GroupedMLP
-from stem_fast.precision import tf32
+from stem_fast import reference
+from stem_fast.nn import batched
+from stem_fast.nn.grouped import GroupedMLP
+from stem_fast.nn.precision import tf32
 
 
 def normal(*size: int, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -20,7 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import cases, contenders, memory, peers, peers_report, run, test_ops, turns
 from bench.ops import lookup, mixture
-from stem_fast.model import MODELS, STEMNet
+from stem_fast.models.family import MODELS
+from stem_fast.models.network import STEMNet
 
 ROOT = Path(__file__).parents[1]
 TINY = cases.SETTINGS["tiny"]
@@ -412,6 +413,10 @@ class Moment:
         return 1000 * (end.at - self.at)
 
 
+@pytest.mark.skipif(
+    torch.version.cuda is not None and not torch.cuda.is_available(),
+    reason="a torch built for CUDA looks for its driver, whatever it is told",
+)
 def test_peers_on_a_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -578,7 +583,7 @@ def test_low_precision_is_held_to_autocast() -> None:
     with pytest.raises(AssertionError, match="differ by"):  # as float32 it would not do
         turns.agree(Low(problem, start), build(), ids, labels)
     autocast = turns.Autocast(problem, start)
-    with mock.patch("stem_fast.batched.networks", side_effect=AssertionError("ours")):
+    with mock.patch("stem_fast.nn.batched.networks", side_effect=AssertionError("ours")):
         autocast.outputs(autocast.batch(ids, labels))  # torch's own operations alone
     turns.agree(Low(problem, start), build(), ids, labels, autocast)
     off = Low(problem, start)

@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 import torch
 
-from stem_fast.cache import (
+from stem_fast.common import DataError
+from stem_fast.data.cache import (
     DAY,
     META,
     Writer,
@@ -28,7 +29,6 @@ from stem_fast.cache import (
     read_entry,
     write_entry,
 )
-from stem_fast.schema import DataError
 
 
 def fill(writer: Writer) -> None:
@@ -152,7 +152,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import numpy as np
-from stem_fast.cache import write_entry
+from stem_fast.data.cache import write_entry
 with write_entry(Path(sys.argv[1])) as writer:
     writer.append("a", np.arange(10**6))
     os.kill(os.getpid(), signal.SIGKILL)
@@ -288,7 +288,7 @@ def test_what_killed_writes_left_goes_too(tmp_path: Path) -> None:
 USING = """
 import sys
 from pathlib import Path
-from stem_fast.cache import read_entry
+from stem_fast.data.cache import read_entry
 arrays = read_entry(Path(sys.argv[1]))
 print("read", flush=True)
 sys.stdin.readline()

@@ -17,11 +17,13 @@ import torch
 from killed import ENCODING, marked_model
 from safetensors.torch import load_file, save_file
 
-from stem_fast import checkpoint
-from stem_fast.config import TrainingConfig
-from stem_fast.model import MODELS, STEMNet
-from stem_fast.schema import DataError, Encoding, Schema, SequenceField
-from stem_fast.train import EpochRecord
+from stem_fast.common import DataError
+from stem_fast.data.schema import Encoding, Schema, SequenceField
+from stem_fast.models.family import MODELS
+from stem_fast.models.network import STEMNet
+from stem_fast.training import checkpoint
+from stem_fast.training.fit import EpochRecord
+from stem_fast.training.options import TrainingConfig
 
 TRAINING = TrainingConfig(epochs=7, learning_rate=0.1, task_weights=(2.0,), monitor="click.auc")
 
@@ -463,11 +465,11 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no model": (edit(lambda c: c.pop("model")), "has no 'model'"),
     "version": (
         edit(lambda c: c.update(version=1)),
-        "has version 1, this stem_fast reads version 2: use the release that made the run",
+        r"config\.json: expected version 2, got 1: use the release that made the",
     ),
     "schema version": (
         lambda run: (run / "schema.json").write_text('{"version": 99}'),
-        "encoding version 99 is not supported",
+        "encoding version: expected 1, got 99 of another release of stem_fast:",
     ),
     "unknown model": (edit(lambda c: c.update(model="stm")), "unknown model 'stm'.*'stem'"),
     "model list": (edit(lambda c: c.update(model=["x"])), r"unknown model \['x'\]"),
@@ -477,23 +479,35 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "model value": (
         edit(lambda c: c["config"].update(embedding_dim=0)),
-        "describes no 'stem' run: embedding_dim is 0",
+        "describes no 'stem' run: embedding_dim: expected at least 1, got 0",
     ),
-    "config": (edit(lambda c: c.update(config=5)), "config.json: config is 5, must be a mapping"),
-    "training": (edit(lambda c: c.update(training=[])), r"training is \[\], must be a mapping"),
-    "source": (edit(lambda c: c.update(source=[])), r"source is \[\], must be a mapping"),
+    "config": (
+        edit(lambda c: c.update(config=5)),
+        r"config\.json: config: expected a mapping, got 5\.",
+    ),
+    "training": (
+        edit(lambda c: c.update(training=[])),
+        r"config\.json: training: expected a mapping, got \[\]\.",
+    ),
+    "source": (
+        edit(lambda c: c.update(source=[])),
+        r"config\.json: source: expected a mapping, got \[\]\.",
+    ),
     "join": (
         edit(lambda c: c.update(source={"join": 5})),
-        "join is 5, must be a list of FILE:KEY",
+        r"config\.json: join: expected a list of FILE:KEY, got 5\.",
     ),
-    "joins": (edit(lambda c: c.update(source={"join": ["a:b", 5]})), r"join is \['a:b', 5\], must"),
+    "joins": (
+        edit(lambda c: c.update(source={"join": ["a:b", 5]})),
+        r"config\.json: join: expected a list of FILE:KEY, got \['a:b', 5\]\.",
+    ),
     "types": (
         edit(lambda c: c["config"].update(hidden_activations=5)),
-        "describes no 'stem' run: hidden_activations is 5, must be the name of one",
+        r"config\.json describes no 'stem' run: hidden_activations: expected the",
     ),
     "layers": (
         edit(lambda c: c["config"].update(num_layers=2_000_000_000)),
-        "describes no 'stem' run: num_layers is 2000000000, must be at most 1024",
+        "describes no 'stem' run: num_layers: expected at most 1024, got 2000000000",
     ),
     "a model beyond memory": (
         edit(lambda c: c["config"].update(embedding_dim=2**16, expert_hidden_units=[2**20] * 2)),
@@ -506,7 +520,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     "training option": (edit(lambda c: c["training"].update(speed=3)), "describes no .*speed"),
     "training value": (
         edit(lambda c: c["training"].update(epochs=0)),
-        "describes no 'stem' run: epochs is 0",
+        r"config\.json describes no 'stem' run: epochs: expected a whole number of",
     ),
     "not safetensors": (
         lambda run: (run / "model.safetensors").write_bytes(b"\x80\x04 a pickle, say"),
@@ -523,11 +537,11 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "shape": (
         edit_weights(lambda t: t.update({"embedding.weight": torch.ones(3, 4)})),
-        r"tensor embedding.weight has shape \[3, 4\], config.json asks for \[4, 4\]",
+        r"model\.safetensors: tensor embedding\.weight: expected shape \[4, 4\] by",
     ),
     "type": (
         edit_weights(lambda t: t.update({"embedding.weight": torch.ones(4, 4).int()})),
-        "tensor embedding.weight is torch.int32, config.json asks for torch.float32",
+        r"model\.safetensors: tensor embedding\.weight: expected torch\.float32 by",
     ),
     "vocabulary": (other_vocabulary, "the model's vocab_sizes .* are not the schema's"),
 }

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from stem_fast import checks
-from stem_fast.data import Dataset
-from stem_fast.schema import DataError
+from stem_fast.common import DataError
+from stem_fast.data.dataset import Dataset
+from stem_fast.training import checks
 
 ROWS = 6000
 RANDOM = np.random.default_rng(0)
@@ -75,10 +75,22 @@ def test_a_label_of_one_value_is_named(values: list[float], kind: str, message: 
 @pytest.mark.parametrize(
     ("value", "kind", "message"),
     [
-        (-1.0, "regression:log1p", "label 'y' is -1 in row 2: it must be above -1"),
-        (-7.5, "regression:log1p", "label 'y' is -7.5 in row 2: it must be above -1"),
-        (math.inf, "regression:log1p", "label 'y' is inf in row 2"),
-        (-math.inf, "regression", "label 'y' is -inf in row 2: it must be finite"),
+        (
+            -1.0,
+            "regression:log1p",
+            r"label 'y', row 2: expected a finite number above -1, got -1\.",
+        ),
+        (
+            -7.5,
+            "regression:log1p",
+            r"label 'y', row 2: expected a finite number above -1, got -7\.5\.",
+        ),
+        (
+            math.inf,
+            "regression:log1p",
+            r"label 'y', row 2: expected a finite number above -1, got inf\.",
+        ),
+        (-math.inf, "regression", r"label 'y', row 2: expected a finite number, got -inf\."),
     ],
 )
 @pytest.mark.parametrize("block", [2, 100])

@@ -22,10 +22,12 @@ from encoded import jagged, parquet, refused, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stem_fast import data, tables
-from stem_fast.data import Join, Known, fit_encoding, load
-from stem_fast.schema import Encoding, Schema, SequenceField
-from stem_fast.tables import Values
+from stem_fast.data import encode, tables
+from stem_fast.data.blocks import Values
+from stem_fast.data.dataset import Dataset, Known
+from stem_fast.data.encode import fit_encoding, load
+from stem_fast.data.joins import Join
+from stem_fast.data.schema import Encoding, Schema, SequenceField
 
 
 @pytest.fixture(autouse=True)
@@ -233,7 +235,7 @@ def test_numbers_are_standardised_with_the_training_moments(tmp_path: Path) -> N
     st.sampled_from([0.0, 1e9]),
 )
 def test_streamed_moments(blocks: list[list[float]], offset: float) -> None:
-    moments = data._Moments()
+    moments = encode._Moments()
     for block in blocks:
         moments.add(np.array(block, float) + offset)
     values = np.array([value for block in blocks for value in block], float) + offset
@@ -273,10 +275,10 @@ def test_counts_take_in_what_max_len_cuts(tmp_path: Path) -> None:
 def test_many_distinct_values_are_merged_on_the_way(
     monkeypatch: pytest.MonkeyPatch, limit: str, tables: int
 ) -> None:
-    monkeypatch.setattr(data, limit, 4 * tables)
-    counts = data._Counts(tables)
+    monkeypatch.setattr(encode, limit, 4 * tables)
+    counts = encode._Counts(tables)
     for start in range(0, 20, 2):
-        texts = pa.array([f"{start + i:02}" for i in range(4)], data.TEXT)
+        texts = pa.array([f"{start + i:02}" for i in range(4)], encode.TEXT)
         codes = pa.array([0, 1, 1, 2, 3, None], pa.int32())
         counts.add(Values(texts, codes, texts))
     assert sum(map(len, counts.texts)) < 40
@@ -459,7 +461,7 @@ def test_joined_columns_are_features_like_others(tmp_path: Path) -> None:
 # --- One value, one id.
 
 
-def encoded_alike(tmp_path: Path, train: pa.Table, valid: pa.Table | str) -> data.Dataset:
+def encoded_alike(tmp_path: Path, train: pa.Table, valid: pa.Table | str) -> Dataset:
     """``valid`` (a table, or a CSV's text) encoded by ``train``."""
     pa.parquet.write_table(train, tmp_path / "train.parquet")
     encoding = fit_encoding(

@@ -13,9 +13,11 @@ from encoded import jagged, parquet, refused, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stem_fast import cache, data
-from stem_fast.data import Batch, Dataset, Join, fit_encoding, load
-from stem_fast.schema import Encoding, Schema
+from stem_fast.data import cache, encode
+from stem_fast.data.dataset import Batch, Dataset
+from stem_fast.data.encode import fit_encoding, load
+from stem_fast.data.joins import Join
+from stem_fast.data.schema import Encoding, Schema
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +42,7 @@ def test_a_second_load_does_not_encode(
 ) -> None:
     path, encoding = small
     first = load(path, encoding)
-    monkeypatch.setattr(data, "_encode", never)
+    monkeypatch.setattr(encode, "_encode", never)
     same(load(path, encoding), first)
     same(load(path, Encoding.from_dict(json.loads(json.dumps(encoding.to_dict())))), first)
     moved = path.rename(tmp_path / "b.parquet")  # content counts, not the name
@@ -96,7 +98,7 @@ def test_a_source_that_changes_while_it_is_read(
     step: str,
 ) -> None:
     path, encoding = small
-    size, work = path.stat().st_size, getattr(data, step)
+    size, work = path.stat().st_size, getattr(encode, step)
 
     def slow(*arguments: Any) -> Any:
         result = work(*arguments)
@@ -104,7 +106,7 @@ def test_a_source_that_changes_while_it_is_read(
         assert path.stat().st_size == size  # only its time tells
         return result
 
-    monkeypatch.setattr(data, step, slow)
+    monkeypatch.setattr(encode, step, slow)
     message = "a.parquet: the data changed while it was read: try again."
     if step == "_labels":
         with refused(message):
@@ -135,7 +137,7 @@ def test_an_aborted_encoding_leaves_nothing(
 ) -> None:
     path, encoding = small
     with monkeypatch.context() as patch:
-        patch.setattr(data, "_labels", mock.Mock(side_effect=KeyboardInterrupt))
+        patch.setattr(encode, "_labels", mock.Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             load(path, encoding)
     assert list(cache_folder.iterdir()) == []
@@ -262,5 +264,5 @@ def test_batches_go_to_the_device() -> None:
 
 
 def test_a_batch_size_below_one_is_refused() -> None:
-    with pytest.raises(ValueError, match="batch_size must be at least 1, not 0"):
+    with pytest.raises(ValueError, match="batch_size: expected at least 1, got 0"):
         next(sample([1]).batches(0))

@@ -8,10 +8,11 @@ from cases import Ops, assert_within
 from cases.mixture import stem_masks
 from torch import Tensor, nn
 
-from stem_fast import batched, ops
-from stem_fast import experts as module
-from stem_fast.experts import expert_mixture
-from stem_fast.layers import GroupedMLP
+from stem_fast import ops
+from stem_fast.nn import batched
+from stem_fast.nn import experts as module
+from stem_fast.nn.experts import expert_mixture
+from stem_fast.nn.grouped import GroupedMLP
 
 SEE, LEARN = stem_masks(2, 1, 2)
 READS = (0, 1, 2, 2)

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from stem_fast import MMoE, STEMNet
-from stem_fast.data import Batch
-from stem_fast.train import TrainingConfig, train_step
+from stem_fast.data.dataset import Batch
+from stem_fast.training.options import TrainingConfig
+from stem_fast.training.step import train_step
 
 FIXTURES = Path(__file__).parent / "fixtures"
 OFFICIAL = json.loads((FIXTURES / "official.json").read_text())["cases"]
@@ -275,14 +276,30 @@ TABLE = "embedding_layer.embedding_layer.embedding_layers.user.weight"
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        ({}, {"tasks": ["click"]}, "the checkpoint has 2 towers, 1 tasks are named"),
-        ({TABLE: torch.zeros(5, 47)}, {}, "tables are [47, 48] wide; 2 tasks need one width"),
-        ({}, {"fields": ["user"]}, "fields ['user'] differ from the checkpoint's tables"),
-        ({}, {"sequences": {"x": None}}, "sequences ['x'] are not all among the tables"),
-        ({}, {"net_dropout": 0.1}, "was made without dropout, net_dropout is 0.1"),
+        ({}, {"tasks": ["click"]}, "tasks: expected 2, one a tower of the checkpoint, got 1"),
+        (
+            {TABLE: torch.zeros(5, 47)},
+            {},
+            "tables: expected one width, a multiple of 3 for 2 tasks, got [47, 48]",
+        ),
+        (
+            {},
+            {"fields": ["user"]},
+            "fields: expected the checkpoint's tables ['user', 'item'], got ['user']",
+        ),
+        (
+            {},
+            {"sequences": {"x": None}},
+            "sequences: expected some of the tables ['user', 'item'], got ['x']",
+        ),
+        ({}, {"net_dropout": 0.1}, "net_dropout: expected 0 as in the checkpoint, got 0.1"),
         ({"extra": torch.zeros(1)}, {}, "has unknown ['extra']"),
         ({"tower.0.mlp.0.bias": None}, {}, "lacks ['tower.0.mlp.0.bias']"),
-        ({"tower.0.mlp.0.bias": torch.zeros(9)}, {}, "tower.0.mlp.0.bias is [9], the other"),
+        (
+            {"tower.0.mlp.0.bias": torch.zeros(9)},
+            {},
+            "tower.0.mlp.0.bias: expected shape [3] by the other tensors, got [9]",
+        ),
     ],
 )
 def test_contradictions_are_refused(
@@ -308,10 +325,14 @@ def test_a_shared_table_that_differs_is_refused() -> None:
 def test_a_checkpoint_with_dropout_needs_its_rate() -> None:
     options: dict[str, Any] = {"expert_hidden_units": (4, 4), "net_dropout": 0.5}
     state = STEMNet({"user": 5}, ["click"], **options).to_official()
-    with pytest.raises(ValueError, match="was made with dropout, net_dropout is None"):
+    with pytest.raises(
+        ValueError, match="net_dropout: expected above 0 as in the checkpoint, got None"
+    ):
         STEMNet.from_official(state, tasks=["click"])
 
 
 def test_other_models_have_no_official_stem_checkpoint() -> None:
-    with pytest.raises(TypeError, match="MMoE has no official STEM checkpoint"):
+    with pytest.raises(
+        TypeError, match="expected STEMNet for an official STEM checkpoint, got MMoE"
+    ):
         MMoE({"user": 5}, ["click"]).to_official()

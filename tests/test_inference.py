@@ -11,9 +11,12 @@ import torch
 from cases import assert_within
 from torch import nn
 
-from stem_fast import batched, inference, ops
-from stem_fast.model import MODELS, STEMNet
-from stem_fast.schema import DataError
+from stem_fast import ops
+from stem_fast.common import DataError
+from stem_fast.models.family import MODELS
+from stem_fast.models.network import STEMNet
+from stem_fast.nn import batched
+from stem_fast.serving import inference
 
 EXPERTS = {
     "stem": {"num_specific_experts": 2, "num_shared_experts": 2},
@@ -289,7 +292,9 @@ def test_a_compiled_part_predicts_in_evaluation_mode() -> None:
 def test_what_is_wrong_is_refused() -> None:
     model, batch = build("stem")
     ids, *rest = batch(3)
-    with pytest.raises(DataError, match="precision is 'fp16': give one of fp32, tf32, bf16"):
+    with pytest.raises(
+        DataError, match="precision: expected one of fp32, tf32, bf16, fp64, got 'fp16'"
+    ):
         model.compile_inference("fp16")
     with pytest.raises(DataError, match="precision is 'tf32', which cpu cannot do"):
         model.compile_inference("tf32")

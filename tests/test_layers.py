@@ -11,8 +11,8 @@ import torch
 from cases import devices
 from torch import nn
 
-from stem_fast import layers
-from stem_fast.layers import ACTIVATIONS, EmbeddingArena, GroupedBatchNorm, GroupedMLP, activation
+from stem_fast.nn.arena import EmbeddingArena
+from stem_fast.nn.grouped import ACTIVATIONS, GroupedBatchNorm, GroupedMLP, activation
 
 
 def arena(**changes: object) -> EmbeddingArena:
@@ -103,7 +103,7 @@ def test_gradients_added_up_are_not_taken_for_the_newest_batchs() -> None:
 
 def test_bad_ids_on_a_device_are_named_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """What CUDA does, on tensors of the CPU: replaced by the unknown value, noted, raised once."""
-    monkeypatch.setattr("stem_fast.layers.runs_ahead", lambda tensor: True)
+    monkeypatch.setattr("stem_fast.nn.arena.runs_ahead", lambda tensor: True)
     layer = arena()
     history = torch.tensor([[3, -5, 0], [0, 4, 0]])
     x, _ = layer(torch.tensor([[1, 2], [9, 0]]), PRICE, {**SEQUENCES, "history": history})
@@ -156,8 +156,11 @@ def test_ids_outside_the_vocabulary(ids: list[list[int]], message: str) -> None:
             "field 'history': id 4 at row 1 is outside its voc.* of 4",
         ),
         ((torch.tensor([1, 9]), torch.tensor([0, 0, 2])), "id 9 at row 1 is outside"),
-        (torch.tensor([[1, 2]]), r"sequence 'history' has shape \[1, 2\], expected \[2, L\]"),
-        ((torch.tensor([1, 2]), torch.tensor([0, 2])), r"offsets must be \[3\]"),
+        (torch.tensor([[1, 2]]), r"sequence 'history': expected shape \[2, L\], got \[1, 2\]"),
+        (
+            (torch.tensor([1, 2]), torch.tensor([0, 2])),
+            r"sequence 'history': expected offsets \[3\], got \[2\]",
+        ),
         ((torch.tensor([1, 2]), torch.tensor([0, 1, 1])), "offsets must be from 0 to 2"),
         ((torch.tensor([1, 2]), torch.tensor([0, 3, 2])), "offsets decrease"),
     ],
@@ -170,20 +173,32 @@ def test_bad_sequences(sequence: object, message: str) -> None:
 @pytest.mark.parametrize(
     ("inputs", "error", "message"),
     [
-        ((IDS[:, :1], PRICE, SEQUENCES), ValueError, r"expected \[B, 2\] \(user, item\)"),
-        ((IDS.float(), PRICE, SEQUENCES), TypeError, "ids are torch.float32"),
+        (
+            (IDS[:, :1], PRICE, SEQUENCES),
+            ValueError,
+            r"ids: expected shape \[B, 2\] \(user, item\), got \[2, 1\]",
+        ),
+        (
+            (IDS.float(), PRICE, SEQUENCES),
+            TypeError,
+            r"ids: expected int32 or int64, got torch\.float32",
+        ),
         (
             (IDS, None, SEQUENCES),
             ValueError,
-            r"numeric has shape None, expected \[2, 1\] \(price\)",
+            r"numeric: expected shape \[2, 1\] \(price\), got None",
         ),
-        ((IDS, PRICE[:1], SEQUENCES), ValueError, r"numeric has shape \[1, 1\]"),
+        (
+            (IDS, PRICE[:1], SEQUENCES),
+            ValueError,
+            r"numeric: expected shape \[2, 1\] \(price\), got \[1, 1\]",
+        ),
         (
             (IDS, PRICE, {**SEQUENCES, "tags": torch.ones(2, 1)}),
             TypeError,
-            "sequence 'tags' is torch.float32, expected int32 or int64",
+            r"sequence 'tags': expected int32 or int64, got torch\.float32",
         ),
-        ((IDS, PRICE, {}), ValueError, r"sequences \[\] given, \['history', 'tags'\] expected"),
+        ((IDS, PRICE, {}), ValueError, r"sequences: expected \['history', 'tags'\], got \[\]"),
     ],
 )
 def test_bad_inputs(inputs: tuple[object, ...], error: type[Exception], message: str) -> None:
@@ -193,14 +208,20 @@ def test_bad_inputs(inputs: tuple[object, ...], error: type[Exception], message:
 
 def test_numeric_values_for_a_model_without() -> None:
     layer = arena(numeric=[], sequences={}, pooling={})
-    with pytest.raises(ValueError, match="the model has no numeric field"):
+    with pytest.raises(
+        ValueError, match=r"numeric: expected None without numeric fields, got \[2, 1\]"
+    ):
         layer(IDS, PRICE)
 
 
 def test_bad_tables() -> None:
-    with pytest.raises(ValueError, match="field 'user': a vocabulary of 0 rows"):
+    with pytest.raises(
+        ValueError, match="field 'user': expected a vocabulary of at least 1 row, got 0"
+    ):
         arena(vocab_sizes={"user": 0})
-    with pytest.raises(ValueError, match="sequence 'history' shares 'itm', which is no categ"):
+    with pytest.raises(
+        ValueError, match="sequence 'history': expected to share a categorical field, got 'itm'"
+    ):
         arena(sequences={"history": "itm"})
 
 
@@ -354,7 +375,7 @@ def test_ids_outside_their_vocabulary_are_unknown_on_a_gpu_in_every_kind_of_call
     how: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing there waits for the device; the CPU stands in for one."""
-    monkeypatch.setattr(layers, "runs_ahead", lambda tensor: True)
+    monkeypatch.setattr("stem_fast.nn.arena.runs_ahead", lambda tensor: True)
     layer = arena()
     called = how(layer, (IDS, PRICE, SEQUENCES))
     wrong, tags = torch.tensor([[1, 4], [-1, 0]]), torch.tensor([[9], [2]])
@@ -367,7 +388,7 @@ def test_ids_outside_their_vocabulary_are_unknown_on_a_gpu_in_every_kind_of_call
 
 
 def test_bad_ids_noted_before_a_move_are_raised_after(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layers, "runs_ahead", lambda tensor: True)
+    monkeypatch.setattr("stem_fast.nn.arena.runs_ahead", lambda tensor: True)
     layer = arena()
     places = [buffer.data_ptr() for buffer in layer.buffers()]
     layer(torch.tensor([[7, 2], [4, 0]]), PRICE, SEQUENCES)

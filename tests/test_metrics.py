@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from sklearn import metrics as sklearn_metrics
 
+from stem_fast.common import DataError
 from stem_fast.metrics import auc, evaluate, gauc, logloss, mae, pcoc, rmse
-from stem_fast.schema import DataError
 
 BINARY = (auc, logloss, pcoc)
 
@@ -185,40 +185,44 @@ def test_inputs_are_not_modified() -> None:
 
 @pytest.mark.parametrize("metric", [*BINARY, lambda y, p: gauc(y, p, [0, 0, 0])])
 def test_refusals_name_row_and_value(metric) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(DataError, match=r"prediction is nan in row 1: .*finite"):
+    with pytest.raises(DataError, match=r"prediction, row 1: expected a finite number, got nan\."):
         metric([0, 1, 0], [0.1, math.nan, math.nan])
-    with pytest.raises(DataError, match=r"prediction is inf in row 2"):
+    with pytest.raises(DataError, match=r"prediction, row 2: expected a finite number, got inf\."):
         metric([0, 1, 0], [0.1, 0.2, math.inf])
-    with pytest.raises(DataError, match=r"label is 2\.0 in row 2: it must be 0 or 1"):
+    with pytest.raises(DataError, match=r"label, row 2: expected 0 or 1, got 2\.0\."):
         metric([0, 1, 2], [0.1, 0.2, 0.3])
-    with pytest.raises(DataError, match=r"label is 0\.5 in row 0: it must be 0 or 1"):
+    with pytest.raises(DataError, match=r"label, row 0: expected 0 or 1, got 0\.5\."):
         metric([0.5, 1, 2], [0.1, 0.2, 0.3])
-    with pytest.raises(DataError, match=r"label is nan in row 0"):
+    with pytest.raises(DataError, match=r"label, row 0: expected a finite number, got nan\."):
         metric([math.nan, 1, 0], [0.1, 0.2, 0.3])
-    with pytest.raises(DataError, match=r"3 labels but 2 predictions"):
+    with pytest.raises(DataError, match=r"predictions: expected 3, as many as labels, got 2\."):
         metric([0, 1, 0], [0.1, 0.2])
-    with pytest.raises(DataError, match=r"predictions have shape \[3, 1\]"):
+    with pytest.raises(DataError, match=r"predictions: expected shape \[rows\], got \[3, 1\]\."):
         metric([0, 1, 0], [[0.1], [0.2], [0.3]])
 
 
 def test_other_refusals() -> None:
-    with pytest.raises(DataError, match=r"prediction is -0\.5 in row 1: .*probability"):
+    with pytest.raises(
+        DataError, match=r"prediction, row 1: expected a probability, not a logit, got -0\.5\."
+    ):
         logloss([0, 1], [0.1, -0.5])
-    with pytest.raises(DataError, match=r"prediction is 1\.5 in row 0: .*probability"):
+    with pytest.raises(
+        DataError, match=r"prediction, row 0: expected a probability, not a logit, got 1\.5\."
+    ):
         logloss([0, 1], [1.5, 0.5])
-    with pytest.raises(DataError, match=r"label is inf in row 1"):
+    with pytest.raises(DataError, match=r"label, row 1: expected a finite number, got inf\."):
         rmse([0.0, math.inf], [0.0, 0.0])
-    with pytest.raises(DataError, match=r"2 labels but 3 groups"):
+    with pytest.raises(DataError, match=r"groups: expected 2, as many as labels, got 3\."):
         gauc([0, 1], [0.1, 0.2], [0, 0, 0])
-    with pytest.raises(DataError, match=r"group is 0\.5 in row 1: groups are integer codes"):
+    with pytest.raises(DataError, match=r"group, row 1: expected an integer code, got 0\.5\."):
         gauc([0, 1], [0.1, 0.2], [0, 0.5])
-    with pytest.raises(DataError, match=r"group is nan in row 0: groups are integer codes"):
+    with pytest.raises(DataError, match=r"group, row 0: expected an integer code, got nan\."):
         gauc([0, 1], [0.1, 0.2], [math.nan, 1.0])
-    with pytest.raises(DataError, match=r"group is inf in row 0"):
+    with pytest.raises(DataError, match=r"group, row 0: expected a finite number, got inf\."):
         gauc([0, 1], [0.1, 0.2], [math.inf, 1.0])
-    with pytest.raises(DataError, match=r"groups have type <U1: encode them"):
+    with pytest.raises(DataError, match=r"groups: expected integers, got <U1: encode them first\."):
         gauc([0, 1], [0.1, 0.2], np.array(["a", "b"]))
-    with pytest.raises(DataError, match=r"groups have shape \[2, 1\]"):
+    with pytest.raises(DataError, match=r"groups: expected shape \[rows\], got \[2, 1\]\."):
         gauc([0, 1], [0.1, 0.2], [[0], [0]])
 
 
@@ -276,19 +280,33 @@ def changed(values: np.ndarray, row: int, column: int, value: float) -> np.ndarr
 
 def test_evaluate_refusals_name_the_task_and_the_row_of_the_data() -> None:
     # Row 3 stays row 3 although the label before it is missing.
-    with pytest.raises(DataError, match=r"prediction of task 'click' is nan in row 3"):
+    with pytest.raises(
+        DataError, match=r"prediction of task 'click', row 3: expected a finite number, got nan\."
+    ):
         evaluate(LABELS, changed(PREDICTIONS, 3, 0, math.nan), KINDS)
-    with pytest.raises(DataError, match=r"prediction of task 'click' is 1\.25 in row 3: logloss"):
+    with pytest.raises(
+        DataError, match="prediction of task 'click', row 3: expected a probability, not a logit,"
+    ):
         evaluate(LABELS, changed(PREDICTIONS, 3, 0, 1.25), KINDS)
-    with pytest.raises(DataError, match=r"label of task 'click' is 3\.0 in row 3: .*0 or 1"):
+    with pytest.raises(
+        DataError, match=r"label of task 'click', row 3: expected 0 or 1, got 3\.0\."
+    ):
         evaluate(changed(LABELS, 3, 0, 3), PREDICTIONS, KINDS)
-    with pytest.raises(DataError, match=r"label of task 'watch' is -inf in row 2"):
+    with pytest.raises(
+        DataError, match=r"label of task 'watch', row 2: expected a finite number, got -inf\."
+    ):
         evaluate(changed(LABELS, 2, 1, -math.inf), PREDICTIONS, KINDS)
-    with pytest.raises(DataError, match=r"task 'like' has kind 'ordinal'"):
+    with pytest.raises(
+        DataError, match="task 'like': expected a kind of binary, regression, regression:log1p,"
+    ):
         evaluate(LABELS, PREDICTIONS, {**KINDS, "like": "ordinal"})
-    with pytest.raises(DataError, match=r"4 labels but 3 groups"):
+    with pytest.raises(DataError, match=r"groups: expected 4, as many as labels, got 3\."):
         evaluate(LABELS, PREDICTIONS, KINDS, GROUP[:3])
-    with pytest.raises(DataError, match=r"shape \[4, 3\] and predictions \[3, 3\]"):
+    with pytest.raises(
+        DataError, match=r"labels and predictions: expected shape \[rows, 3\], a column for each of"
+    ):
         evaluate(LABELS, PREDICTIONS[:3], KINDS)
-    with pytest.raises(DataError, match=r"\[rows, 1\], one column for each task of click"):
+    with pytest.raises(
+        DataError, match=r"labels and predictions: expected shape \[rows, 1\], a column for each of"
+    ):
         evaluate(LABELS, PREDICTIONS, {"click": "binary"})

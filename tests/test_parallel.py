@@ -116,7 +116,7 @@ def test_no_pass_makes_the_steps_of_all_rows(alone: None) -> None:
     for step in range(1, 4):
         wrapped(torch.randint(1, 20, (5, 1))).sum().backward()
         optimizer.step()
-        assert optimizer.made == step
+        assert optimizer.pending_steps == step
 
 
 def test_another_model_within_a_forward_pass_is_left_alone(alone: None) -> None:

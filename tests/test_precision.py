@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from stem_fast.precision import tf32
+from stem_fast.nn.precision import tf32
 
 products = torch.backends.cuda.matmul
 

@@ -11,11 +11,11 @@ from encoded import refused
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stem_fast.schema import (
+from stem_fast.common import nearest
+from stem_fast.data.schema import (
     Encoding,
     Schema,
     SequenceField,
-    nearest,
     parse_labels,
     parse_sequences,
     table_owners,
@@ -79,7 +79,7 @@ def test_a_regression_of_logarithms() -> None:
     for form in ("a,b:regression:log1p", ["a", {"b": "regression:log1p"}], labels):
         assert Schema.from_dict({"labels": form, "categorical": "c"}).labels == labels
     assert parse_labels("a:Regression") == {"a": "Regression"}
-    with refused("unknown kind 'Regression', known: binary, regression"):
+    with refused("label 'a': expected a kind of binary, regression, regression:log1p, got"):
         Schema({"a": "Regression"}, ("c",))
 
 
@@ -167,32 +167,53 @@ def damaged(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("mapping", "message"),
     [
-        ({}, "encoding version None is not supported, only 1"),
-        ([], "encoding version None is not supported"),
-        (damaged(version=2), "encoding version 2 is not supported, only 1"),
-        (damaged(vocabularies={"user": []}), "its vocabularies are not those of its schema"),
+        ({}, "encoding version: expected 1, got None of another release of stem_fast:"),
+        ([], "encoding version: expected 1, got None of another release of stem_fast:"),
+        (
+            damaged(version=2),
+            "encoding version: expected 1, got 2 of another release of stem_fast:",
+        ),
+        (
+            damaged(vocabularies={"user": []}),
+            "damaged encoding: expected the vocabularies of its schema, got others.",
+        ),
         (damaged(vocabularies=[]), "damaged encoding: AttributeError"),
         (
             damaged(vocabularies={"user": [1], "video": [], "tags": []}),
             "a value of 'user' is not text",
         ),
-        (damaged(numeric_mean=[]), "one mean and std a numeric column are needed"),
-        (damaged(numeric_mean=["x"]), "a mean is 'x', expected int or float"),
-        (damaged(numeric_mean=["1.5"]), "a mean is '1.5', expected int or float"),
-        (damaged(numeric_std=[True]), "a std is True, expected int or float"),
-        (damaged(numeric_std=[-1.5]), "the std of 'age' is -1.5, not above 0"),
-        (damaged(numeric_std=[0]), "the std of 'age' is 0.0, not above 0"),
+        (
+            damaged(numeric_mean=[]),
+            "damaged encoding: expected one mean and std a numeric column, got",
+        ),
+        (damaged(numeric_mean=["x"]), "damaged encoding: a mean: expected int or float, got 'x'."),
+        (
+            damaged(numeric_mean=["1.5"]),
+            "damaged encoding: a mean: expected int or float, got '1.5'.",
+        ),
+        (damaged(numeric_std=[True]), "damaged encoding: a std: expected int or float, got True."),
+        (
+            damaged(numeric_std=[-1.5]),
+            "damaged encoding: std of 'age': expected above 0, got -1.5.",
+        ),
+        (damaged(numeric_std=[0]), "damaged encoding: std of 'age': expected above 0, got 0.0."),
         (
             damaged(vocabularies={"user": "ab", "video": [], "tags": []}),
-            "the vocabulary of 'user' is 'ab', expected list",
+            "damaged encoding: the vocabulary of 'user': expected list, got 'ab'.",
         ),
         (
             damaged(vocabularies={"user": ["a", "b", "a"], "video": [], "tags": []}),
             "a value of 'user' stands there twice",
         ),
-        (damaged(numeric_std=[float("nan")]), "a mean or std is not finite"),
+        (
+            damaged(numeric_std=[float("nan")]),
+            "damaged encoding: expected a finite mean and std, got NaN or infinity.",
+        ),
         ({"version": 1}, "damaged encoding: KeyError: 'schema'"),
-        (damaged(schema={"labels": ["y"]}), "no feature"),
+        (
+            damaged(schema={"labels": ["y"]}),
+            "features: expected at least one column in categorical, numeric or",
+        ),
     ],
 )
 def test_damaged_encodings_are_refused(mapping: Any, message: str) -> None:
@@ -203,62 +224,104 @@ def test_damaged_encodings_are_refused(mapping: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"labels": []}, "no label: name at least one column in labels."),
-        ({"labels": None}, "no label: name at least one column in labels."),
-        ({"categorical": []}, "no feature: name columns in categorical, numeric or sequences."),
+        ({"labels": []}, "labels: expected at least one column, got none."),
+        ({"labels": None}, "labels: expected at least one column, got none."),
+        ({"categorical": []}, "features: expected at least one column in categorical, numeric or"),
         (
             {"labels": {"y": "binray"}},
-            "unknown kind 'binray', known: binary, regression, regress",
+            "label 'y': expected a kind of binary, regression, regression:log1p, got",
         ),
-        ({"labels": "y:regresion"}, "label 'y': unknown kind 'regresion'"),
-        ({"labels": {"y": None}}, "label 'y': unknown kind None"),
+        (
+            {"labels": "y:regresion"},
+            "label 'y': expected a kind of binary, regression, regression:log1p, got",
+        ),
+        (
+            {"labels": {"y": None}},
+            "label 'y': expected a kind of binary, regression, regression:log1p, got",
+        ),
         ({"labels": ["y", "y"]}, "labels name 'y' twice."),
-        ({"labels": 3}, "labels must be a list of column names, not 3."),
-        ({"labels": [True]}, "labels: True is not a column name: write it as quoted text."),
-        ({"labels": {1: "binary"}}, "labels: 1 is not a column name"),
-        ({"categorical": [1]}, "categorical: 1 is not a column name"),
-        ({"numeric": [""]}, "numeric: '' is not a column name"),
-        ({"numeric": 1.5}, "numeric must be a list of column names, not 1.5."),
-        ({"categorical": ["x", "x"]}, "column 'x' is used twice: a column is one label or one fe"),
+        ({"labels": 3}, "labels: expected a list of column names, got 3."),
+        ({"labels": [True]}, "labels: expected a column name, got True: write it as quoted text."),
+        (
+            {"labels": {1: "binary"}},
+            "labels: expected a column name, got 1: write it as quoted text.",
+        ),
+        (
+            {"categorical": [1]},
+            "categorical: expected a column name, got 1: write it as quoted text.",
+        ),
+        ({"numeric": [""]}, "numeric: expected a column name, got '': write it as quoted text."),
+        ({"numeric": 1.5}, "numeric: expected a list of column names, got 1.5."),
+        (
+            {"categorical": ["x", "x"]},
+            "column 'x' is used twice: expected one label or one feature a column.",
+        ),
         ({"numeric": ["x"]}, "column 'x' is used twice"),
         ({"numeric": ["y"]}, "column 'y' is used twice"),
         ({"sequences": ["x"]}, "column 'x' is used twice"),
-        ({"sequences": 5}, "sequences must be a list or a mapping, not 5."),
-        ({"sequences": [{"shares": "x"}]}, "a sequence has no name: {'shares': 'x'}."),
-        ({"sequences": [7]}, "sequence must be a mapping with keys of name, shares, pooling"),
-        ({"sequences": {"s": [1]}}, "sequence 's' must be a mapping with keys of name, shares"),
-        ({"sequences": {3: None}}, "sequence: 3 is not a column name"),
+        ({"sequences": 5}, "sequences: expected a list or a mapping, got 5."),
+        ({"sequences": [{"shares": "x"}]}, "sequences: expected a name, got {'shares': 'x'}."),
+        ({"sequences": [7]}, "sequence: expected a mapping with keys of name, shares, pooling,"),
+        (
+            {"sequences": {"s": [1]}},
+            "sequence 's': expected a mapping with keys of name, shares, pooling,",
+        ),
+        (
+            {"sequences": {3: None}},
+            "sequence: expected a column name, got 3: write it as quoted text.",
+        ),
         ({"sequences": {"s": {"share": "x"}}}, "sequence 's': unknown key 'share', known: name, "),
         ({"sequences": {"s": {"share": "x"}}}, "Did you mean 'shares'?"),
         (
             {"sequences": "s=X"},
-            "sequence 's' shares 'X', which is not a categorical field.",
+            "sequence 's': expected to share a categorical field, got 'X'. Did you",
         ),
         ({"categorical": "xyz", "sequences": "s=xy"}, "Did you mean 'xyz'?"),
-        ({"sequences": {"s": {"shares": 4}}}, "sequence 's': shares: 4 is not a column name"),
+        (
+            {"sequences": {"s": {"shares": 4}}},
+            "sequence 's': shares: expected a column name, got 4: write it as quoted",
+        ),
         (
             {"sequences": {"s": {"pooling": "man"}}},
-            "sequence 's': unknown pooling 'man', known: mean, sum. Did you mean 'mean'?",
+            "sequence 's': expected pooling mean or sum, got 'man'. Did you mean",
         ),
-        ({"sequences": {"s": {"max_len": 0}}}, "sequence 's': max_len must be a whole number of"),
-        ({"sequences": {"s": {"delimiter": ""}}}, "sequence 's': delimiter must be text, not ''."),
+        (
+            {"sequences": {"s": {"max_len": 0}}},
+            "sequence 's', max_len: expected a whole number of at least 1, got 0.",
+        ),
+        (
+            {"sequences": {"s": {"delimiter": ""}}},
+            "sequence 's': expected delimiter as text, got ''.",
+        ),
         ({"group": "y"}, "group 'y' is a label: name another column."),
-        ({"group": 3}, "group: 3 is not a column name"),
+        ({"group": 3}, "group: expected a column name, got 3: write it as quoted text."),
         ({"weight": "x"}, "weight 'x' is a label or a feature too: name another column."),
         ({"weight": "y"}, "weight 'y' is a label or a feature too: name another column."),
-        ({"min_count": 0}, "min_count must be a whole number of at least 1, not 0."),
-        ({"min_count": 2.0}, "min_count must be a whole number of at least 1, not 2.0."),
-        ({"min_count": True}, "min_count must be a whole number of at least 1, not True."),
+        ({"min_count": 0}, "min_count: expected a whole number of at least 1, got 0."),
+        ({"min_count": 2.0}, "min_count: expected a whole number of at least 1, got 2.0."),
+        ({"min_count": True}, "min_count: expected a whole number of at least 1, got True."),
         ({"header": ["a", "a"]}, "header names column 'a' twice."),
-        ({"header": [0]}, "header: 0 is not a column name"),
+        ({"header": [0]}, "header: expected a column name, got 0: write it as quoted text."),
         (
             {"delimiter": "||"},
-            "delimiter must be one ASCII character, no line end and no quote, not",
+            "delimiter: expected one ASCII character other than a line end or quote,",
         ),
-        ({"delimiter": "é"}, "delimiter must be one ASCII character"),
-        ({"delimiter": "\n"}, "delimiter must be one ASCII character"),
-        ({"delimiter": '"'}, "delimiter must be one ASCII character"),
-        ({"delimiter": 1}, "no line end and no quote, not 1."),
+        (
+            {"delimiter": "é"},
+            "delimiter: expected one ASCII character other than a line end or quote,",
+        ),
+        (
+            {"delimiter": "\n"},
+            "delimiter: expected one ASCII character other than a line end or quote,",
+        ),
+        (
+            {"delimiter": '"'},
+            "delimiter: expected one ASCII character other than a line end or quote,",
+        ),
+        (
+            {"delimiter": 1},
+            "delimiter: expected one ASCII character other than a line end or quote,",
+        ),
         ({"catgorical": ["x"]}, "schema: unknown key 'catgorical', known: labels, categorical, "),
         ({"catgorical": ["x"]}, "Did you mean 'categorical'?"),
     ],
@@ -269,9 +332,9 @@ def test_contradictions_are_refused(changes: dict[str, Any], message: str) -> No
 
 
 def test_a_missing_or_wrong_mapping_is_refused() -> None:
-    with refused("no label: name at least one column in labels."):
+    with refused("labels: expected at least one column, got none."):
         Schema.from_dict({"categorical": ["x"]})
-    with refused("schema must be a mapping with keys of labels"):
+    with refused("schema: expected a mapping with keys of labels, categorical, numeric,"):
         Schema.from_dict(["x"])  # type: ignore[arg-type]
 
 
@@ -291,7 +354,7 @@ def test_parse_sequences() -> None:
         SequenceField("watch", shares="video"),
         SequenceField("tags"),
     )
-    with refused("sequence: '' is not a column name"):
+    with refused("sequence: expected a column name, got '': write it as quoted text."):
         parse_sequences("=video")
 
 

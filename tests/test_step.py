@@ -14,12 +14,15 @@ import torch
 from cases import Ops
 from torch import nn
 
-from stem_fast import layers, optim, train
-from stem_fast import step as steps
-from stem_fast.config import EMBEDDING_OPTIMIZERS, TrainingConfig
-from stem_fast.data import Batch, Dataset
-from stem_fast.model import MODELS, STEMNet
-from stem_fast.schema import DataError
+from stem_fast.common import DataError
+from stem_fast.data.dataset import Batch, Dataset
+from stem_fast.models.family import MODELS
+from stem_fast.models.network import STEMNet
+from stem_fast.nn import arena
+from stem_fast.optim import base, step_log
+from stem_fast.training import fit as train
+from stem_fast.training import step as steps
+from stem_fast.training.options import EMBEDDING_OPTIMIZERS, TrainingConfig
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 ROWS, BATCH = 150, 20  # the last batch of an epoch is shorter
@@ -137,8 +140,9 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
         return len(batch.ids) == step.config.batch_size and step.model.training
 
     monkeypatch.setattr(steps.TrainStep, "_capturable", capturable)
-    monkeypatch.setattr(optim, "_captured", lambda tensor: StandIn.capturing)
-    for module in (layers, steps):
+    for module in (base, step_log):
+        monkeypatch.setattr(module, "is_captured", lambda tensor: StandIn.capturing)
+    for module in (arena, steps):
         monkeypatch.setattr(module, "runs_ahead", lambda tensor: True)
     for name, fake in {
         "Stream": lambda *_: mock.MagicMock(),
@@ -381,7 +385,7 @@ def test_a_batch_of_another_shape_is_refused_as_by_train_step(device: str) -> No
         if any(batch is right for right in batches):
             step(batch)
         else:
-            with pytest.raises(ValueError, match=r"labels have shape|'seen'"):
+            with pytest.raises(ValueError, match=r"labels: expected shape|'seen'"):
                 step(batch)
 
 

@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from stem_fast import synth
+from stem_fast.common import DataError
+from stem_fast.data import synth
+from stem_fast.data.synth import BASE_RATES, FILES, HISTORY, generate
 from stem_fast.metrics import auc
-from stem_fast.schema import DataError
-from stem_fast.synth import BASE_RATES, FILES, HISTORY, generate
 
 ROWS, VALID_ROWS = 30_000, 10_000
 SMALL = {"rows": 400, "valid_rows": 100, "users": 20, "items": 30}
@@ -195,9 +195,9 @@ def test_a_stream_of_two_rows(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", ["rows", "valid_rows", "users", "items"])
 def test_sizes_and_seeds_that_make_no_sense_are_refused(tmp_path: Path, size: str) -> None:
-    with pytest.raises(DataError, match=rf"^{size} is 0: it must be at least 1"):
+    with pytest.raises(DataError, match=rf"^{size}: expected at least 1, got 0"):
         generate(tmp_path / "x", **{**SMALL, size: 0})
-    with pytest.raises(DataError, match=r"seed is -1: it must be at least 0"):
+    with pytest.raises(DataError, match=r"seed: expected at least 0, got -1\."):
         generate(tmp_path / "x", seed=-1, **SMALL)
     assert not list(tmp_path.iterdir())
 

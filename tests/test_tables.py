@@ -16,9 +16,11 @@ import pyarrow.parquet
 import pytest
 from encoded import parquet, refused
 
-from stem_fast import tables
-from stem_fast.schema import DataError
-from stem_fast.tables import Block, Join, Table, read_blocks
+from stem_fast.common import DataError
+from stem_fast.data import tables
+from stem_fast.data.blocks import Block
+from stem_fast.data.joins import Join, read_blocks
+from stem_fast.data.tables import Table
 
 
 def text(path: Path, content: str) -> Path:
@@ -497,17 +499,17 @@ def test_a_file_longer_than_what_is_parsed_at_once(
     assert values(path, "x") == [cell.strip('"') for cell in cells]
     with path.open("a") as file:
         file.write("1,2,3\n")
-    with refused("a.csv: row 50: expected 2 columns, found 3: '1,2,3'."):
+    with refused("a.csv: row 50: expected 2 columns, got 3: '1,2,3'."):
         values(path, "x")
 
 
 def test_ragged_rows(tmp_path: Path) -> None:
     path = text(tmp_path / "a.csv", "x,y\n1,2\n3\n")
-    with refused("a.csv: row 1: expected 2 columns, found 1: '3'."):
+    with refused("a.csv: row 1: expected 2 columns, got 1: '3'."):
         values(path, "x")
-    with refused("a.csv: row 2: expected 2 columns, found 1: '3'."):
+    with refused("a.csv: row 2: expected 2 columns, got 1: '3'."):
         values(path, "b", header=("a", "b"))  # now the first line is a row
-    with refused("a.csv: row 0: expected 3 columns, found 2: 'x,y'."):
+    with refused("a.csv: row 0: expected 3 columns, got 2: 'x,y'."):
         values(path, "b", header=("a", "b", "c"))
 
 

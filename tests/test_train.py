@@ -13,15 +13,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stem_fast import train
-from stem_fast.config import EMBEDDING_OPTIMIZERS, TrainingConfig
-from stem_fast.data import Batch, Dataset
-from stem_fast.layers import EmbeddingArena
-from stem_fast.model import STEMNet
+from stem_fast.common import DataError
+from stem_fast.data.dataset import Batch, Dataset
+from stem_fast.models.network import STEMNet
+from stem_fast.nn.arena import EmbeddingArena
 from stem_fast.optim import ExactAdam
-from stem_fast.schema import DataError
-from stem_fast.step import clip_grad_norm_
-from stem_fast.train import Monitor, TrainingError
+from stem_fast.training import fit as train
+from stem_fast.training.fit import Monitor, TrainingError
+from stem_fast.training.options import EMBEDDING_OPTIMIZERS, TrainingConfig
+from stem_fast.training.step import clip_grad_norm_
 
 TINY = {
     "embedding_dim": 4,
@@ -747,11 +747,13 @@ def test_evaluation_needs_labels() -> None:
 def test_task_weights_fit_the_tasks() -> None:
     data = tiny_data(20)
     with pytest.raises(
-        DataError, match=r"task_weights is \[1.0\]: give one for each of click, like"
+        DataError, match=r"task_weights: expected one for each of click, like, got \[1\.0\]\."
     ):
         train.fit(tiny_model(), data, data, config(task_weights=(1.0,)))
 
-    with pytest.raises(DataError, match=r"task_weights is \[0.0, 0.0\]: give at least one above 0"):
+    with pytest.raises(
+        DataError, match=r"task_weights: expected at least one above 0, got \[0.0, 0.0\]"
+    ):
         train.fit(tiny_model(), data, data, config(task_weights=(0.0, 0.0)))
 
 
@@ -759,8 +761,14 @@ def test_weights_that_train_nothing_are_refused() -> None:
     data, steps = tiny_data(20), []
     for weight, message in (
         (torch.zeros(20), "every sample weight of the training data is 0"),
-        (torch.arange(20.0) - 19, "the sample weight is -19.0 in row 0"),
-        (torch.ones(20).index_fill(0, torch.tensor([7]), math.nan), "weight is nan in row 7"),
+        (
+            torch.arange(20.0) - 19,
+            r"sample weight, row 0: expected a finite number of at least 0, got -19\.0\.",
+        ),
+        (
+            torch.ones(20).index_fill(0, torch.tensor([7]), math.nan),
+            r"sample weight, row 7: expected a finite number of at least 0, got nan\.",
+        ),
     ):
         weighted = Dataset(data.ids, labels=data.labels, weight=weight)
         with pytest.raises(DataError, match=message):
@@ -792,7 +800,7 @@ def test_batch_norm_refuses_a_row_alone(rows: int, batch_size: int) -> None:
         ("max_gradient_norm", -1, "a number of at least 0"),
         ("patience", 0, "a whole number of at least 1"),
         ("micro_batch_size", -1, "a whole number of at least 0"),
-        ("monitor", 3, "a text"),
+        ("monitor", 3, "text"),
         ("seed", -1, "a whole number of at least 0"),
         ("seed", 2**63, "at most 9223372036854775807"),
         ("task_weights", (1.0, -1.0), "a number of at least 0"),
@@ -800,7 +808,7 @@ def test_batch_norm_refuses_a_row_alone(rows: int, batch_size: int) -> None:
     ],
 )
 def test_config_names_key_and_value(key: str, value: object, rule: str) -> None:
-    with pytest.raises(DataError, match=rf"{key} is .*: give {rule}"):
+    with pytest.raises(DataError, match=rf"{key}: expected {rule}.*, got "):
         TrainingConfig(**{key: value})
 
 

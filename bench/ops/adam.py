@@ -23,8 +23,9 @@ from bench.cases import (
     zipf,
 )
 from stem_fast import ops, reference
-from stem_fast.layers import EmbeddingArena
-from stem_fast.optim import ExactAdam, Schedule
+from stem_fast.nn.arena import EmbeddingArena
+from stem_fast.optim import ExactAdam
+from stem_fast.optim.step_table import AdamStepTable
 
 WARM_UP = 300  # steps before the first that is timed: rows have missed some by then
 RATE, EPS = 1e-3, 1e-8
@@ -247,9 +248,9 @@ def adam_rows(setting: Setting, device: str) -> Case:
         tables = [ops.new_table(before.new_empty(shape)).zero_() for _ in range(3)]
         tables[0].copy_(steps.start())
         last = ops.new_table(rows.new_empty(s.rows, dtype=torch.int32)).zero_()
-        schedule = Schedule(0, torch.device(device))
-        schedule.advance(RATE, 0.0)
-        history = schedule.steps, schedule.clock
+        step_table = AdamStepTable(0, torch.device(device))
+        step_table.advance(RATE, 0.0)
+        log = step_table.steps, step_table.clock
         mine = rows[named]
 
         def prepare() -> tuple[()]:
@@ -258,7 +259,7 @@ def adam_rows(setting: Setting, device: str) -> Case:
 
         def run() -> tuple[Tensor, Tensor]:
             torch.ops.stem_fast.adam_rows(
-                *tables, last, rows, grad, *history, 0.9, 0.999, EPS, False, False
+                *tables, last, rows, grad, *log, 0.9, 0.999, EPS, False, False
             )
             return tables[0], mine
 
@@ -307,13 +308,13 @@ def catch_up_l2(setting: Setting, device: str) -> Case:
     grad = torch.randn(count, s.spaces * s.dim, generator=draw) / s.batch
     # What one step makes of a row: m, v, and a move by the learning rate.
     start = (torch.randn_like(grad) * RATE, 0.1 * grad, 0.001 * grad.square())
-    schedule = Schedule(1000, torch.device(device))
+    step_table = AdamStepTable(1000, torch.device(device))
     for _ in range(MISSED):
-        schedule.advance(RATE, decay)
+        step_table.advance(RATE, decay)
     last = torch.full((count,), 1000, dtype=torch.int32)
 
     def arguments(tables: tuple[Tensor, ...]) -> tuple[Any, ...]:
-        rest = schedule.steps, schedule.clock, 0.9, 0.999, EPS, False, True
+        rest = step_table.steps, step_table.clock, 0.9, 0.999, EPS, False, True
         return *tables, None, None, *rest
 
     def ours() -> Contender:

@@ -21,7 +21,7 @@ from bench.cases import (
     size,
 )
 from stem_fast import reference
-from stem_fast.inference import FEW
+from stem_fast.serving.inference import FEW
 
 
 def grouped_linear(setting: Setting, device: str) -> Case:

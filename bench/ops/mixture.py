@@ -19,7 +19,7 @@ from bench.cases import (
     size,
 )
 from stem_fast import ops, reference
-from stem_fast.model import STEMNet
+from stem_fast.models.network import STEMNet
 
 
 class MixtureInputs(NamedTuple):

@@ -1,5 +1,5 @@
 // Adam of a batch's rows on CPU, with the steps that they missed: one read and one write of a row's
-// weight and state. See reference.adam_rows for the arguments, stem_fast/optim.py for the table of
+// weight and state. See reference.adam_rows for the arguments, docs/exact-adam.md for the table of
 // steps and the mathematics.
 //
 // Rows are independent, so the results are the same bits for any number of threads.
@@ -19,6 +19,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "../adam_table.h"
 #include "lanes.h"
 #include "rows.h"
 
@@ -26,19 +27,6 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-// Columns of the table of steps. With L2 there are series of kSeries terms in place of the moments.
-constexpr int kSeries = 8, kPowers = 7;
-enum Column {
-  kSize, kRoot, kDecay, kLeft, kMoments, kNew = kMoments, kGrowth = kNew + 3 * kSeries, kColumns
-};
-// Up to this growth times the weight, those series are exact to float32's rounding; kUnknown stands in
-// its place where they are not known. See reference.new_rows.
-constexpr double kConverged = 0.5, kLeastGrowth = 1e-30, kUnknown = 0x1p100;
-// Momentum of which so little is left moves nothing: 2^-60.
-constexpr double kSpent = 0x1p-60;
-// Steps with L2 after which a row is looked at again: it may have been pulled to nothing.
-constexpr int64_t kLook = 16;
 
 struct Job {
   Table weight, exp_avg, exp_avg_sq;
@@ -175,7 +163,7 @@ INLINE void replay(const Job& job, const NewRows<A>& fresh, int64_t from, int64_
 }
 
 // What steps `from` + 1 .. `to` without any gradient make of every row: m and v decay, and w moves by
-// m times a sum that depends on v and the steps alone. Of the sums over steps that Schedule has, the
+// m times a sum that depends on v and the steps alone. Of the sums over steps that the table has, the
 // central moments: f(x) = 1 / (sqrt(v) * x + eps) is summed over the steps' x by its series around
 // their mean.
 template <typename A>
@@ -260,7 +248,7 @@ INLINE void coast(const Job& job, int64_t from, int64_t to, const Missed<A>& mis
       const double* start = job.step(from);
       const double root2 = std::sqrt(job.beta2);
       double momentum = job.beta1, second = root2;
-      for (int64_t t = from + 1; t <= to && momentum > kSpent; ++t) {
+      for (int64_t t = from + 1; t <= to && momentum > kNegligibleMomentum; ++t) {
         const double* step = job.step(t);
         const A weight = step[kSize] * momentum * start[kLeft] / step[kLeft];
         const A x = second * step[kRoot];
@@ -491,7 +479,7 @@ void adam_schedule(const Tensor& steps, const Tensor& clock, const Tensor& optio
   // The lines of rows that made their last step not too long ago gain a term.
   double momentum = beta1, second = root2;
   double* start = own - kColumns;
-  for (int64_t age = 1; age <= line && momentum > kSpent; ++age, start -= kColumns) {
+  for (int64_t age = 1; age <= line && momentum > kNegligibleMomentum; ++age, start -= kColumns) {
     const double distance = second * own[kRoot] - root2 * start[kColumns + kRoot];
     double term = own[kSize] * momentum / own[kLeft] * start[kLeft];
     for (int p = 0; p < kPowers; ++p, term *= distance) start[kMoments + p] += term;
@@ -502,7 +490,7 @@ void adam_schedule(const Tensor& steps, const Tensor& clock, const Tensor& optio
 
 }  // namespace
 
-// The schemas are defined in stem_fast/ops.py.
+// The schemas are defined in stem_fast/ops/adam.py.
 STABLE_TORCH_LIBRARY_IMPL(stem_fast, CPU, m) {
   m.impl("adam_rows", TORCH_BOX(&adam_rows));
   m.impl("adam_schedule", TORCH_BOX(&adam_schedule));

@@ -1,5 +1,5 @@
 // Adam of a batch's rows on CUDA, with the steps that they missed: one read and one write of a row's
-// weight and state. See reference.adam_rows for the arguments, stem_fast/optim.py for the table of
+// weight and state. See reference.adam_rows for the arguments, docs/exact-adam.md for the table of
 // steps and the mathematics.
 //
 // Every element is one thread's, so results repeat bit for bit; nothing waits for the device.
@@ -7,6 +7,7 @@
 #include <cmath>
 #include <optional>
 
+#include "../adam_table.h"
 #include "rows.cuh"
 
 namespace stem_fast {
@@ -16,18 +17,6 @@ constexpr int kThreads = 256;
 // Blocks of a multiprocessor: some work while others wait for memory. Of more, registers spill.
 template <typename T, bool l2>
 constexpr int kBlocks = std::is_same_v<T, double> ? 3 : l2 ? 2 : 4;
-// Columns of the table of steps. With L2 there are series of kSeries terms in place of the moments.
-constexpr int kSeries = 8;
-enum Column {
-  kSize, kRoot, kDecay, kLeft, kMoments, kNew = kMoments, kGrowth = kNew + 3 * kSeries, kColumns
-};
-// Up to this growth times the weight, those series are exact to float32's rounding; kUnknown stands in
-// its place where they are not known. See reference.new_rows.
-constexpr double kConverged = 0.5, kUnknown = 0x1p100;
-// Momentum of which so little is left moves nothing: 2^-60.
-constexpr double kSpent = 0x1p-60;
-// Steps with L2 after which a row is looked at again: it may have been pulled to nothing.
-constexpr int kLook = 16;
 
 template <typename T, typename S>
 struct Adam {
@@ -167,7 +156,7 @@ __device__ void coast(const Adam<T, S>& a, int from, int to, Elements<A, n>& e) 
       }
     } else {
       double momentum = a.beta1, second = a.root2;
-      for (int t = from + 1; t <= to && momentum > kSpent; ++t) {
+      for (int t = from + 1; t <= to && momentum > kNegligibleMomentum; ++t) {
         const double* step = a.steps + t * kColumns;
         const A part = step[kSize] * momentum, x = second * step[kRoot];
         const A decay = a.decoupled ? step[kDecay] : 1;
@@ -310,5 +299,5 @@ void adam_rows(const Tensor& weight, const Tensor& exp_avg, const Tensor& exp_av
 }  // namespace
 }  // namespace stem_fast
 
-// The schema is defined in stem_fast/ops.py.
+// The schema is defined in stem_fast/ops/adam.py.
 STABLE_TORCH_LIBRARY_IMPL(stem_fast, CUDA, m) { m.impl("adam_rows", TORCH_BOX(&stem_fast::adam_rows)); }

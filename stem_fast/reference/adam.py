@@ -1,4 +1,4 @@
-"""Adam of a batch's rows with the steps that they missed; see stem_fast/optim.py."""
+"""Adam of a batch's rows with the steps that they missed; see docs/exact-adam.md."""
 
 from __future__ import annotations
 
@@ -9,12 +9,18 @@ from torch import Tensor
 
 from stem_fast.reference.rows import real_rows
 
-MOMENTS = 7  # of the steps that a row has missed, see adam_schedule; the zeroth included
-SERIES = 8  # terms of the series of weights that no gradient has touched, see new_rows
-COLUMNS = 4 + 3 * SERIES + 1  # of the table of steps
-LEAST_GROWTH = 1e-30  # of the series, so that it can be divided by
-UNKNOWN = 2.0**100  # in place of the growth where the series are not known
-SPENT = 2.0**-60  # momentum of which so little is left moves nothing
+# Columns of a line of the table of steps; csrc/adam_table.h has the same.
+SIZE, ROOT, DECAY, LEFT, MOMENTS = 0, 1, 2, 3, 4  # the last: the first of POWERS moments
+POWERS = 7  # moments of the steps that a row has missed, see adam_schedule; the zeroth included
+NEW = MOMENTS  # with L2 in their place: three series of weights that no gradient has touched
+SERIES = 8  # terms of each of them, see new_rows
+GROWTH = NEW + 3 * SERIES
+COLUMNS = GROWTH + 1
+CONVERGED = 0.5  # up to this growth times the weight, the series are exact in float32
+LEAST_GROWTH = 1e-30  # so that it can be divided by
+UNKNOWN = 2.0**100  # in its place where the series are not known
+NEGLIGIBLE_MOMENTUM = 2.0**-60  # of which no more is left moves nothing
+LOOK = 16  # steps with L2 after which a row is looked at: it may have been pulled to nothing
 
 
 def adam_rows(
@@ -50,7 +56,7 @@ def adam_rows(
         steps: float64 [N, 29]; line i tells of step ``base + i``. Here: column 0 is the step's
             ``lr / (1 - beta1^t)``, 1 is ``1 / sqrt(1 - beta2^t)``, 2 the coupled ``weight_decay``
             or the factor ``1 - lr * weight_decay``. The others are sums, or with L2 series, that
-            save the loop, see :class:`stem_fast.optim.Schedule`.
+            save the loop, see :class:`stem_fast.optim.step_table.AdamStepTable`.
         clock: int64 [2], (base, now): no row is older than step ``base``; ``now`` is the newest.
         beta1, beta2, eps, decoupled: as in ``torch.optim.Adam``.
         l2: whether a coupled weight decay is above 0 in any step (a hint to faster versions).
@@ -63,7 +69,7 @@ def adam_rows(
     made = last[rows].clamp(min=base)
     first = int(made.min()) + 1 if len(made) else now + 1
     for t in range(first, now + 1):
-        size, root, decay = (float(x) for x in steps[t - base, :3])
+        size, root, decay = (float(x) for x in steps[t - base, :LEFT])
         g = torch.zeros_like(w) if grad is None or t < now else grad.to(dtype)
         kept = w * decay if decoupled else w
         g = g if decoupled else g + decay * w
@@ -87,7 +93,8 @@ def adam_schedule(
     decoupled: bool,
     l2: bool,
 ) -> None:
-    """A new step in the table that :func:`adam_rows` reads; see :class:`stem_fast.optim.Schedule`.
+    """A new step in the table that :func:`adam_rows` reads; see
+    :class:`stem_fast.optim.step_table.AdamStepTable`.
 
     Args:
         steps: float64 [N, 29]: a line is written, and the sums of lines before it grow.
@@ -102,27 +109,27 @@ def adam_schedule(
     lr, decay = options[:1], options[1:]
     if decoupled:
         decay = 1 - lr * decay
-    left = steps[line - 1, 3] * decay if decoupled else torch.ones_like(t)
+    left = steps[line - 1, LEFT] * decay if decoupled else torch.ones_like(t)
     size, root = lr / (1 - beta1**t), (1 - beta2**t).rsqrt()
     if l2:
-        first = torch.eye(1, 3 * SERIES + 1, dtype=t.dtype, device=t.device)
-        before = torch.where(line == 1, first, steps[line - 1, 4:])[0]
+        first = torch.eye(1, COLUMNS - NEW, dtype=t.dtype, device=t.device)
+        before = torch.where(line == 1, first, steps[line - 1, NEW:])[0]
         rest = new_rows(before, size, root, decay, beta1, beta2, eps)
     else:
-        rest = t.new_zeros(3 * SERIES + 1)
+        rest = t.new_zeros(COLUMNS - NEW)
         rest[-1].fill_(UNKNOWN)  # a number assigned is a copy from the host
     steps.index_copy_(0, line, torch.cat([size, root, decay, left, rest])[None])
     if l2:
         return
     # The lines of rows that made their last step not too long ago gain a term.
-    longest = math.log(SPENT) / math.log(beta1) if beta1 else 1
+    longest = math.log(NEGLIGIBLE_MOMENTUM) / math.log(beta1) if beta1 else 1
     age = torch.arange(1, int(longest) + 2, device=t.device)
     half = age.double() / 2
     start = (line - age).clamp(min=0)
-    weight = torch.where(age <= line, size * beta1 ** (2 * half) / left, 0) * steps[start, 3]
-    distance = beta2**half * root - beta2**0.5 * steps[start + 1, 1]
-    terms = weight[:, None] * distance[:, None] ** torch.arange(MOMENTS, device=t.device)
-    steps[:, 4 : 4 + MOMENTS].index_add_(0, start, terms)
+    weight = torch.where(age <= line, size * beta1 ** (2 * half) / left, 0) * steps[start, LEFT]
+    distance = beta2**half * root - beta2**0.5 * steps[start + 1, ROOT]
+    terms = weight[:, None] * distance[:, None] ** torch.arange(POWERS, device=t.device)
+    steps[:, MOMENTS : MOMENTS + POWERS].index_add_(0, start, terms)
 
 
 def new_rows(

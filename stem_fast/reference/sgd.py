@@ -1,4 +1,4 @@
-"""SGD of a batch's rows with the steps that they missed; see stem_fast/optim.py."""
+"""SGD of a batch's rows with the steps that they missed; see stem_fast/optim/sgd.py."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def sgd_rows(
         last, rows, grad, clock: as :func:`~stem_fast.reference.adam_rows`'s.
         steps: float64 [N, 7]; line i tells of step ``base + i``. Here: columns 0 .. 2 are the
             step's ``lr``, ``momentum`` and ``weight_decay``. The others are products that save the
-            loop, see :class:`stem_fast.optim.Products`.
+            loop, see :class:`stem_fast.optim.sgd.Products`.
     """
     base, now = clock.tolist()
     rows, real = real_rows(weight, rows)

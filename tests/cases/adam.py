@@ -1,4 +1,4 @@
-"""Adam's rows and schedule: cases, and what is checked of an implementation."""
+"""Adam's rows and step table: cases, and what is checked of an implementation."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import torch
 
 from cases import assert_within, to
 from stem_fast import reference
-from stem_fast.optim import Schedule
+from stem_fast.optim.step_table import AdamStepTable
 
 
 class AdamCase(NamedTuple):
     rows: int
     width: int
-    steps: int  # that the schedule has
+    steps: int  # that the step table has
     base: int = 0  # steps made before it
     decay: float = 0.0
     decoupled: bool = False
@@ -40,10 +40,12 @@ class AdamCase(NamedTuple):
         def normal(*size: int) -> torch.Tensor:
             return torch.randn(*size, generator=draw, dtype=torch.float64)
 
-        schedule = Schedule(self.base, torch.device("cpu"), self.betas, decoupled=self.decoupled)
+        step_table = AdamStepTable(
+            self.base, torch.device("cpu"), self.betas, decoupled=self.decoupled
+        )
         for step in range(self.steps):
             lr = 1e-3 * (1 + step % self.rates)
-            schedule.advance(lr, self.decay * (1 + step % 2))
+            step_table.advance(lr, self.decay * (1 + step % 2))
         size = 10 ** (normal(self.rows, 1) - 5)
         never = slice(None, None, 1 if self.new else 5)  # trained
         size[never] = 0
@@ -72,7 +74,7 @@ class AdamCase(NamedTuple):
         return [
             *(weight.to(dtype), m.to(dtype), v.to(torch.promote_types(dtype, torch.float32))),
             *(last, rows if self.named else None, None if grad is None else grad.to(dtype)),
-            *(schedule.steps, schedule.clock, *self.betas, 1e-8, self.decoupled),
+            *(step_table.steps, step_table.clock, *self.betas, 1e-8, self.decoupled),
             self.decay > 0 and not self.decoupled,
         ]
 
@@ -182,7 +184,7 @@ def check_drift(run: Any, case: DriftCase, how: str, device: str) -> None:
     count = len(scales)
     grad, start = (torch.randn(count, 8, generator=draw) * s[:, None] for s in scales.unbind(1))
     rows = grad.any(1).nonzero()[:, 0]
-    schedule = Schedule(case.base, torch.device("cpu"))
+    step_table = AdamStepTable(case.base, torch.device("cpu"))
     # By torch's plain and its fused Adam, which round differently.
     kinds = (
         (torch.float64, {}),
@@ -204,12 +206,12 @@ def check_drift(run: Any, case: DriftCase, how: str, device: str) -> None:
     tables = to(device, tables)
 
     def ours(rows: torch.Tensor | None, values: torch.Tensor | None) -> None:
-        arguments = to(device, [rows, values, schedule.steps, schedule.clock])
+        arguments = to(device, [rows, values, step_table.steps, step_table.clock])
         run(*tables, *arguments, 0.9, 0.999, 1e-8, False, True)
 
     for step in range(1 + case.missed):
         rate, decay = case.rate(step), case.decay * DECAYS[how](step, draw)
-        schedule.advance(rate, decay)
+        step_table.advance(rate, decay)
         for each, optimizer in zip(dense, torchs, strict=True):
             optimizer.param_groups[0].update(lr=rate, weight_decay=decay)
             each.grad = (grad if step == 0 else torch.zeros_like(grad)).to(each.dtype)

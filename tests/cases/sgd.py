@@ -9,7 +9,7 @@ import torch
 
 from cases import check_rows, to
 from stem_fast import reference
-from stem_fast.optim import Products
+from stem_fast.optim.sgd import Products
 
 
 class SgdCase(NamedTuple):
@@ -32,7 +32,7 @@ class SgdCase(NamedTuple):
         products = Products(torch.device("cpu"))
         for step in range(self.base + self.steps):
             if step == self.base:
-                products.flushed()
+                products.caught_up()
             momentum = self.momentum[step % len(self.momentum)]
             lr, decay = self.rate * (1 + step % 7), self.decay * (1 + step % 2)
             products.advance(lr, momentum, torch.tensor(decay))

@@ -22,7 +22,7 @@ from cases.sgd import SGDS, SgdCase, check_sgd_rows
 from torch import Tensor
 
 from stem_fast import backends, reference
-from stem_fast.ops import CUDA
+from stem_fast.ops.backends import CUDA
 
 EMULATED = os.environ.get("STEM_FAST_EMULATED")
 DEVICE = "cpu" if EMULATED else "cuda"

@@ -1,7 +1,10 @@
-"""Adam's rows and schedule against the float64 reference."""
+"""Adam's rows and step table against the float64 reference."""
 
 from __future__ import annotations
 
+import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +23,8 @@ from cases.adam import (
     check_adam_schedule,
     check_drift,
 )
+
+from stem_fast.reference import adam as table
 
 
 @devices
@@ -95,3 +100,22 @@ def test_adam_rows_is_the_same_with_one_thread() -> None:
     for first, second, alone in zip(*results, strict=True):
         assert torch.equal(first, second)
         assert torch.equal(first, alone)
+
+
+def test_the_header_has_the_same_table_as_the_reference() -> None:
+    text = (Path(__file__).parents[2] / "csrc" / "adam_table.h").read_text(encoding="utf-8")
+    text = re.sub(r"//.*|int64_t", "", text)
+    found: dict[str, float] = {}
+    for name, value in re.findall(r"\b(k[A-Za-z]+) = ([^,;}]+)", text):
+        parts = [part.split("*") for part in value.split("+")]
+        found[name] = sum(
+            math.prod(found[f] if f in found else number(f) for f in map(str.strip, part))
+            for part in parts
+        )
+    names = {re.sub("(?<=[a-z])(?=[A-Z])", "_", name[1:]).upper(): name for name in found}
+    assert len(names) == 15
+    assert {n: getattr(table, n) for n in names} == {n: found[k] for n, k in names.items()}
+
+
+def number(text: str) -> float:
+    return float.fromhex(text) if text.startswith("0x") else float(text)

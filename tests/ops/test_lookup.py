@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stem_fast import ops, reference
+from stem_fast.ops.row_plan import narrow
 
 lookups = pytest.mark.parametrize("case", LOOKUPS.values(), ids=LOOKUPS.keys())
 
@@ -103,9 +104,9 @@ def test_rows_that_repeat_are_merged(device: str) -> None:
 
 def test_offsets_are_narrow_where_they_and_one_number_more_are() -> None:
     offsets = torch.tensor([0, 2**31 - 2])
-    assert ops._narrow(offsets, 2**31 - 1).dtype == torch.int32
-    assert torch.equal(ops._narrow(offsets, 2**31 - 1), offsets)
-    assert ops._narrow(offsets, 2**31) is offsets
+    assert narrow(offsets, 2**31 - 1).dtype == torch.int32
+    assert torch.equal(narrow(offsets, 2**31 - 1), offsets)
+    assert narrow(offsets, 2**31) is offsets
 
 
 def test_weights_of_bags_that_want_a_gradient_are_refused() -> None:

@@ -80,12 +80,24 @@ def test_labels_and_weights_of_samples_have_a_gradient_too() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({1: torch.zeros(71, 2)}, r"labels is torch.float32 .71, 2., a number .71, 3. is due"),
-        ({2: [0, 1]}, "regression has 2 tasks, the logits have 3"),
-        ({3: torch.ones(71, 1) > 0}, r"mask is torch.bool .71, 1., torch.bool .71, 3. is due"),
-        ({3: torch.ones(71, 3)}, "mask is torch.float32"),
-        ({4: torch.ones(70)}, r"sample_weights is torch.float32 .70., a number .71. is due"),
-        ({5: torch.ones(3)}, r"counts is torch.float32 .3., torch.int64 .3. is due"),
+        (
+            {1: torch.zeros(71, 2)},
+            r"labels: expected numbers of shape \[71, 3\], got torch\.float32 \[71, 2\]",
+        ),
+        ({2: [0, 1]}, "regression: expected 3 tasks as in the logits, got 2"),
+        (
+            {3: torch.ones(71, 1) > 0},
+            r"mask: expected torch\.bool \[71, 3\], got torch\.bool \[71, 1\]",
+        ),
+        (
+            {3: torch.ones(71, 3)},
+            r"mask: expected torch\.bool \[71, 3\], got torch\.float32 \[71, 3\]",
+        ),
+        (
+            {4: torch.ones(70)},
+            r"sample_weights: expected numbers of shape \[71\], got torch\.float32 \[70\]",
+        ),
+        ({5: torch.ones(3)}, r"counts: expected torch\.int64 \[3\], got torch\.float32 \[3\]"),
     ],
 )
 def test_other_shapes_and_types_are_refused(change: dict[int, Any], message: str) -> None:

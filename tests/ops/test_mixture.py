@@ -29,13 +29,13 @@ def test_expert_mixture_inference(
 def test_what_is_for_inference_has_no_gradient() -> None:
     x = torch.zeros(1, 4, 6, requires_grad=True)
     y = torch.ops.stem_fast.grouped_linear(x, [0], torch.zeros(3, 7, 6), torch.zeros(3, 7), True)
-    with pytest.raises(RuntimeError, match="have no gradient"):
+    with pytest.raises(RuntimeError, match="has no gradient"):
         y.sum().backward()
     logits = torch.zeros(1, 4, 1)
     mixed = torch.ops.stem_fast.expert_mixture_inference(
         x, [0], torch.zeros(1, 7, 6), torch.zeros(1, 7), logits, [1]
     )
-    with pytest.raises(RuntimeError, match="have no gradient"):
+    with pytest.raises(RuntimeError, match="has no gradient"):
         mixed.sum().backward()
 
 

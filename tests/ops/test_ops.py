@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -21,6 +22,9 @@ from cases.mixture import LARGE_MIXTURE, MIXTURES, check_mixture
 from cases.sgd import SGDS
 
 from stem_fast import ops, reference
+
+# The function backends takes the name of its module.
+loading = importlib.import_module("stem_fast.ops.backends")
 
 
 @devices
@@ -248,16 +252,16 @@ def test_graphs_need_a_backend_that_does_not_wait(
     states: dict[str, str], expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert not ops.capturable() or torch.cuda.is_available()
-    monkeypatch.setattr(ops, "_states", states)
+    monkeypatch.setattr(loading, "_states", states)
     assert ops.capturable() == expected
 
 
 @pytest.mark.parametrize(
     ("choice", "built", "left"),
     [
-        ("auto", True, set(ops.FASTER_IN_CUDA)),
+        ("auto", True, set(loading.FASTER_IN_CUDA)),
         ("auto", False, set()),
-        ("cuda", True, set(ops.CUDA)),
+        ("cuda", True, set(loading.CUDA)),
         ("triton", True, set()),
     ],
 )
@@ -276,13 +280,13 @@ def test_triton_has_on_cuda_what_is_not_left_to_cpp(
 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(ops, "_library", Library)
+    monkeypatch.setattr(loading, "library", Library)
     state = "" if built else "not built"
-    monkeypatch.setattr(ops, "_load_library", lambda name, missing: state)
-    states = ops._load(choice)
+    monkeypatch.setattr(loading, "_load_library", lambda name, missing: state)
+    states = loading._load(choice)
     assert states["triton"] == "in use on cuda"
     assert (states["cuda"] == "in use on cuda") == (built and choice != "triton")
-    assert set(ops.CUDA) - registered == left
+    assert set(loading.CUDA) - registered == left
     assert {"row_plan", "lookup_backward"} <= registered
 
 
@@ -293,14 +297,14 @@ def test_the_cuda_library_works_without_triton(
     registered = []
     library = SimpleNamespace(impl=lambda *arguments: registered.append(arguments))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(ops, "_library", library)
-    monkeypatch.setattr(ops, "_load_library", lambda name, missing: "")
-    monkeypatch.setattr(ops, "_load_triton", lambda kept: "triton is not installed")
+    monkeypatch.setattr(loading, "library", library)
+    monkeypatch.setattr(loading, "_load_library", lambda name, missing: "")
+    monkeypatch.setattr(loading, "_load_triton", lambda kept: "triton is not installed")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    states = ops._load(choice)
+    states = loading._load(choice)
     assert states["cuda"] == "in use on cuda"
     assert states["triton"] == "triton is not installed"
-    assert registered == [("lookup_backward", ops._lookup_backward, "CUDA")]
+    assert registered == [("lookup_backward", loading.lookup_backward, "CUDA")]
 
 
 def test_an_unknown_backend_is_refused() -> None:
@@ -313,15 +317,15 @@ def test_a_backend_that_is_not_there_is_refused(
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(ops, "__file__", str(tmp_path / "ops.py"))
+    monkeypatch.setattr(loading, "__file__", str(tmp_path / "ops" / "backends.py"))
     with pytest.raises(ImportError, match=r"STEM_FAST_BACKEND=cpp: not built \(no C\+\+ compiler"):
-        ops._load("cpp")
-    assert ops._load("auto")["cpp"].startswith("not built")
+        loading._load("cpp")
+    assert loading._load("auto")["cpp"].startswith("not built")
     with pytest.raises(ImportError, match="STEM_FAST_BACKEND=triton: no CUDA device"):
-        ops._load("triton")
+        loading._load("triton")
 
 
 def test_a_damaged_library_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "_cpp.so").write_bytes(b"not a library")
-    monkeypatch.setattr(ops, "__file__", str(tmp_path / "ops.py"))
-    assert ops._load_cpp().startswith("built, but does not load:")
+    monkeypatch.setattr(loading, "__file__", str(tmp_path / "ops" / "backends.py"))
+    assert loading._load_cpp().startswith("built, but does not load:")
