@@ -36,6 +36,9 @@ def nearest(name: str, known: Iterable[str], likeness: float = 0.6) -> str:
     return f" Did you mean '{spelled[found[0]]}'?" if found else ""
 
 
+DATA, COLUMNS, NETWORK, TRAINING = "Data", "Columns", "Network", "Training"  # panels of options
+
+
 class Option(NamedTuple):
     """All that is told of an option of ``fit``: it makes the flag, the key of a configuration file,
     the refusal of a wrong value and the reference page."""

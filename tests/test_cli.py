@@ -1190,3 +1190,35 @@ def test_help() -> None:
     for command in ("fit", "synth"):
         shown = stem_fast(command, "--help").stdout.splitlines()
         assert not [line for line in shown if "<bool>" in line and "--help" not in line]
+
+
+def in_a_process(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *command],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_python_runs_the_command_as_a_module() -> None:
+    result = in_a_process("-m", "stem_fast", "--version")
+    assert result.stdout == f"stem_fast {importlib.metadata.version('stem_fast')}\n"
+
+
+def test_a_wrong_backend_is_one_line() -> None:
+    result = in_a_process("-m", "stem_fast", "doctor", STEM_FAST_BACKEND="cuda9")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: STEM_FAST_BACKEND='cuda9' is none of auto, ")
+    assert result.stderr.count("\n") == 1
+    assert not result.stdout
+
+
+def test_names_are_there_for_a_module_whose_package_imports_them(tmp_path: Path) -> None:
+    """Python names the module that it runs only once the packages around it are imported."""
+    (package := tmp_path / "own").mkdir()
+    (package / "__init__.py").write_text("from stem_fast import STEMNet\n")
+    (package / "train.py").write_text("from own import STEMNet\nprint(STEMNet.__name__)\n")
+    result = in_a_process("-m", "own.train", PYTHONPATH=str(tmp_path))
+    assert result.stdout == "STEMNet\n", result.stderr

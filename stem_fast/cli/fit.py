@@ -23,7 +23,7 @@ from stem_fast import data
 from stem_fast.cli import report
 from stem_fast.cli.app import SMALLER
 from stem_fast.cli.arguments import find_device, flag, trim_cache
-from stem_fast.common import DataError, Option
+from stem_fast.common import DATA, DataError, Option
 from stem_fast.data.schema import Encoding, table_owners
 from stem_fast.data.tables import refuse_changed, signatures
 from stem_fast.models.family import MODELS
@@ -53,10 +53,12 @@ def _parameter(name: str, option: Option) -> inspect.Parameter:
 
 
 # typer reads a command's flags off its signature.
-_CONFIG = Option("Data", "YAML file of these settings (names with underscores); flags override it")
+_CONFIG = Option(
+    DATA, "YAML file of these settings (names with underscores); flags override it", kind=Path
+)
 _parameters = [
     inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context),
-    _parameter("config", _CONFIG._replace(kind=Path)),
+    _parameter("config", _CONFIG),
     *(_parameter(name, option) for name, option in OPTIONS.items()),
 ]
 fit_command.__signature__ = inspect.Signature(_parameters)  # type: ignore[attr-defined]
@@ -73,9 +75,9 @@ def _flags_named(given: Iterable[str]) -> Iterator[None]:
         for key in given:
             # A name of one word is a word like others but at the start.
             start = r"(?<![\w'-])" if "_" in key else "^"
-            flag = f"--{key.replace('_', '-')}"
+            name = f"--{key.replace('_', '-')}"  # as it was given
             message = re.sub(
-                rf"{start}{key}(?=:? (?:expected|is|must|names?|has|needs|'))", flag, message
+                rf"{start}{key}(?=:? (?:expected|is|must|names?|has|needs|'))", name, message
             )
         raise DataError(message) from error
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stem_fast.common import KINDS, DataError, described, nearest, shown
+from stem_fast.common import COLUMNS, KINDS, DataError, described, nearest, shown
 
 POOLINGS = ("mean", "sum")
 ENCODING_VERSION = 1
@@ -68,32 +68,32 @@ class Schema:
 
     labels: dict[str, str] = described(  # noqa: RUF009, a field
         dataclasses.MISSING,
-        "Columns",
+        COLUMNS,
         "tasks (needed): is_click,watch_time:regression",
         many=True,
         metavar="A,B",
     )
     categorical: tuple[str, ...] = described(
-        (), "Columns", "columns looked up in a vocabulary", many=True, metavar="A,B"
+        (), COLUMNS, "columns looked up in a vocabulary", many=True, metavar="A,B"
     )
     numeric: tuple[str, ...] = described(
-        (), "Columns", "columns standardised as numbers", many=True, metavar="A,B"
+        (), COLUMNS, "columns standardised as numbers", many=True, metavar="A,B"
     )
     sequences: tuple[SequenceField, ...] = described(
         (),
-        "Columns",
+        COLUMNS,
         "list columns: watch_seq=video_id (shares video_id's vocabulary),tags",
         many=True,
         flags=("--sequence", "--sequences"),
         metavar="A,B",
     )
-    group: str | None = described(None, "Columns", "column that gAUC groups by")
-    weight: str | None = described(None, "Columns", "column of sample weights")
-    min_count: int = described(10, "Columns", "rarer values become unknown", kind=int)
+    group: str | None = described(None, COLUMNS, "column that gAUC groups by")
+    weight: str | None = described(None, COLUMNS, "column of sample weights")
+    min_count: int = described(10, COLUMNS, "rarer values become unknown", kind=int)
     header: tuple[str, ...] | None = described(
-        None, "Columns", "column names of a file without them", many=True, metavar="A,B"
+        None, COLUMNS, "column names of a file without them", many=True, metavar="A,B"
     )
-    delimiter: str | None = described(None, "Columns", "of text files (default: by suffix)")
+    delimiter: str | None = described(None, COLUMNS, "of text files (default: by suffix)")
 
     def __post_init__(self) -> None:
         converted: dict[str, Any] = {

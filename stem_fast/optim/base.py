@@ -113,9 +113,8 @@ class TableOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def catch_up(self, weight: Tensor, rows: Tensor | None) -> None:
         """Makes the steps that rows int64 [U] of a table (None: all rows) have missed."""
-        if (
-            torch.compiler.is_compiling()
-        ):  # dynamo cannot trace a lock; it runs one thread at a time
+        # dynamo cannot trace a lock; it runs one thread at a time.
+        if torch.compiler.is_compiling():
             self._catch_up(weight, rows)
         else:
             with self._lock:

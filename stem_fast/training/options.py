@@ -13,7 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stem_fast.common import DataError, Option, described, nearest, options_of, shown
+from stem_fast.common import (
+    COLUMNS,
+    DATA,
+    NETWORK,
+    TRAINING,
+    DataError,
+    Option,
+    described,
+    nearest,
+    options_of,
+    shown,
+)
 from stem_fast.data.joins import Join
 from stem_fast.data.schema import LARGEST, Schema, parse_sequences
 from stem_fast.models.config import MAX_DIM, MAX_LAYERS, MAX_UNITS
@@ -126,8 +137,6 @@ def parse_size(key: str, value: Any) -> float:
 _POSITIVE = _number("a number above 0", lambda x: x > 0)
 _NOT_NEGATIVE = _number("a number of at least 0", lambda x: x >= 0)
 _COUNT = _integer(1)
-
-DATA, COLUMNS, NETWORK, TRAINING = "Data", "Columns", "Network", "Training"
 
 
 def _widths(text: str) -> Option:
