@@ -13,12 +13,13 @@ from stem_fast.ops.check_ids import check_ids
 from stem_fast.ops.lookup import lookup, sparse_gradient
 from stem_fast.ops.loss import task_losses
 from stem_fast.ops.mixture import MAX_EXPERTS, MAX_GATES, mixture, signed
-from stem_fast.ops.registry import step_by_step, transformed
+from stem_fast.ops.registry import SCHEMAS, step_by_step, transformed
 from stem_fast.ops.row_plan import RowPlan, merge_rows, row_plan
 
 __all__ = [
     "MAX_EXPERTS",
     "MAX_GATES",
+    "SCHEMAS",
     "BackendError",
     "RowPlan",
     "adagrad",

@@ -15,6 +15,7 @@ from torch import Tensor
 from stem_fast import reference
 
 library = torch.library.Library("stem_fast", "DEF")
+SCHEMAS: dict[str, str] = {}  # of all ops, by name
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -23,9 +24,10 @@ def define(schema: str, *, second_derivative: bool = True) -> Callable[[_Functio
 
     ``second_derivative=False`` is for ops that are a gradient: differentiating them is refused.
     """
-    name, _, _ = schema.partition("(")
+    name, _, rest = schema.partition("(")
 
     def register(shapes: _Function) -> _Function:
+        SCHEMAS[name] = f"({rest}"
         library.define(schema)
         library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
         torch.library.register_fake(f"stem_fast::{name}", shapes)
